@@ -1,0 +1,216 @@
+"""Preference losses: one function of one pair's summed log-probabilities, lengths and ratings.
+
+The positional parameters say what a loss reads, each a `Both` [B]: `policy` and `reference`, summed response
+log-probs in nats; `lengths`, response tokens; `ratings`, a judge's. Every loss returns one value per pair [B],
+and no pair's value depends on another's, so that accumulation never changes a result.
+
+Shape suffixes: B pairs.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Both(NamedTuple):
+    """The same quantity for the chosen and for the rejected response, each [B]."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+def dpo(policy: Both, reference: Both, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(beta * margin), Rafailov et al. 2305.18290 eq. 7; `label_smoothing` is the chance that a
+    label is turned round (cDPO, Mitchell 2023). TRL: `sigmoid`, which has no smoothing.
+    """
+    _check_share("label_smoothing", label_smoothing)
+    logits_B = beta * _margin(policy, reference)
+    return -(1 - label_smoothing) * F.logsigmoid(logits_B) - label_smoothing * F.logsigmoid(-logits_B)
+
+
+def robust(policy: Both, reference: Both, *, beta: float, label_smoothing: float) -> Tensor:
+    """DPO made unbiased under labels that are turned round with chance `label_smoothing`, Chowdhury et al.
+    2403.00409 eq. 12. TRL: `robust`.
+    """
+    _check_share("label_smoothing", label_smoothing)
+    logits_B = beta * _margin(policy, reference)
+    kept_B = (1 - label_smoothing) * F.logsigmoid(logits_B)
+    flipped_B = label_smoothing * F.logsigmoid(-logits_B)
+    return (flipped_B - kept_B) / (1 - 2 * label_smoothing)
+
+
+def ipo(policy: Both, reference: Both, lengths: Both, *, beta: float, over_tokens: str = "mean") -> Tensor:
+    """(margin - 1 / (2 beta))^2, Azar et al. 2310.12036 eq. 17, their tau being beta.
+
+    Two losses go by this name: `over_tokens=sum` is the equation as printed; `over_tokens=mean` divides each
+    log-ratio by its response's tokens, which TRL (`ipo`) reports the authors to have confirmed.
+    """
+    chosen_B, rejected_B = _log_ratios(policy, reference)
+    margin_B = _over(over_tokens, chosen_B, lengths.chosen) - _over(over_tokens, rejected_B, lengths.rejected)
+    return (margin_B - 1 / (2 * beta)) ** 2
+
+
+def hinge(policy: Both, reference: Both, *, beta: float) -> Tensor:
+    """max(0, 1 - beta * margin), Zhao et al. 2305.10425 (SLiC-HF) in the normalised form of Liu et al.
+    2309.06657 (RSO). TRL: `hinge`.
+    """
+    return F.relu(1 - beta * _margin(policy, reference))
+
+
+def exo(policy: Both, reference: Both, *, beta: float, label_smoothing: float) -> Tensor:
+    """KL from the policy's preference to the label's, smoothed to be finite, Ji et al. 2402.00856 eq. 16.
+    TRL: `exo_pair`. ValueError unless 0 < label_smoothing < 0.5.
+    """
+    _check_share("label_smoothing", label_smoothing)
+    if label_smoothing == 0:
+        raise ValueError("loss.label_smoothing must be above 0 for exo, whose loss is infinite without it")
+    logits_B = beta * _margin(policy, reference)
+    label = torch.tensor([1 - label_smoothing, label_smoothing], dtype=logits_B.dtype).log().tolist()
+    won_B, lost_B = F.logsigmoid(logits_B), F.logsigmoid(-logits_B)
+    return won_B.exp() * (won_B - label[0]) + lost_B.exp() * (lost_B - label[1])
+
+
+def nca(policy: Both, reference: Both, *, beta: float) -> Tensor:
+    """Noise-contrastive alignment for pairs, Chen et al. 2402.05369 eq. 12. TRL: `nca_pair`."""
+    chosen_B, rejected_B = _rewards(policy, reference, beta)
+    return -F.logsigmoid(chosen_B) - 0.5 * F.logsigmoid(-chosen_B) - 0.5 * F.logsigmoid(-rejected_B)
+
+
+def sppo_hard(policy: Both, reference: Both, *, beta: float) -> Tensor:
+    """Squared distance of the log-ratios to +-1 / (2 beta), Wu et al. 2405.00675 eq. 4.7 with win chances 1
+    and 0 and their eta = 1 / beta. TRL: `sppo_hard`.
+    """
+    chosen_B, rejected_B = _log_ratios(policy, reference)
+    return (chosen_B - 0.5 / beta) ** 2 + (rejected_B + 0.5 / beta) ** 2
+
+
+def apo_zero(policy: Both, reference: Both, *, beta: float) -> Tensor:
+    """Raises the chosen and lowers the rejected response: for chosen answers better than the model's own,
+    D'Oosterlinck et al. 2408.06266 eq. 7. TRL: `apo_zero`.
+    """
+    chosen_B, rejected_B = _rewards(policy, reference, beta)
+    return torch.sigmoid(-chosen_B) + torch.sigmoid(rejected_B)
+
+
+def apo_down(policy: Both, reference: Both, *, beta: float) -> Tensor:
+    """Lowers both responses, the rejected one more: for chosen answers worse than the model's own,
+    D'Oosterlinck et al. 2408.06266 eq. 8. TRL: `apo_down`.
+    """
+    chosen_B, rejected_B = _rewards(policy, reference, beta)
+    return torch.sigmoid(chosen_B) + torch.sigmoid(rejected_B - chosen_B)
+
+
+def discopop(policy: Both, reference: Both, *, beta: float, tau: float) -> Tensor:
+    """Logistic and exponential loss mixed by the size of the margin, Lu et al. 2406.08414 eq. 5 (LRML).
+    TRL: `discopop`.
+    """
+    logits_B = beta * _margin(policy, reference)
+    mix_B = torch.sigmoid(logits_B / tau)
+    return (1 - mix_B) * -F.logsigmoid(logits_B) + mix_B * torch.exp(-logits_B)
+
+
+def hypo(policy: Both, reference: Both, *, beta: float) -> Tensor:
+    """DPO against max(gamma_ref, 0), so that a reference that prefers the wrong answer asks for no less than
+    none would, HyPO 2602.11902.
+    """
+    gamma_ref_B = reference.chosen - reference.rejected
+    return -F.logsigmoid(beta * (policy.chosen - policy.rejected - gamma_ref_B.clamp(min=0)))
+
+
+def odpo(policy: Both, reference: Both, ratings: Both, *, beta: float, alpha: float) -> Tensor:
+    """DPO whose margin must exceed an offset alpha * log(rating gap), Amini et al. 2402.10571 eq. 8.
+    ValueError where a chosen response is not rated above its rejected one.
+    """
+    gap_B = ratings.chosen - ratings.rejected
+    if not bool((gap_B > 0).all()):
+        raise ValueError(
+            "loss=odpo needs chosen responses rated above their rejected ones: drop the other pairs"
+        )
+    return -F.logsigmoid(beta * _margin(policy, reference) - alpha * gap_B.log())
+
+
+def simpo(policy: Both, lengths: Both, *, beta: float, target_margin: float) -> Tensor:
+    """Reference-free DPO on log-probs per token with a target margin (their gamma), Meng et al. 2405.14734
+    eq. 6. TRL's CPO: `simpo`.
+    """
+    per_token_B = policy.chosen / lengths.chosen - policy.rejected / lengths.rejected
+    return -F.logsigmoid(beta * per_token_B - target_margin)
+
+
+def cpo(policy: Both, lengths: Both, *, beta: float, alpha: float, over_tokens: str = "mean") -> Tensor:
+    """DPO against a uniform reference plus alpha times the chosen response's NLL, Xu et al. 2401.08417 eq. 5.
+
+    The equation sums the NLL over tokens (`over_tokens=sum`); the authors' code and TRL's CPO average it
+    (`mean`), over the batch's tokens where this averages over each response's.
+    """
+    nll_B = _over(over_tokens, -policy.chosen, lengths.chosen)
+    return -F.logsigmoid(beta * (policy.chosen - policy.rejected)) + alpha * nll_B
+
+
+def orpo(policy: Both, lengths: Both, *, beta: float) -> Tensor:
+    """NLL per token plus beta (their lambda) times the odds-ratio loss, Hong et al. 2403.07691 eq. 6-7.
+
+    TRL's ORPO takes the NLL over the prompt too; here, as in the paper, it is of the response alone.
+    """
+    chosen_B, rejected_B = policy.chosen / lengths.chosen, policy.rejected / lengths.rejected
+    log_odds_B = chosen_B - rejected_B - (_log1mexp(chosen_B) - _log1mexp(rejected_B))
+    return -chosen_B - beta * F.logsigmoid(log_odds_B)
+
+
+def dpop(policy: Both, reference: Both, *, beta: float, penalty: float) -> Tensor:
+    """DPO with a penalty (their lambda) where the chosen response falls below its reference, DPO-Positive,
+    Pal et al. 2402.13228 eq. 3.
+    """
+    chosen_B, rejected_B = _log_ratios(policy, reference)
+    return -F.logsigmoid(beta * (chosen_B - rejected_B - penalty * F.relu(-chosen_B)))
+
+
+def rpo(
+    policy: Both, reference: Both, lengths: Both, *, beta: float, alpha: float, over_tokens: str = "mean"
+) -> Tensor:
+    """DPO plus alpha times the chosen response's NLL.
+
+    `over_tokens=mean` is Pang et al. 2404.19733 eq. 1 (TRL: `sigmoid` and `sft`, weights 1 and alpha), who
+    divide by the prompt's tokens too; `sum` is Liu et al. 2405.16436, who go by the same name.
+    """
+    nll_B = _over(over_tokens, -policy.chosen, lengths.chosen)
+    return -F.logsigmoid(beta * _margin(policy, reference)) + alpha * nll_B
+
+
+def sft(policy: Both, lengths: Both, *, over_tokens: str = "mean") -> Tensor:
+    """The chosen response's NLL, per token or summed; the rejected response is not read. TRL's `sft` averages
+    over the tokens of a batch, which couples its pairs; `mean` here averages over one response's.
+    """
+    return _over(over_tokens, -policy.chosen, lengths.chosen)
+
+
+def _log_ratios(policy: Both, reference: Both) -> Both:
+    return Both(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
+
+
+def _rewards(policy: Both, reference: Both, beta: float) -> Both:
+    chosen_B, rejected_B = _log_ratios(policy, reference)
+    return Both(beta * chosen_B, beta * rejected_B)
+
+
+def _margin(policy: Both, reference: Both) -> Tensor:
+    """gamma_theta - gamma_ref, in this order: each gamma is a difference of numbers of like size."""
+    return (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
+
+
+def _over(over_tokens: str, logp_B: Tensor, tokens_B: Tensor) -> Tensor:
+    if over_tokens not in ("sum", "mean"):
+        raise ValueError(f"loss.over_tokens must be sum or mean, not {over_tokens}")
+    return logp_B / tokens_B if over_tokens == "mean" else logp_B
+
+
+def _log1mexp(logp_B: Tensor) -> Tensor:
+    """log(1 - exp(logp)): expm1 keeps it accurate where the probability is near one."""
+    return torch.log(-torch.expm1(logp_B))
+
+
+def _check_share(name: str, share: float) -> None:
+    if not 0 <= share < 0.5:
+        raise ValueError(f"loss.{name} must be at least 0 and below 0.5, not {share}")
