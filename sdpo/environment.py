@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ def environment() -> dict[str, dict]:
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for library in ("sdpo", *LIBRARIES):
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    versions: dict[str, str | None] = {"sdpo": project["version"], "python": platform.python_version()}
+    for library in LIBRARIES:
         try:
             versions[library] = version(library)
         except PackageNotFoundError:
@@ -61,7 +63,7 @@ def _cpu() -> str:
 
 
 def _gpus() -> list[str]:
-    """GPU names from the driver's own tool: torch would start CUDA in a process that is still going to fork."""
+    """GPU names from the driver's own tool: torch would start CUDA in a process that has yet to fork."""
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

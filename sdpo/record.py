@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +34,7 @@ class Recorder:
         self._lines = (folder / "metrics.jsonl").open("w", encoding="utf-8")
 
     def log(self, entry: Entry) -> None:
-        """Write an entry of kind `train`, `step` or `eval` as one line; ValueError where one is not finite."""
+        """Write an entry of kind `train`, `step` or `eval` as one line; ValueError if not finite."""
         flat = flatten(entry)
         bad = [name for name, value in flat.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
@@ -159,15 +158,19 @@ class Progress(tqdm):
     """A bar with pairs/s, tokens/s and the time left."""
 
     monitor_interval = 0  # tqdm's monitor is a thread, and arms are forked from a parent that has none
+    tokens = 0
 
     def advance(self, count: int, tokens: int = 0) -> None:
         """Move on by `count` units that held `tokens` tokens."""
-        if self.disable:
-            return
-        self.tokens = getattr(self, "tokens", 0) + tokens
-        if tokens:
-            self.set_postfix_str(f"{self.tokens / (time.time() - self.start_t):,.0f} tokens/s", refresh=False)
+        self.tokens += tokens
         self.update(count)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        fields = super().format_dict
+        if self.tokens:
+            fields["postfix"] = f"{self.tokens / fields['elapsed']:,.0f} tokens/s"
+        return fields
 
 
 def progress(total: int, description: str, unit: str = "pairs", quiet: bool = False) -> Progress:
