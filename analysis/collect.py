@@ -1,0 +1,196 @@
+"""From run folders and sweep folders to tidy pandas tables; the one place that reads what a run wrote.
+
+Each function takes any mix of run and sweep folders and returns one table. `runs` shows every run, the others
+those that ended. Every table begins with `run` (folder name), `arm` (label without seed) and `seed`, then has
+
+    runs        one row per run: sweep, done, headline_name, headline, headline_n, seconds, trained_steps,
+                reused_steps, model_key, folder, and one column `choices.<group>` per axis
+    steps       run x t (1..T): num_pairs, sources, first_loss, last_loss, gamma_ref_mean,
+                gamma_ref_negative_share, lambda_mean, lambda_std, reference_leverage, reused, seconds, key,
+                start, and reference (as "M_1" or "0.4 M_0 + 0.6 M_1")
+    measures    run x t (0 is S) x measure: measure (as recorded), source ("" for all), name (without source),
+                value, low, high (95 % over prompts or pairs), n; value is nan where undefined
+    train       run x t x update: loss, margin, lambda_mean, ..., and overall_update, counted over the run
+    trajectory  run x pair x model: id, source, held_out, chunk, model, t, update (-1 at a step's end), role,
+                chosen_logp, rejected_logp, seen, and gamma = chosen_logp - rejected_logp
+    pairs       run x pair: id, source, held_out, chunk (0: held out), score, token counts, ratings
+
+Sums of log-probabilities and gamma are in nats, seconds are wall-clock, and shares lie between 0 and 1.
+"""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import statistics
+
+Paths = tuple[Path | str, ...]
+
+
+def folders(*paths: Path | str) -> list[Path]:
+    """The run folders that `paths` are or hold, each once; `ValueError` where a path holds none."""
+    found = {}
+    for path in map(Path, paths):
+        inside = (
+            [path] if _is_run(path) else [folder for folder in sorted(path.glob("*/")) if _is_run(folder)]
+        )
+        if not inside:
+            raise ValueError(f"{path} is no run folder and holds none (a run folder has a manifest.json)")
+        found |= {folder.resolve(): folder for folder in inside}
+    return list(found.values())
+
+
+def declared(*paths: Path | str) -> dict:
+    """What the sweeps among `paths` declare: `runs` (names asked for) and `contrasts` ((arm, arm), ...)."""
+    sweeps = [_read(Path(path) / "sweep.json") for path in paths if (Path(path) / "sweep.json").is_file()]
+    pairs = [tuple(contrast) for sweep in sweeps for contrast in sweep.get("contrasts", [])]
+    names = [name for sweep in sweeps for name in sweep["runs"]]
+    return {"runs": names, "contrasts": list(dict.fromkeys(pairs))}
+
+
+def runs(*paths: Path | str) -> pd.DataFrame:
+    """One row per run, its choices and its headline; a run that did not end has no headline."""
+    return pd.DataFrame([_run(folder) for folder in folders(*paths)])
+
+
+def steps(*paths: Path | str) -> pd.DataFrame:
+    """One row per sDPO step of each run: what it trained on, its reference, and how it began and ended."""
+    return _stack(paths, _steps)
+
+
+def measures(*paths: Path | str) -> pd.DataFrame:
+    """Every evaluation of S (t = 0) and of each M_t, long: one row per measure."""
+    return _stack(paths, _measures)
+
+
+def train(*paths: Path | str) -> pd.DataFrame:
+    """Every logged update."""
+    return _stack(paths, _train)
+
+
+def trajectory(*paths: Path | str) -> pd.DataFrame:
+    """Summed log-probabilities of each recorded pair under each model, as policy and as reference."""
+    return _stack(paths, _trajectory)
+
+
+def pairs(*paths: Path | str) -> pd.DataFrame:
+    """Every pair of each run with its chunk (0: held out), score, lengths and ratings."""
+    return _stack(paths, lambda folder: pd.read_parquet(folder / "pairs.parquet"))
+
+
+def by_arm(table: pd.DataFrame, keys: list[str], column: str = "value") -> pd.DataFrame:
+    """Mean and interval of `column` over seeds, per arm and `keys`: arm, keys, value, low, high, seeds.
+
+    Where an arm has one seed the intervals of its own evaluation (`low`, `high`), if any, are kept.
+    """
+    summary = statistics.by_group(table, ["arm", *keys], column)
+    if {"low", "high"} <= set(table) and column == "value":
+        own = table.drop_duplicates(["arm", *keys], keep=False).set_index(["arm", *keys])
+        alone = pd.MultiIndex.from_frame(summary[["arm", *keys]])
+        for side in ("low", "high"):
+            summary[side] = summary[side].fillna(pd.Series(own[side].reindex(alone).to_numpy()))
+    return summary
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
+
+
+def _ended(folder: Path) -> bool:
+    return (folder / "summary.json").is_file()
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _stack(paths: Paths, read) -> pd.DataFrame:
+    """The tables of all runs under each other, each row named by its run, arm and seed."""
+    ended = [folder for folder in folders(*paths) if _ended(folder)]
+    if not ended:
+        raise ValueError(
+            f"no run in {', '.join(map(str, paths))} has ended (a summary.json is written at the end)"
+        )
+    tables = []
+    for folder in ended:
+        manifest, table = _read(folder / "manifest.json"), read(folder)
+        for i, name in enumerate(("run", "arm", "seed")):
+            table.insert(i, name, manifest[name])
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _run(folder: Path) -> dict:
+    manifest = _read(folder / "manifest.json")
+    summary = _read(folder / "summary.json") if _ended(folder) else {}
+    headline = summary.get("headline", {})
+    return {
+        **{name: manifest[name] for name in ("run", "arm", "seed", "sweep")},
+        "done": _ended(folder),
+        "headline_name": headline.get("name"),
+        "headline": headline.get("value", float("nan")),
+        "headline_n": headline.get("n"),
+        **{name: summary.get(name) for name in ("seconds", "trained_steps", "reused_steps")},
+        "model_key": manifest["model_key"],
+        "folder": folder,
+        **{f"choices.{axis}": option for axis, option in manifest["choices"].items()},
+    }
+
+
+def _lines(folder: Path, kind: str) -> list[dict]:
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
+        entries = [json.loads(line) for line in file]
+    return [entry for entry in entries if entry.pop("kind") == kind]
+
+
+def _steps(folder: Path) -> pd.DataFrame:
+    manifest = _read(folder / "manifest.json")
+    names = {manifest["model_key"]: "M_0"} | {step["key"]: f"M_{step['t']}" for step in manifest["steps"]}
+    lineage = pd.DataFrame(
+        {
+            "t": step["t"],
+            "key": step["key"],
+            "start": names.get(step["start"], step["start"][:8]),
+            "reference": ", ".join(dict.fromkeys(_mixture(w["weights"], names) for w in step["windows"])),
+        }
+        for step in manifest["steps"]
+    )
+    return pd.DataFrame(_lines(folder, "step")).merge(lineage, on="t", how="left")
+
+
+def _mixture(weights: dict[str, float], names: dict[str, str]) -> str:
+    """The weights of a reference as a sum of models: "M_1", or "0.4 M_0 + 0.6 M_1"."""
+    terms = [(names.get(key, key[:8]), coefficient) for key, coefficient in weights.items()]
+    return " + ".join(
+        name if coefficient == 1 else f"{coefficient:.3g} {name}" for name, coefficient in terms
+    )
+
+
+def _measures(folder: Path) -> pd.DataFrame:
+    rows = [
+        {"t": entry["t"], **_parts(measure), **numbers}
+        for entry in _lines(folder, "eval")
+        for measure, numbers in entry["eval"].items()
+    ]
+    return pd.DataFrame(rows).astype({"value": float, "low": float, "high": float})
+
+
+def _parts(measure: str) -> dict[str, str]:
+    """`preference/<source>/gamma` -> source and `preference/gamma`; other suites have no sources."""
+    suite, _, rest = measure.partition("/")
+    source, _, name = rest.rpartition("/") if suite == "preference" else ("", "", rest)
+    return {"measure": measure, "source": source, "name": f"{suite}/{name}"}
+
+
+def _train(folder: Path) -> pd.DataFrame:
+    table = pd.DataFrame(_lines(folder, "train"))
+    last = table.groupby("t")["update"].max()
+    before = last.cumsum().shift(fill_value=0)
+    table.insert(2, "overall_update", table["update"] + table["t"].map(before))
+    return table
+
+
+def _trajectory(folder: Path) -> pd.DataFrame:
+    table = pd.read_parquet(folder / "trajectory.parquet")
+    return table.assign(gamma=table["chosen_logp"] - table["rejected_logp"])
