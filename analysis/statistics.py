@@ -36,7 +36,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 
 def by_group(frame: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
-    """`over_seeds` of `column` for each group of `keys` in order of appearance: keys, value, low, high, seeds."""
+    """`over_seeds` of `column` for each group of `keys`, as they appear: keys, value, low, high, seeds."""
     rows = [
         (*key, *over_seeds(group[column])) for key, group in frame.groupby(keys, sort=False, dropna=False)
     ]

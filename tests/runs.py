@@ -1,4 +1,4 @@
-"""Synthetic run and sweep folders for the tests of analysis/: the layout of real ones, with invented numbers."""
+"""Synthetic run and sweep folders for the tests of analysis/: the layout of real ones, invented numbers."""
 
 import json
 from pathlib import Path
@@ -181,7 +181,7 @@ def _evaluation(t, num_steps, gold, rng):
 
 
 def _trajectory(pairs, num_steps, rng):
-    """Each model as policy on all pairs (also in the middle of a step), each reference on its step's chunk."""
+    """Each model as policy on all pairs (also halfway through a step), each reference on its step's chunk."""
     ability = dict(zip(pairs["id"], rng.normal(0, 4, len(pairs)), strict=True))
     tables = []
     for t in range(num_steps + 1):

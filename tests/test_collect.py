@@ -1,4 +1,4 @@
-"""Tidy tables from synthetic run and sweep folders: the numbers of the files, under the written-down names."""
+"""Tidy tables from synthetic run and sweep folders: the files' numbers, under the written-down names."""
 
 import json
 
