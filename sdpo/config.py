@@ -5,41 +5,58 @@ tune, evaluate) stay dictionaries of `name:` plus keyword arguments, which `choo
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 Settings = dict[str, Any]
 
 
+def one_of(*choices: Any, default: Any = NO_DEFAULT) -> Any:
+    """A field that takes one of `choices`, the first unless `default` says otherwise."""
+    return field(default=choices[0] if default is NO_DEFAULT else default, metadata={"choices": choices})
+
+
+def at_least(low: float, default: float, high: float = inf) -> Any:
+    """A field that holds a number from `low` to `high`, both included."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def share(default: float) -> Any:
+    """A field that holds a number from 0 to 1."""
+    return at_least(0, default, 1)
+
+
 @dataclass
 class Optim:
-    lr: float = 5e-7
-    schedule: str = "linear"  # linear | cosine | constant, after the warm-up
-    warmup: float = 0.1  # share of a step's updates
+    lr: float = at_least(0, 5e-7)
+    schedule: str = one_of("linear", "cosine", "constant")  # after the warm-up
+    warmup: float = share(0.1)  # of a step's updates
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 0.0
-    clip: float = 1.0  # largest gradient norm
-    epochs: int = 1  # passes over a chunk
-    pairs_per_update: int = 32  # over all ranks
+    weight_decay: float = at_least(0, 0.0)
+    clip: float = at_least(0, 1.0)  # largest gradient norm
+    epochs: int = at_least(1, 1)  # passes over a chunk
+    pairs_per_update: int = at_least(1, 32)  # over all ranks
 
 
 @dataclass
 class LabModel:
-    width: int = 64
-    layers: int = 3
-    heads: int = 4
+    width: int = at_least(1, 64)
+    layers: int = at_least(1, 3)
+    heads: int = at_least(1, 4)
 
 
 @dataclass
 class Model:
-    name: str = MISSING  # lab | local | hub
+    name: str = one_of("lab", "local", "hub", default=MISSING)
     path: str | None = None  # a folder (local) or a repository name (hub)
     revision: str | None = None
     trust_remote_code: bool = False
@@ -51,61 +68,63 @@ class Model:
 @dataclass
 class LabSource:
     sampler: str = "teacher"  # teacher | on_policy | edits
-    num_pairs: int = 1000
-    temperature: float = 0.0  # of the Bradley-Terry judge; 0 is the exact judge
+    num_pairs: int = at_least(1, 1000)
+    temperature: float = at_least(0, 0.0)  # of the Bradley-Terry judge; 0 is the exact judge
     filler_bonus: float = 0.0  # what the judge adds per filler character
-    flipped: float = 0.0  # share of pairs whose label is turned round
+    flipped: float = share(0.0)  # of the pairs: their label is turned round
     families: list[str] = field(default_factory=list)  # empty: all
 
 
 @dataclass
 class LabData:
-    num_demonstrations: int = 20000
-    num_held_out: int = 300  # pairs per source
-    num_prompts: int = 256  # prompts of the gold evaluation
-    num_samples: int = 4  # answers per prompt
-    prompts: str = "test"  # dev | test: which gold prompts the headline is measured on
+    num_demonstrations: int = at_least(1, 20000)
+    num_held_out: int = at_least(1, 300)  # pairs per source
+    num_prompts: int = at_least(1, 256)  # prompts of the gold evaluation
+    num_samples: int = at_least(1, 4)  # answers per prompt
+    prompts: str = one_of("test", "dev")  # which gold prompts the headline is measured on
     sources: dict[str, LabSource] = field(default_factory=dict)
 
 
 @dataclass
 class Data:
-    name: str = MISSING  # lab | local | hub
-    train: list[str] = field(default_factory=list)  # files (local); `name`, `name:split` or `name/config:split` (hub)
+    name: str = one_of("lab", "local", "hub", default=MISSING)
+    train: list[str] = field(
+        default_factory=list
+    )  # files (local); `name`, `name:split` or `name/config:split` (hub)
     held_out: list[str] = field(default_factory=list)
-    held_out_share: float = 0.05  # share of prompts held out where no held_out is given
+    held_out_share: float = share(0.05)  # of the prompts, held out where no held_out is given
     revisions: dict[str, str] = field(default_factory=dict)  # hub: data set name -> revision
     columns: dict[str, str] = field(default_factory=dict)  # ours -> theirs, for unknown layouts
-    source_from: str = "file"  # file | row
-    on_bad_row: str = "error"  # error | skip
-    template: str | None = None  # null: the tokenizer's own; or alpaca | zephyr | chatml | plain
-    max_tokens: int = 1024
-    on_long: str = "error"  # error | drop | truncate_prompt | truncate_response
+    source_from: str = one_of("file", "row")
+    on_bad_row: str = one_of("error", "skip")
+    template: str | None = one_of(None, "alpaca", "zephyr", "chatml", "plain")  # null: the tokenizer's own
+    max_tokens: int = at_least(2, 1024)
+    on_long: str = one_of("error", "drop", "truncate_prompt", "truncate_response")
     seed: int = 0  # governs the held-out share and the laboratory's pairs
     lab: LabData = field(default_factory=LabData)
 
 
 @dataclass
 class Deepspeed:
-    stage: int | None = None  # null: plain PyTorch; else ZeRO stage 1, 2 or 3
+    stage: int | None = one_of(None, 1, 2, 3)  # null: plain PyTorch; else the ZeRO stage
     offload: bool = False  # optimiser state on the host
 
 
 @dataclass
 class Launch:
-    ranks: int = 1
-    threads: int = 1  # per rank
-    device: str = "auto"  # auto | cpu | cuda
-    tokens_per_pack: int = 8192  # micro-batches are cut by this many unique tokens
-    checkpoint_minutes: float = 10.0  # between checkpoints inside a step
+    ranks: int = at_least(1, 1)
+    threads: int = at_least(1, 1)  # per rank
+    device: str = one_of("auto", "cpu", "cuda")
+    tokens_per_pack: int = at_least(1, 8192)  # micro-batches are cut by this many unique tokens
+    checkpoint_minutes: float = at_least(0, 10.0)  # between checkpoints inside a step
 
 
 @dataclass
 class Record:
     wandb: bool = False
     project: str = "sdpo"
-    mode: str = "offline"  # offline | online
-    every: int = 1  # updates between logged lines
+    mode: str = one_of("offline", "online")
+    every: int = at_least(1, 1)  # updates between logged lines
 
 
 @dataclass
@@ -115,16 +134,125 @@ class Config:
     split: Settings = field(default_factory=dict)
     score: Settings = field(default_factory=dict)
     reference: Settings = field(default_factory=dict)
-    start: str = "previous"  # previous | initial
+    start: str = one_of("previous", "initial")
     loss: Settings = field(default_factory=dict)
     tune: Settings = field(default_factory=dict)
     optim: Optim = field(default_factory=Optim)
     deepspeed: Deepspeed = field(default_factory=Deepspeed)
-    precision: str = "fp32"  # fp32 | bf16
-    save_dtype: str = "fp32"  # fp32 | bf16: how M_t is kept
+    precision: str = one_of("fp32", "bf16")
+    save_dtype: str = one_of("fp32", "bf16")  # how M_t is kept
     evaluate: dict[str, Settings] = field(default_factory=dict)
     record: Record = field(default_factory=Record)
     launch: Launch = field(default_factory=Launch)
     seed: int = 0  # governs order, random splits, adapters and sampling
     steps: dict[int, Settings] = field(default_factory=dict)  # per-step overrides
     plan: bool = False
+
+
+PER_STEP = ("optim", "loss", "reference", "start")  # what steps.<t> may override
+
+
+def from_composed(composed: DictConfig | dict) -> Config:
+    """The typed configuration: unknown keys (also those forced in with ++), wrong types and values are ValueErrors."""
+    try:
+        given = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
+        given["steps"] = {_step_number(t): changes for t, changes in (given.get("steps") or {}).items()}
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
+    except OmegaConfBaseException as error:
+        raise ValueError(sentence(error)) from error
+    _check(config)
+    for t in config.steps:
+        for_step(config, t)
+    return config
+
+
+def load(path: Path) -> Config:
+    """The configuration that a run folder keeps in config.yaml."""
+    return from_composed(OmegaConf.load(path))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as text; equal configurations give equal text, and `load` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def for_step(config: Config, t: int) -> Config:
+    """The configuration with the overrides of step `t` merged in."""
+    changes = config.steps.get(t, {})
+    if extra := set(changes) - set(PER_STEP):
+        raise ValueError(f"steps.{t}.{min(extra)}: a step can change {', '.join(PER_STEP)}, nothing else")
+    try:
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), changes))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"steps.{t}: {sentence(error)}") from error
+    _check(merged, f"steps.{t}.")
+    return merged
+
+
+def choose(room: ModuleType, settings: Settings) -> Callable:
+    """The function of `room` called settings["name"], with its keyword-only arguments filled in."""
+    given = dict(settings)
+    name = given.pop("name", None)
+    if name not in variants(room):
+        raise ValueError(f"{room.__name__} has no {name!r}; it has {', '.join(variants(room))}")
+    function = variants(room)[name]
+    wanted = [
+        (p.name, p.annotation, field(default=MISSING if p.default is p.empty else p.default))
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+    ]
+    try:
+        filled = OmegaConf.merge(OmegaConf.structured(make_dataclass(name, wanted)), given)
+        return partial(function, **OmegaConf.to_container(filled, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{room.__name__}.{name}: {sentence(error)}") from error
+
+
+def variants(room: ModuleType) -> dict[str, Callable]:
+    """The public functions that `room` itself defines: the options of its axis."""
+    return {
+        name: value
+        for name, value in vars(room).items()
+        if inspect.isfunction(value) and value.__module__ == room.__name__ and not name.startswith("_")
+    }
+
+
+def needs(function: Callable) -> list[str]:
+    """The names of the data that a room's function reads: its positional parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+
+
+def sentence(error: OmegaConfBaseException) -> str:
+    """One line for the user: the key that is wrong, and what exists."""
+    if isinstance(error, ConfigKeyError) and error.parent_node is not None:
+        parent = error.parent_node._get_full_key(None) or "the configuration"
+        return f"unknown key {error.full_key}; {parent} has {', '.join(map(str, error.parent_node))}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value; set {error.full_key}=..."
+    return f"{error.full_key}: {str(error).splitlines()[0]}" if error.full_key else str(error).splitlines()[0]
+
+
+def _step_number(key: Any) -> int:
+    if not str(key).isdigit() or int(key) < 1:
+        raise ValueError(f"steps.{key}: steps are counted from 1, as in +steps.2.optim.lr=1e-6")
+    return int(key)
+
+
+def _check(node: Any, prefix: str = "") -> None:
+    """Raise a ValueError for the first value outside what its field's metadata allows."""
+    for f in fields(node):
+        value, key = getattr(node, f.name), prefix + f.name
+        if "choices" in f.metadata and value not in f.metadata["choices"]:
+            choices = ", ".join("null" if c is None else str(c) for c in f.metadata["choices"])
+            raise ValueError(f"{key} is {value!r}; it can be {choices}")
+        if "low" in f.metadata and not f.metadata["low"] <= value <= f.metadata["high"]:
+            raise ValueError(f"{key} is {value}; it must be {_range(f.metadata['low'], f.metadata['high'])}")
+        inner = value if isinstance(value, dict) else {None: value}
+        for name, child in inner.items():
+            if is_dataclass(child):
+                _check(child, f"{key}." if name is None else f"{key}.{name}.")
+
+
+def _range(low: float, high: float) -> str:
+    return f"at least {low}" if high == inf else f"from {low} to {high}"
