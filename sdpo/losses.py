@@ -1,12 +1,14 @@
 """Preference losses: one function of one pair's summed log-probabilities, lengths and ratings.
 
 The positional parameters say what a loss reads, each a `Both` [B]: `policy` and `reference`, summed response
-log-probs in nats; `lengths`, response tokens; `ratings`, a judge's. Every loss returns one value per pair [B],
+log-probs in nats; `lengths`, response tokens; `ratings`, a judge's. A loss returns one value per pair [B],
 and no pair's value depends on another's, so that accumulation never changes a result.
 
 Shape suffixes: B pairs.
 """
 
+import math
+from enum import StrEnum
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,13 @@ class Both(NamedTuple):
     rejected: Tensor
 
 
+class OverTokens(StrEnum):
+    """How a response's log-prob is taken over its tokens."""
+
+    sum = "sum"
+    mean = "mean"
+
+
 def dpo(policy: Both, reference: Both, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """-log sigmoid(beta * margin), Rafailov et al. 2305.18290 eq. 7; `label_smoothing` is the chance that a
     label is turned round (cDPO, Mitchell 2023). TRL: `sigmoid`, which has no smoothing.
@@ -32,7 +41,7 @@ def dpo(policy: Both, reference: Both, *, beta: float, label_smoothing: float = 
 
 def robust(policy: Both, reference: Both, *, beta: float, label_smoothing: float) -> Tensor:
     """DPO made unbiased under labels that are turned round with chance `label_smoothing`, Chowdhury et al.
-    2403.00409 eq. 12. TRL: `robust`.
+    2403.00409. TRL: `robust`.
     """
     _check_share("label_smoothing", label_smoothing)
     logits_B = beta * _margin(policy, reference)
@@ -41,7 +50,9 @@ def robust(policy: Both, reference: Both, *, beta: float, label_smoothing: float
     return (flipped_B - kept_B) / (1 - 2 * label_smoothing)
 
 
-def ipo(policy: Both, reference: Both, lengths: Both, *, beta: float, over_tokens: str = "mean") -> Tensor:
+def ipo(
+    policy: Both, reference: Both, lengths: Both, *, beta: float, over_tokens: OverTokens = OverTokens.mean
+) -> Tensor:
     """(margin - 1 / (2 beta))^2, Azar et al. 2310.12036 eq. 17, their tau being beta.
 
     Two losses go by this name: `over_tokens=sum` is the equation as printed; `over_tokens=mean` divides each
@@ -67,13 +78,13 @@ def exo(policy: Both, reference: Both, *, beta: float, label_smoothing: float) -
     if label_smoothing == 0:
         raise ValueError("loss.label_smoothing must be above 0 for exo, whose loss is infinite without it")
     logits_B = beta * _margin(policy, reference)
-    label = torch.tensor([1 - label_smoothing, label_smoothing], dtype=logits_B.dtype).log().tolist()
     won_B, lost_B = F.logsigmoid(logits_B), F.logsigmoid(-logits_B)
-    return won_B.exp() * (won_B - label[0]) + lost_B.exp() * (lost_B - label[1])
+    kept_B = won_B.exp() * (won_B - math.log1p(-label_smoothing))
+    return kept_B + lost_B.exp() * (lost_B - math.log(label_smoothing))
 
 
 def nca(policy: Both, reference: Both, *, beta: float) -> Tensor:
-    """Noise-contrastive alignment for pairs, Chen et al. 2402.05369 eq. 12. TRL: `nca_pair`."""
+    """Noise-contrastive alignment for pairs, Chen et al. 2402.05369. TRL: `nca_pair`."""
     chosen_B, rejected_B = _rewards(policy, reference, beta)
     return -F.logsigmoid(chosen_B) - 0.5 * F.logsigmoid(-chosen_B) - 0.5 * F.logsigmoid(-rejected_B)
 
@@ -120,7 +131,7 @@ def hypo(policy: Both, reference: Both, *, beta: float) -> Tensor:
 
 
 def odpo(policy: Both, reference: Both, ratings: Both, *, beta: float, alpha: float) -> Tensor:
-    """DPO whose margin must exceed an offset alpha * log(rating gap), Amini et al. 2402.10571 eq. 8.
+    """DPO whose margin must exceed an offset alpha * log(rating gap), Amini et al. 2402.10571.
     ValueError where a chosen response is not rated above its rejected one.
     """
     gap_B = ratings.chosen - ratings.rejected
@@ -132,17 +143,19 @@ def odpo(policy: Both, reference: Both, ratings: Both, *, beta: float, alpha: fl
 
 
 def simpo(policy: Both, lengths: Both, *, beta: float, target_margin: float) -> Tensor:
-    """Reference-free DPO on log-probs per token with a target margin (their gamma), Meng et al. 2405.14734
-    eq. 6. TRL's CPO: `simpo`.
+    """Reference-free DPO on log-probs per token with a target margin (their gamma), Meng et al. 2405.14734.
+    TRL's CPO: `simpo`.
     """
     per_token_B = policy.chosen / lengths.chosen - policy.rejected / lengths.rejected
     return -F.logsigmoid(beta * per_token_B - target_margin)
 
 
-def cpo(policy: Both, lengths: Both, *, beta: float, alpha: float, over_tokens: str = "mean") -> Tensor:
-    """DPO against a uniform reference plus alpha times the chosen response's NLL, Xu et al. 2401.08417 eq. 5.
+def cpo(
+    policy: Both, lengths: Both, *, beta: float, alpha: float, over_tokens: OverTokens = OverTokens.mean
+) -> Tensor:
+    """DPO against a uniform reference plus alpha times the chosen response's NLL, Xu et al. 2401.08417.
 
-    The equation sums the NLL over tokens (`over_tokens=sum`); the authors' code and TRL's CPO average it
+    The paper sums the NLL over tokens (`over_tokens=sum`); the authors' code and TRL's CPO average it
     (`mean`), over the batch's tokens where this averages over each response's.
     """
     nll_B = _over(over_tokens, -policy.chosen, lengths.chosen)
@@ -150,7 +163,7 @@ def cpo(policy: Both, lengths: Both, *, beta: float, alpha: float, over_tokens: 
 
 
 def orpo(policy: Both, lengths: Both, *, beta: float) -> Tensor:
-    """NLL per token plus beta (their lambda) times the odds-ratio loss, Hong et al. 2403.07691 eq. 6-7.
+    """NLL per token plus beta (their lambda) times the odds-ratio loss, Hong et al. 2403.07691 eq. 4, 7.
 
     TRL's ORPO takes the NLL over the prompt too; here, as in the paper, it is of the response alone.
     """
@@ -161,25 +174,31 @@ def orpo(policy: Both, lengths: Both, *, beta: float) -> Tensor:
 
 def dpop(policy: Both, reference: Both, *, beta: float, penalty: float) -> Tensor:
     """DPO with a penalty (their lambda) where the chosen response falls below its reference, DPO-Positive,
-    Pal et al. 2402.13228 eq. 3.
+    Pal et al. 2402.13228.
     """
     chosen_B, rejected_B = _log_ratios(policy, reference)
     return -F.logsigmoid(beta * (chosen_B - rejected_B - penalty * F.relu(-chosen_B)))
 
 
 def rpo(
-    policy: Both, reference: Both, lengths: Both, *, beta: float, alpha: float, over_tokens: str = "mean"
+    policy: Both,
+    reference: Both,
+    lengths: Both,
+    *,
+    beta: float,
+    alpha: float,
+    over_tokens: OverTokens = OverTokens.mean,
 ) -> Tensor:
     """DPO plus alpha times the chosen response's NLL.
 
-    `over_tokens=mean` is Pang et al. 2404.19733 eq. 1 (TRL: `sigmoid` and `sft`, weights 1 and alpha), who
+    `over_tokens=mean` is Pang et al. 2404.19733 (TRL: `sigmoid` and `sft`, weights 1 and alpha), who
     divide by the prompt's tokens too; `sum` is Liu et al. 2405.16436, who go by the same name.
     """
     nll_B = _over(over_tokens, -policy.chosen, lengths.chosen)
     return -F.logsigmoid(beta * _margin(policy, reference)) + alpha * nll_B
 
 
-def sft(policy: Both, lengths: Both, *, over_tokens: str = "mean") -> Tensor:
+def sft(policy: Both, lengths: Both, *, over_tokens: OverTokens = OverTokens.mean) -> Tensor:
     """The chosen response's NLL, per token or summed; the rejected response is not read. TRL's `sft` averages
     over the tokens of a batch, which couples its pairs; `mean` here averages over one response's.
     """
@@ -200,10 +219,8 @@ def _margin(policy: Both, reference: Both) -> Tensor:
     return (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
 
 
-def _over(over_tokens: str, logp_B: Tensor, tokens_B: Tensor) -> Tensor:
-    if over_tokens not in ("sum", "mean"):
-        raise ValueError(f"loss.over_tokens must be sum or mean, not {over_tokens}")
-    return logp_B / tokens_B if over_tokens == "mean" else logp_B
+def _over(over_tokens: OverTokens, logp_B: Tensor, tokens_B: Tensor) -> Tensor:
+    return logp_B / tokens_B if OverTokens(over_tokens) is OverTokens.mean else logp_B
 
 
 def _log1mexp(logp_B: Tensor) -> Tensor:

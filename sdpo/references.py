@@ -1,8 +1,8 @@
 """Reference rules: when a step's reference moves, and which models it is made of.
 
 A rule gets the step (from 1) and its number of updates and returns windows that cover them: how many updates
-each lasts and its weights as {handle: coefficient}, which sum to 1. Handles: `M_0` .. `M_{t-1}` (what the steps
-produced; `M_0` is S), `policy` (as it is at the window's start), `reference` (the last window's), `external`.
+each lasts and its weights as {handle: coefficient}, which sum to 1. Handles: `M_0` .. `M_{t-1}` (S and what
+the steps produced), `policy` (as at the window's start), `reference` (the last window's) and `external`.
 Windows count from a step's first update.
 """
 

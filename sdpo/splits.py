@@ -7,6 +7,8 @@ equal chunks. Rows with one `prompt` key always share a chunk. ValueError where 
 
 import json
 from collections.abc import Hashable
+from enum import StrEnum
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,27 @@ class Row(NamedTuple):
     source: str
     prompt: Hashable  # pairs with equal keys share a chunk
     tokens: int  # that pass through the network in training
+
+
+class Level(StrEnum):
+    """What is put in order."""
+
+    source = "source"
+    pair = "pair"
+
+
+class Measure(StrEnum):
+    """How easy a source is: the share of its scores above 0 (ties count half), or their mean."""
+
+    accuracy = "accuracy"
+    mean = "mean"
+
+
+class Equal(StrEnum):
+    """What chunks have equally much of."""
+
+    pairs = "pairs"
+    tokens = "tokens"
 
 
 Chunks = list[list[str]]
@@ -39,30 +62,28 @@ def by_source(rows: list[Row], *, order: list[str] | None = None) -> Chunks:
     order = order or sources
     if sorted(order) != sorted(sources):
         raise ValueError(f"split.order is {order}, but the sources are {sources}: name each of them once")
-    return _ordered_sources(rows, order, len(order), "pairs")
+    return _ordered_sources(rows, order, len(order))
 
 
 def easy_to_hard(
     rows: list[Row],
     scores: dict[str, float],
     *,
-    level: str = "source",
+    level: Level = Level.source,
     num_chunks: int | None = None,
-    equal: str = "pairs",
-    measure: str = "accuracy",
+    equal: Equal = Equal.pairs,
+    measure: Measure = Measure.accuracy,
 ) -> Chunks:
     """Chunks of falling ease, by source (2403.19270 v2: sources sorted by reward accuracy) or by pair.
 
-    A source is as easy as its `measure`: `accuracy`, the share of its scores above 0 (ties count half), or
-    their `mean`; equal ones are told apart by the mean, then by name. Pairs that share a prompt count as one,
-    of mean score. `num_chunks` null is the number of sources; neighbours are joined where it is less. Chunks
-    are `equal` in pairs or tokens, as far as what must stay together allows.
+    Sources of equal `measure` are told apart by the mean, then by name; pairs that share a prompt count as
+    one, of mean score. `num_chunks` null is the number of sources; neighbours are joined where it is less.
+    Chunks are `equal` as far as what must stay together allows.
     """
-    num_chunks = num_chunks or len({row.source for row in rows})
-    if level == "source":
+    if num_chunks is None:
+        num_chunks = len({row.source for row in rows})
+    if Level(level) is Level.source:
         return _ordered_sources(rows, _easiest_sources(rows, scores, measure), num_chunks, equal)
-    if level != "pair":
-        raise ValueError(f"split.level must be source or pair, not {level}")
     units = sorted(_units(rows), key=lambda unit: -np.mean([scores[row.id] for row in unit]))
     return _in_row_order(rows, _cut(units, _equal_shares(num_chunks), equal))
 
@@ -71,10 +92,10 @@ def hard_to_easy(
     rows: list[Row],
     scores: dict[str, float],
     *,
-    level: str = "source",
+    level: Level = Level.source,
     num_chunks: int | None = None,
-    equal: str = "pairs",
-    measure: str = "accuracy",
+    equal: Equal = Equal.pairs,
+    measure: Measure = Measure.accuracy,
 ) -> Chunks:
     """The chunks of `easy_to_hard`, in reverse: the order that 2403.19270 did not run."""
     settings = {"level": level, "num_chunks": num_chunks, "equal": equal, "measure": measure}
@@ -84,7 +105,7 @@ def hard_to_easy(
 def random(rows: list[Row], seed: int, *, num_chunks: int) -> Chunks:
     """Chunks of equal size drawn at random (2403.19270 v2, Table 3)."""
     units = _shuffled(_units(rows), np.random.default_rng(seed))
-    return _in_row_order(rows, _cut(units, _equal_shares(num_chunks), "pairs"))
+    return _in_row_order(rows, _cut(units, _equal_shares(num_chunks)))
 
 
 def stratified(rows: list[Row], seed: int, *, num_chunks: int, shares: list[float] | None = None) -> Chunks:
@@ -98,10 +119,8 @@ def stratified(rows: list[Row], seed: int, *, num_chunks: int, shares: list[floa
     strata: dict[str, list[Unit]] = {}
     for unit in _units(rows):
         strata.setdefault(unit[0].source, []).append(unit)
-    parts = [
-        _cut(_shuffled(strata[source], rng), shares, "pairs", f"source {source}") for source in sorted(strata)
-    ]
-    return _in_row_order(rows, [sum(pieces, []) for pieces in zip(*parts, strict=True)])
+    parts = [_cut(_shuffled(strata[source], rng), shares, of=f"source {source}") for source in sorted(strata)]
+    return _in_row_order(rows, [list(chain(*pieces)) for pieces in zip(*parts, strict=True)])
 
 
 def repeat(rows: list[Row], *, num: int) -> Chunks:
@@ -136,19 +155,19 @@ def _shuffled(units: list[Unit], rng: np.random.Generator) -> list[Unit]:
     return [units[i] for i in rng.permutation(len(units))]
 
 
-def _easiest_sources(rows: list[Row], scores: dict[str, float], measure: str) -> list[str]:
-    if measure not in ("accuracy", "mean"):
-        raise ValueError(f"split.measure must be accuracy or mean, not {measure}")
+def _easiest_sources(rows: list[Row], scores: dict[str, float], measure: Measure) -> list[str]:
     by_source: dict[str, list[float]] = {}
     for row in sorted(rows):
         by_source.setdefault(row.source, []).append(scores[row.id])
     mean = {source: float(np.mean(values)) for source, values in by_source.items()}
     accuracy = {source: float(np.mean(np.sign(values))) for source, values in by_source.items()}
-    first = accuracy if measure == "accuracy" else mean
+    first = accuracy if Measure(measure) is Measure.accuracy else mean
     return sorted(by_source, key=lambda source: (-first[source], -mean[source], source))
 
 
-def _ordered_sources(rows: list[Row], order: list[str], num_chunks: int, equal: str) -> Chunks:
+def _ordered_sources(
+    rows: list[Row], order: list[str], num_chunks: int, equal: Equal = Equal.pairs
+) -> Chunks:
     """Chunks of whole sources; a prompt of several sources goes to the first of them."""
     rank = {source: i for i, source in enumerate(order)}
     merged: list[Unit] = [[] for _ in order]
@@ -160,7 +179,7 @@ def _ordered_sources(rows: list[Row], order: list[str], num_chunks: int, equal: 
                 f"every prompt of source {source} is in an earlier source too, so its chunk would be empty: "
                 "leave the source out, or set split.disjoint_prompts=false"
             )
-    return _in_row_order(rows, _cut(merged, _equal_shares(num_chunks), equal, "the sources"))
+    return _in_row_order(rows, _cut(merged, _equal_shares(num_chunks), equal))
 
 
 def _equal_shares(num_chunks: int) -> list[float]:
@@ -169,24 +188,22 @@ def _equal_shares(num_chunks: int) -> list[float]:
     return [1 / num_chunks] * num_chunks
 
 
-def _cut(units: list[Unit], shares: list[float], equal: str, of: str = "the data") -> list[list[Row]]:
+def _cut(
+    units: list[Unit], shares: list[float], equal: Equal = Equal.pairs, of: str = "the data"
+) -> list[list[Row]]:
     """Consecutive chunks as near to their shares of pairs or tokens as whole units allow, none empty."""
-    if equal not in ("pairs", "tokens"):
-        raise ValueError(f"split.equal must be pairs or tokens, not {equal}")
     if len(units) < len(shares):
         raise ValueError(
             f"{len(shares)} chunks were asked for, but {of} can be cut into {len(units)} at most "
             f"({sum(map(len, units))} pairs; pairs that share a prompt stay together): lower split.num_chunks"
         )
-    sizes = [len(unit) if equal == "pairs" else sum(row.tokens for row in unit) for unit in units]
-    ends = np.cumsum(sizes)
-    chunks, begin = [], 0
-    for i, target in enumerate(np.cumsum(shares) * ends[-1]):
-        nearest = int(np.argmin(np.abs(ends - target))) + 1
-        end = min(max(nearest, begin + 1), len(units) - (len(shares) - 1 - i))
-        chunks.append([row for unit in units[begin:end] for row in unit])
-        begin = end
-    return chunks
+    by_pairs = Equal(equal) is Equal.pairs
+    ends = np.cumsum([len(unit) if by_pairs else sum(row.tokens for row in unit) for unit in units])
+    bounds = [0]
+    for i, share in enumerate(np.cumsum(shares)[:-1], start=1):
+        nearest = int(np.argmin(np.abs(ends - share * ends[-1]))) + 1
+        bounds.append(min(max(nearest, bounds[-1] + 1), len(units) - len(shares) + i))
+    return [list(chain(*units[begin:end])) for begin, end in pairwise([*bounds, len(units)])]
 
 
 def _in_row_order(rows: list[Row], chunks: list[list[Row]]) -> Chunks:
