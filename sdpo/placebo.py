@@ -23,6 +23,8 @@ def mean_shift(initial_N2: np.ndarray, rule_N2: np.ndarray, seed: int) -> np.nda
 
 
 def permute(initial_N2: np.ndarray, rule_N2: np.ndarray, seed: int) -> np.ndarray:
-    """S's log-probs plus the rule's shifts dealt out at random: the same shifts, the wrong pairs."""
-    order_N = np.random.default_rng(seed).permutation(len(rule_N2))
-    return initial_N2 + (rule_N2 - initial_N2)[order_N]
+    """S's log-probs plus the rule's shifts, each given to another pair, along a random circle."""
+    circle_N = np.random.default_rng(seed).permutation(len(rule_N2))
+    permuted_N2 = initial_N2.copy()
+    permuted_N2[circle_N] += (rule_N2 - initial_N2)[np.roll(circle_N, 1)]
+    return permuted_N2

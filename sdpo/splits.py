@@ -119,7 +119,10 @@ def stratified(rows: list[Row], seed: int, *, num_chunks: int, shares: list[floa
     strata: dict[str, list[Unit]] = {}
     for unit in _units(rows):
         strata.setdefault(unit[0].source, []).append(unit)
-    parts = [_cut(_shuffled(strata[source], rng), shares, of=f"source {source}") for source in sorted(strata)]
+    parts = [
+        _cut(_shuffled(strata[source], rng), shares, kind=f"prompts of source {source}")
+        for source in sorted(strata)
+    ]
     return _in_row_order(rows, [list(chain(*pieces)) for pieces in zip(*parts, strict=True)])
 
 
@@ -179,7 +182,7 @@ def _ordered_sources(
                 f"every prompt of source {source} is in an earlier source too, so its chunk would be empty: "
                 "leave the source out, or set split.disjoint_prompts=false"
             )
-    return _in_row_order(rows, _cut(merged, _equal_shares(num_chunks), equal))
+    return _in_row_order(rows, _cut(merged, _equal_shares(num_chunks), equal, "sources"))
 
 
 def _equal_shares(num_chunks: int) -> list[float]:
@@ -189,13 +192,13 @@ def _equal_shares(num_chunks: int) -> list[float]:
 
 
 def _cut(
-    units: list[Unit], shares: list[float], equal: Equal = Equal.pairs, of: str = "the data"
+    units: list[Unit], shares: list[float], equal: Equal = Equal.pairs, kind: str = "prompts"
 ) -> list[list[Row]]:
     """Consecutive chunks as near to their shares of pairs or tokens as whole units allow, none empty."""
     if len(units) < len(shares):
         raise ValueError(
-            f"{len(shares)} chunks were asked for, but {of} can be cut into {len(units)} at most "
-            f"({sum(map(len, units))} pairs; pairs that share a prompt stay together): lower split.num_chunks"
+            f"{len(shares)} chunks were asked for, but there are only {len(units)} {kind} "
+            f"({sum(map(len, units))} pairs; each of the {kind} stays whole): lower split.num_chunks"
         )
     by_pairs = Equal(equal) is Equal.pairs
     ends = np.cumsum([len(unit) if by_pairs else sum(row.tokens for row in unit) for unit in units])

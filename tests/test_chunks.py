@@ -1,0 +1,76 @@
+"""The settings that all splits share, and the checks on what a split returns."""
+
+import json
+from functools import partial
+
+import pytest
+
+from sdpo import chunks
+from sdpo.chunks import Split
+from sdpo.splits import Row
+
+ROWS = [Row("a", "s", "p", 9), Row("b", "s", "p", 9), Row("c", "s", "q", 9), Row("d", "s", "r", 9)]
+SCORES = {"a": 4.0, "b": 1.0, "c": 2.0, "d": 3.0}
+BY_PAIR = {"name": "easy_to_hard", "level": "pair", "num_chunks": 3}
+
+
+def test_pairs_of_one_prompt_share_a_chunk_unless_told_otherwise():
+    assert chunks.divide(chunks.bind(BY_PAIR), ROWS, SCORES, 0) == [["d"], ["a", "b"], ["c"]]
+    nested = chunks.bind(BY_PAIR | {"disjoint_prompts": False, "num_chunks": 4})
+    assert chunks.divide(nested, ROWS, SCORES, 0) == [["a"], ["d"], ["c"], ["b"]]
+
+
+def test_keep_takes_the_easiest_share():
+    split = chunks.bind({"name": "all_at_once", "keep": 0.5})
+    assert split.needs_scores
+    assert chunks.divide(split, ROWS, SCORES, 0) == [["a", "d"]]
+
+
+def test_scores_are_asked_for_only_where_they_are_read():
+    assert chunks.bind(BY_PAIR).needs_scores
+    assert not chunks.bind({"name": "random", "num_chunks": 2}).needs_scores
+
+
+def test_the_rest_is_cut_into_the_chunks_that_remain():
+    split = chunks.bind(BY_PAIR | {"keep": 0.75})
+    assert chunks.divide(split.for_rest(2), ROWS[2:], SCORES, 0) == [["d"], ["c"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 0.0}, "split.keep must be above 0 and at most 1, not 0.0"),
+        ({"disjoint_prompts": "no"}, "split.disjoint_prompts must be true or false"),
+        ({"num_chunks": 0}, "split.num_chunks must be at least 1, not 0"),
+        ({"level": "pairs"}, "expected one of \\[source, pair\\]"),
+        ({"chunks": 2}, "unknown key chunks"),
+    ],
+)
+def test_wrong_settings_are_refused_before_data_is_seen(settings, message):
+    with pytest.raises(ValueError, match=message):
+        chunks.bind(BY_PAIR | settings)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ([["a", "b"], ["c"]], "left out rows"),
+        ([["a", "b"], ["c", "d", "e"]], "made some up"),
+        ([["a", "b", "c"], ["c", "d"]], "more often"),
+        ([["a", "b", "c", "d"], []], "empty chunk"),
+        ([["a", "c"], ["b", "d"]], "one prompt into two chunks"),
+    ],
+)
+def test_a_split_that_breaks_its_contract(made, message):
+    def broken(rows):
+        return made
+
+    with pytest.raises(ValueError, match=message):
+        chunks.divide(Split(partial(broken), 1.0, True), ROWS, None, 0)
+
+
+def test_a_saved_split_is_replayed_with_what_it_dropped(tmp_path):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"chunks": [["d"], ["b", "a"]], "dropped": ["c"]}))
+    split = chunks.bind({"name": "replay", "path": str(path)})
+    assert chunks.divide(split, ROWS, None, 0) == [["d"], ["b", "a"]]
