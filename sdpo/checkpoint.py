@@ -1,0 +1,82 @@
+"""The state inside a step, so that a killed step continues where it was: safetensors and JSON, never pickle.
+
+Random state is derived from the seed and the update, so masters, optimiser moments and the log are all there is.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdpo import launch
+from sdpo.engine import Engine
+
+
+class Checkpoint:
+    """Checkpoints of one step, named by its key; the newest complete one counts."""
+
+    def __init__(self, folder: Path, name: str, minutes: float):
+        self.folder, self.name, self.seconds = folder, name, 60 * minutes
+        self.saved = time.monotonic()
+
+    def restore(self, engine: Engine) -> list[dict]:
+        """Bring the engine to the newest checkpoint; returns its log entries, none where the step begins."""
+        newest = self._newest()
+        if newest is None:
+            return []
+        engine.set_weights(load_file(newest / "weights.safetensors"))
+        _set_moments(engine.optimizer, load_file(newest / f"moments-{launch.rank()}.safetensors"))
+        return json.loads((newest / "entries.json").read_text())
+
+    def save(self, engine: Engine, entries: list[dict]) -> None:
+        """Write a checkpoint if the last one is old enough; the rename that ends it makes it count."""
+        if not launch.broadcast(time.monotonic() - self.saved >= self.seconds):
+            return
+        work, final = self.folder / "unfinished", self.folder / f"{len(entries):08}"
+        if launch.is_main():
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+        launch.barrier()
+        weights = engine.weights()
+        save_file(_moments(engine.optimizer), work / f"moments-{launch.rank()}.safetensors")
+        if launch.is_main():
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, work / "weights.safetensors")
+            (work / "entries.json").write_text(json.dumps(entries))
+        launch.barrier()
+        if launch.is_main():
+            earlier = self._newest()
+            work.rename(final)
+            if earlier:
+                shutil.rmtree(earlier)
+        self.saved = time.monotonic()
+
+    def clear(self) -> None:
+        """Remove what a finished step no longer needs."""
+        if launch.is_main():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _newest(self) -> Path | None:
+        return max(self.folder.glob("[0-9]*"), default=None)
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's tensors on this rank, named by the parameter's place and their own name."""
+    return {
+        f"{place}/{name}": tensor.contiguous()
+        for place, param in enumerate(_params(optimizer))
+        for name, tensor in optimizer.state[param].items()
+    }
+
+
+def _set_moments(optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor]) -> None:
+    params = _params(optimizer)
+    for full_name, tensor in moments.items():
+        place, name = full_name.split("/")
+        optimizer.state[params[int(place)]][name] = tensor.to(params[int(place)].device)
+
+
+def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]

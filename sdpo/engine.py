@@ -1,0 +1,174 @@
+"""Plain PyTorch or DeepSpeed ZeRO 1-3 behind the same verbs: forward, backward, update, weights, set_weights.
+
+Masters are fp32 whenever parameters are bf16: at DPO's learning rates a bf16 weight would hardly ever move. Gradients
+are sums over an update's micro-batches, so the caller divides the loss by the update's pairs over all ranks.
+This is the only file that imports deepspeed.
+"""
+
+import os
+
+import torch
+from torch import nn
+
+from sdpo import config, launch
+from sdpo.models import DTYPES
+
+
+def adamw(params: list[torch.Tensor], optim: config.Optim) -> torch.optim.AdamW:
+    """The one optimiser, fused (on CPU five times faster than the loop over tensors)."""
+    return torch.optim.AdamW(params, lr=optim.lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay, fused=True)
+
+
+class Plain:
+    """Every rank holds the whole model; gradients are summed over ranks once per update."""
+
+    def __init__(self, scorer: nn.Module, optim: config.Optim, precision: str, device: torch.device):
+        self.scorer, self.module, self.clip = scorer.to(device), scorer, optim.clip
+        self.params = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
+        if precision == "fp32":
+            self.masters = self.params
+        else:
+            self.masters = {name: p.detach().clone().float() for name, p in self.params.items()}
+            scorer.to(DTYPES[precision])
+            for name, param in self.params.items():
+                param.register_post_accumulate_grad_hook(_accumulate_in(self.masters[name]))
+        self.optimizer = adamw(list(self.masters.values()), optim)
+
+    def forward(self, pack):
+        return self.scorer(pack)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        loss.backward()
+
+    def update(self, lr: float) -> torch.Tensor:
+        """One optimiser update with the gradients so far; returns their norm before clipping."""
+        masters = list(self.masters.values())
+        if launch.world_size() > 1:
+            for master in masters:
+                torch.distributed.all_reduce(master.grad)
+        norm = nn.utils.clip_grad_norm_(masters, self.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._cast()
+        return norm
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Full fp32 weights on the host, by parameter name."""
+        return {name: master.detach().cpu() for name, master in self.masters.items()}
+
+    @torch.no_grad()
+    def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, master in self.masters.items():
+            master.copy_(weights[name])
+        self._cast()
+
+    @torch.no_grad()
+    def _cast(self) -> None:
+        if self.masters is not self.params:
+            for name, param in self.params.items():
+                param.copy_(self.masters[name])
+
+    def close(self) -> None:
+        """Nothing to release: the next engine's memory comes from the garbage collector."""
+
+
+def _accumulate_in(master: torch.Tensor):
+    """A hook that adds a parameter's fresh gradient to its master's in fp32 and frees it."""
+
+    def hook(param: torch.Tensor) -> None:
+        master.grad = param.grad.float() if master.grad is None else master.grad.add_(param.grad)
+        param.grad = None
+
+    return hook
+
+
+class Zero:
+    """DeepSpeed ZeRO: optimiser state (1), gradients (2) and parameters (3) divided over the ranks."""
+
+    def __init__(
+        self,
+        scorer: nn.Module,
+        optim: config.Optim,
+        precision: str,
+        device: torch.device,
+        settings: config.Deepspeed,
+    ):
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        exact = {n: p.detach().clone() for n, p in scorer.named_parameters()} if precision == "bf16" else None
+        params = [p for p in scorer.parameters() if p.requires_grad]
+        self.module, wrapped, _, _ = deepspeed.initialize(
+            model=scorer, optimizer=adamw(params, optim), config=_zero_config(optim, precision, settings)
+        )
+        self.optimizer, self.scorer = wrapped.optimizer, scorer
+        if exact:  # DeepSpeed builds its masters from the bf16 cast; ours are the bits that were saved
+            self.set_weights(exact)
+
+    def forward(self, pack):
+        return self.module(pack)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.module.set_gradient_accumulation_boundary(last)
+        self.module.backward(loss * launch.world_size())  # DeepSpeed averages over ranks; ours are sums
+        if not last:
+            self.module.step()
+
+    def update(self, lr: float) -> torch.Tensor:
+        for group in self.module.optimizer.param_groups:
+            group["lr"] = lr
+        self.module.step()
+        return torch.as_tensor(self.module.get_global_grad_norm())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Full fp32 weights on the host of rank 0, gathered one by one; elsewhere an empty dictionary."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = {}
+        for name, param in self._trained():
+            tensor = safe_get_full_fp32_param(param)
+            if launch.is_main():
+                full[name] = tensor.cpu().clone()
+        return full
+
+    def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, param in self._trained():
+            safe_set_full_fp32_param(param, weights[name].to(param.device))
+
+    def _trained(self) -> list[tuple[str, torch.Tensor]]:
+        return [(name, param) for name, param in self.scorer.named_parameters() if param.requires_grad]
+
+    def close(self) -> None:
+        self.module.destroy()
+
+
+def _zero_config(optim: config.Optim, precision: str, settings: config.Deepspeed) -> dict:
+    zero = {"stage": settings.stage}
+    if settings.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if settings.stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # our micro-batches are cut by tokens; DeepSpeed only counts calls
+        "gradient_clipping": optim.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+Engine = Plain | Zero
+
+
+def open_engine(scorer: nn.Module, settings: config.Config, device: torch.device) -> Engine:
+    """The engine that the configuration asks for, with masters equal to the scorer's fp32 weights."""
+    if settings.deepspeed.stage is None:
+        return Plain(scorer, settings.optim, settings.precision, device)
+    return Zero(scorer, settings.optim, settings.precision, device, settings.deepspeed)

@@ -1,0 +1,175 @@
+"""The inner loop: the updates of one step, against reference log-probs that are only read.
+
+Shape suffixes: N pairs of the chunk, B pairs of a micro-batch.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from sdpo import launch
+from sdpo.checkpoint import Checkpoint
+from sdpo.config import Config, Optim, needs
+from sdpo.engine import Engine
+from sdpo.losses import Both
+from sdpo.packing import micro_batches, pack
+from sdpo.record import progress
+from sdpo.tokens import TokenPair
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # of the margin gate, relative to the size of the log-probs
+STATS = ("loss", "margin", "lambda_mean", "lambda_square", "reward_accuracy", "chosen_logp", "rejected_logp")
+
+
+class Chunk(NamedTuple):
+    """The pairs of one step, and what a loss may read of them; columns are chosen, rejected."""
+
+    rows: list[TokenPair]
+    ratings_N2: np.ndarray
+
+
+def updates(num_pairs: int, optim: Optim, seed: int) -> list[np.ndarray]:
+    """Which pairs each update reads: a fresh permutation every epoch, which depends on the seed alone."""
+    plan = []
+    for epoch in range(optim.epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
+        plan += np.split(order, range(optim.pairs_per_update, num_pairs, optim.pairs_per_update))
+    return plan
+
+
+def learning_rate(update: int, num_updates: int, optim: Optim) -> float:
+    """Linear warm-up, then the schedule down to 0 at the end of the step (`update` counts from 0)."""
+    warmup = math.ceil(optim.warmup * num_updates)
+    if update < warmup:
+        return optim.lr * (update + 1) / warmup
+    left = (num_updates - update) / max(1, num_updates - warmup)
+    shapes = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}
+    return optim.lr * shapes[optim.schedule]
+
+
+class Fit:
+    """One step's training: an engine at its start, a chunk, a loss, and the numbers the loss is anchored to."""
+
+    def __init__(self, engine: Engine, chunk: Chunk, loss: Callable, config: Config):
+        self.engine, self.chunk, self.loss, self.config = engine, chunk, loss, config
+        self.plan = updates(len(chunk.rows), config.optim, config.seed)
+        self.beta = loss.keywords.get("beta")
+        self.reads = needs(loss)
+        self.device = launch.device(config.launch.device)
+        lengths = [(len(row.chosen), len(row.rejected)) for row in chunk.rows]
+        self.lengths_N2 = np.array(lengths, dtype=np.float32)
+
+    def run(self, reference_N2: np.ndarray, start_N2: np.ndarray, checkpoint: Checkpoint) -> list[dict]:
+        """All updates of the step; returns one log entry per update.
+
+        `reference_N2` are the summed log-probs that the loss reads, `start_N2` those of the policy at the step's
+        start, which the first update must reproduce. Raises ValueError where it does not, or where a loss or
+        gradient is not finite.
+        """
+        entries = checkpoint.restore(self.engine)
+        bar = progress(sum(map(len, self.plan)), checkpoint.name, quiet=not launch.is_main())
+        bar.advance(sum(len(update) for update in self.plan[: len(entries)]))
+        pending, every = [], self.config.record.every
+        for number in range(len(entries), len(self.plan)):
+            began = time.monotonic()
+            torch.manual_seed(self.config.seed * 1_000_003 + number)  # dropout, the same after a resume
+            stats, first_logps = self._update(number, reference_N2)
+            if number == 0:
+                self._gate(first_logps, start_N2)
+            lr = learning_rate(number, len(self.plan), self.config.optim)
+            pending.append((number, self.engine.update(lr), stats, lr))
+            bar.advance(len(self.plan[number]), self._tokens(number))
+            if len(pending) == every or number == len(self.plan) - 1:
+                entries += self._entries(pending, time.monotonic() - began)
+                pending = []
+                checkpoint.save(self.engine, entries)
+        bar.close()
+        return entries
+
+    def _update(self, number: int, reference_N2: np.ndarray) -> tuple[torch.Tensor, dict[int, tuple]]:
+        """Gradients of one update's mean loss; returns summed statistics (on the device) and log-probs by pair."""
+        indices = self.plan[number]
+        rows = [self.chunk.rows[i] for i in indices]
+        mine = micro_batches(rows, self.config.launch.tokens_per_pack, launch.world_size())[launch.rank()]
+        stats = torch.zeros(len(STATS), device=self.device)
+        logps = {}
+        for position, members in enumerate(mine):
+            batch = indices[members]
+            policy = self.engine.forward(pack([self.chunk.rows[i] for i in batch]).to(self.device))
+            reference = self._both(reference_N2, batch)
+            loss_B = self._loss(policy, reference, batch)
+            self.engine.backward(loss_B.sum() / len(indices), last=position == len(mine) - 1)
+            stats += self._stats(loss_B.detach(), policy, reference)
+            if number == 0:
+                logps |= dict(zip(batch.tolist(), torch.stack(policy, 1).tolist(), strict=True))
+        return stats, logps
+
+    def _loss(self, policy: Both, reference: Both, batch: np.ndarray) -> torch.Tensor:
+        available = {
+            "policy": lambda: policy,
+            "reference": lambda: reference,
+            "lengths": lambda: self._both(self.lengths_N2, batch),
+            "ratings": lambda: self._both(self.chunk.ratings_N2, batch),
+        }
+        return self.loss(*(available[name]() for name in self.reads))
+
+    def _both(self, values_N2: np.ndarray, batch: np.ndarray) -> Both:
+        return Both(*torch.as_tensor(values_N2[batch], dtype=torch.float32, device=self.device).unbind(1))
+
+    @torch.no_grad()
+    def _stats(self, loss_B: torch.Tensor, policy: Both, reference: Both) -> torch.Tensor:
+        """Sums over a micro-batch, in the order of STATS."""
+        margin_B = (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
+        lambda_B = torch.sigmoid(-(self.beta or 0.0) * margin_B)
+        correct_B = (margin_B > 0) + 0.5 * (margin_B == 0)
+        columns = (loss_B, margin_B, lambda_B, lambda_B**2, correct_B, policy.chosen, policy.rejected)
+        return torch.stack([column.float().sum() for column in columns])
+
+    def _gate(self, first_logps: dict[int, tuple], start_N2: np.ndarray) -> None:
+        """The margin gate: the first update's policy must give the log-probs recorded for the step's start."""
+        worst, where = 0.0, None
+        for index, logps in first_logps.items():
+            expected = start_N2[index]
+            error = np.abs(np.array(logps) - expected).max() / max(1.0, np.abs(expected).max())
+            if not error <= worst:
+                worst, where = float(error), self.chunk.rows[index].id
+        worst, where = max(launch.gather((worst, where or "")))
+        if not worst <= TOLERANCE[self.config.precision]:
+            raise ValueError(
+                f"the policy at the step's start is not the one that was scored: pair {where} is off by "
+                f"{worst:.2e} (relative); the stored log-probs, the weights or the tokens have changed"
+            )
+
+    def _tokens(self, number: int) -> int:
+        return sum(len(r.prompt) + len(r.chosen) + len(r.rejected) for r in self._rows(number))
+
+    def _rows(self, number: int) -> list[TokenPair]:
+        return [self.chunk.rows[i] for i in self.plan[number]]
+
+    def _entries(self, pending: list[tuple], seconds: float) -> list[dict]:
+        """Bring the statistics of some updates to the host, over all ranks, and stop where one is not finite."""
+        totals = torch.stack([torch.cat([stats, norm.reshape(1).to(stats)]) for _, norm, stats, _ in pending])
+        totals = launch.total(totals).cpu().double()
+        norms = totals[:, -1] / launch.world_size()
+        entries = []
+        for (number, _, _, lr), sums, norm in zip(pending, totals, norms.tolist(), strict=True):
+            means = (sums[:-1] / len(self.plan[number])).tolist()
+            entry = dict(zip(STATS, means, strict=True))
+            if not all(map(math.isfinite, [norm, *means])):
+                ids = ", ".join(row.id for row in self._rows(number))
+                raise ValueError(
+                    f"update {number + 1}: the loss ({entry['loss']}) or the gradient norm ({norm}) is not finite; "
+                    f"its pairs are {ids}; lower optim.lr or look at these rows, the last checkpoint is kept"
+                )
+            spread = max(0.0, entry.pop("lambda_square") - entry["lambda_mean"] ** 2) ** 0.5
+            entry |= {"lambda_std": spread, "grad_norm": norm, "lr": lr}
+            if "reference" not in self.reads:
+                entry |= dict.fromkeys(("margin", "reward_accuracy"))
+            if self.beta is None or "reference" not in self.reads:
+                entry |= dict.fromkeys(("lambda_mean", "lambda_std"))
+            size = {"pairs": len(self.plan[number]), "tokens": self._tokens(number)}
+            entries.append({"update": number + 1, **entry, **size, "seconds": seconds / len(pending)})
+        return entries

@@ -1,0 +1,107 @@
+"""What a run starts from: S, its tokenizer, and the pairs as token rows; each made once and kept in the store."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sdpo import data, lab, launch, models
+from sdpo.config import Config
+from sdpo.data import Pair, Preferences
+from sdpo.fit import Chunk
+from sdpo.step import take_step
+from sdpo.store import Artifact, Store
+from sdpo.tokens import TokenPair, encode
+from sdpo.workbench import Workbench, host_model
+
+
+class Inputs(NamedTuple):
+    bench: Workbench
+    initial: Artifact  # S, which is M_0
+    train: list[TokenPair]
+    held_out: list[TokenPair]
+    pairs: dict[str, Pair]  # by id, both sides
+    report: dict  # data_report.json
+    exam: lab.Exam | None  # the laboratory's questions
+
+    def chunk(self, ids: list[str]) -> Chunk:
+        """The rows and ratings of these training pairs, in this order."""
+        rows = {row.id: row for row in self.train}
+        return as_chunk([rows[id] for id in ids], self.pairs)
+
+
+def as_chunk(rows: list[TokenPair], pairs: dict[str, Pair]) -> Chunk:
+    ratings = [(pairs[row.id].chosen_rating, pairs[row.id].rejected_rating) for row in rows]
+    return Chunk(rows, np.array(ratings, dtype=np.float32))  # None becomes nan
+
+
+def prepare(config: Config, store: Store) -> Inputs:
+    """Everything a run needs before its first step; raises ValueError for input that cannot be used."""
+    if (config.model.name == "lab") != (config.data.name == "lab"):
+        raise ValueError("model=lab and data=lab go together: the laboratory's model speaks nothing else")
+    base, tokenizer = _base_model(config, store)
+    bench = Workbench(config, store, tokenizer)
+    if config.data.name == "lab":
+        initial = _sft(config, bench, base)
+        preferences, exam = _lab_pairs(config, bench, initial)
+    else:
+        initial, exam = base, None
+        preferences = data.load(config.data)
+    settings = {k: getattr(config.data, k) for k in ("template", "max_tokens", "on_long")}
+    train, train_report = encode(preferences.train, tokenizer, **settings)
+    held_out, held_out_report = encode(preferences.held_out, tokenizer, **settings)
+    pairs = {pair.id: pair for pair in [*preferences.train, *preferences.held_out]}
+    report = preferences.report | {"tokens": {"train": train_report, "held_out": held_out_report}}
+    return Inputs(bench, initial, list(train.values()), list(held_out.values()), pairs, report, exam)
+
+
+def _base_model(config: Config, store: Store):
+    """The model before any training here, with its tokenizer."""
+    if config.model.name != "lab":
+        folder = models.locate(config.model.path, config.model.revision, config.model.name == "hub")
+        key = models.fingerprint(folder)
+        return Artifact(key, folder, reused=True), models.load_tokenizer(folder, config.model.trust_remote_code)
+    tokenizer = lab.tokenizer()
+
+    def build(folder: Path) -> None:
+        if launch.is_main():
+            model = lab.new_model(config.model.lab, config.model.seed)
+            models.save(model, model.state_dict(), tokenizer, folder)
+
+    determinants = {"lab": asdict(config.model.lab), "seed": config.model.seed}
+    return store.make("model", determinants, build), tokenizer
+
+
+def _sft(config: Config, bench: Workbench, base: Artifact) -> Artifact:
+    """S, as step 0 of the ordinary loop: supervised fine-tuning on the laboratory's demonstrations."""
+    demonstrations = lab.demonstrations(config.data.lab, config.model.seed)
+    rows, _ = encode(demonstrations, bench.tokenizer, template="plain", max_tokens=1024, on_long="error")
+    chunk = as_chunk(list(rows.values()), {pair.id: pair for pair in demonstrations})
+    settings = replace(
+        config,
+        optim=config.model.sft,
+        loss={"name": "sft"},
+        reference={"name": "none"},
+        seed=config.model.seed,
+    )
+    return take_step(bench, settings, 0, base, [base], chunk).model
+
+
+def _lab_pairs(config: Config, bench: Workbench, initial: Artifact) -> tuple[Preferences, lab.Exam]:
+    """The laboratory's pairs and questions, both partly made of S's own answers, and so kept under S's key."""
+
+    def build(folder: Path) -> None:
+        if launch.is_main():
+            preferences, exam = lab.build(config.data, host_model(initial), bench.tokenizer)
+            data.write_jsonl(folder / "train.jsonl", preferences.train)
+            data.write_jsonl(folder / "held_out.jsonl", preferences.held_out)
+            kept = {"report": preferences.report, "exam": asdict(exam)}
+            (folder / "rest.json").write_text(json.dumps(kept))
+
+    settings = asdict(config.data.lab) | {"seed": config.data.seed}
+    folder = bench.store.make("pairs", {"initial": initial.key, "settings": settings}, build).folder
+    rest = json.loads((folder / "rest.json").read_text())
+    train, held_out = (data.read_jsonl(folder / f"{name}.jsonl") for name in ("train", "held_out"))
+    return Preferences(train, held_out, rest["report"]), lab.Exam(**rest["exam"])

@@ -1,0 +1,62 @@
+"""Load, fingerprint and save models and tokenizers: Hugging Face folders with safetensors, nothing unpickled."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sdpo.store import hash_files, key_of
+
+WEIGHTS = "*.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def locate(path: str | None, revision: str | None, on_hub: bool) -> Path:
+    """The folder of a model that was made elsewhere; a repository of the hub is fetched first.
+
+    Raises ValueError where there is no folder, or none with safetensors weights.
+    """
+    if not path:
+        raise ValueError("model.path is not set; name a folder (model=local) or a repository (model=hub)")
+    if on_hub:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        path = snapshot_download(path, revision=revision, allow_patterns=patterns)
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model.path: {folder} holds no config.json; name a Hugging Face model folder")
+    if not any(folder.glob(WEIGHTS)):
+        raise ValueError(f"model.path: {folder} holds no *.safetensors; save it with save_pretrained first")
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """The content hash of a model made elsewhere: weights and configuration, never its path."""
+    return key_of("external", {"files": hash_files(folder, WEIGHTS) | hash_files(folder, "config.json")})
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The content hash of what turns text into token ids."""
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    return key_of("tokenizer", {"backend": backend, "special": special, "template": tokenizer.chat_template})
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder, in eval mode, with its own attention."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def save(
+    model: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write full weights (names as in `model.state_dict()`) with configuration and tokenizer beside them."""
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,118 @@
+"""The run folder at the end of a run: lineage, split, trajectories, pairs and summary, from what was gathered."""
+
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from sdpo import launch
+from sdpo.data import Pair
+from sdpo.environment import environment
+from sdpo.evidence import Evidence
+from sdpo.inputs import Inputs
+from sdpo.record import write_json
+from sdpo.splits import Chunks
+
+HEADLINES = ("lab/gold", "preference/reward_accuracy_initial")
+
+
+def write(folder: Path, inputs: Inputs, evidence: Evidence, chunks: Chunks, seconds: float) -> dict:
+    """Write everything but metrics.jsonl, and return what summary.json holds."""
+    trajectory = _trajectory(inputs, evidence, chunks)
+    summary = _summary(evidence, seconds)
+    if not launch.is_main():
+        return summary
+    write_json(folder / "data_report.json", inputs.report)
+    write_json(folder / "split.json", {"chunks": chunks})
+    trajectory.to_parquet(folder / "trajectory.parquet", index=False)
+    _pairs(inputs, chunks).to_parquet(folder / "pairs.parquet", index=False)
+    begun = json.loads((folder / "manifest.json").read_text())
+    write_json(folder / "manifest.json", begun | _lineage(inputs, evidence) | environment())
+    _link_steps(folder / "steps", evidence)
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _summary(evidence: Evidence, seconds: float) -> dict:
+    initial, *steps = evidence.measured
+    reused = sum(step.model.reused for step in steps)
+    name = next((name for name in HEADLINES if name in steps[-1].eval), None)
+    last = steps[-1].eval[name] if name else {"value": None, "n": 0}
+    return {
+        "steps": [step.summary | {"eval": step.eval} for step in steps],
+        "initial": {"eval": initial.eval},
+        "headline": {"name": name, "value": last["value"], "n": last["n"]},
+        "seconds": seconds,
+        "trained_steps": len(steps) - reused,
+        "reused_steps": reused,
+    }
+
+
+def _lineage(inputs: Inputs, evidence: Evidence) -> dict:
+    """Every step with its chunk, start, reference and result, by key."""
+    steps = []
+    for t, (model, step, _, summary) in enumerate(evidence.measured):
+        if step:
+            lineage = {"t": t, "key": model.key, "start": step.start.key, "windows": step.windows}
+            names = ("num_pairs", "sources", "gamma_ref_mean", "reused")
+            steps.append(lineage | {name: summary[name] for name in names})
+    return {"model_key": inputs.initial.key, "steps": steps}
+
+
+def _trajectory(inputs: Inputs, evidence: Evidence, chunks: Chunks) -> pd.DataFrame:
+    """Chosen and rejected log-probs of the probe set under S and every M_t; `seen` where M_t was trained on the row."""
+    probes = [(0, inputs.held_out)] + [(t, evidence.probes(ids)) for t, ids in enumerate(chunks, start=1)]
+    frames = []
+    for t, measured in enumerate(evidence.measured):
+        for chunk, rows in probes:
+            logps = inputs.bench.logprobs(measured.model, rows)
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "id": [row.id for row in rows],
+                        "source": [inputs.pairs[row.id].source for row in rows],
+                        "held_out": chunk == 0,
+                        "chunk": chunk,
+                        "model": f"M_{t}",
+                        "t": t,
+                        "update": -1,
+                        "role": "policy",
+                        "chosen_logp": logps[:, 0],
+                        "rejected_logp": logps[:, 1],
+                        "seen": 0 < chunk <= t,
+                    }
+                )
+            )
+    return pd.concat(frames, ignore_index=True)
+
+
+def _pairs(inputs: Inputs, chunks: Chunks) -> pd.DataFrame:
+    """One row per pair that a run trained on or held out: where it went, and its sizes."""
+    chunk_of = {id: t for t, ids in enumerate(chunks, start=1) for id in ids}
+
+    def record(row, held_out: bool) -> dict:
+        pair: Pair = inputs.pairs[row.id]
+        return {
+            "id": row.id,
+            "source": pair.source,
+            "held_out": held_out,
+            "chunk": 0 if held_out else chunk_of[row.id],
+            "prompt_tokens": len(row.prompt),
+            "chosen_tokens": len(row.chosen),
+            "rejected_tokens": len(row.rejected),
+            "chosen_rating": pair.chosen_rating,
+            "rejected_rating": pair.rejected_rating,
+        }
+
+    used = [row for row in inputs.train if row.id in chunk_of]
+    return pd.DataFrame([record(row, False) for row in used] + [record(row, True) for row in inputs.held_out])
+
+
+def _link_steps(folder: Path, evidence: Evidence) -> None:
+    """steps/t points to M_t in the store."""
+    folder.mkdir(exist_ok=True)
+    for t, measured in enumerate(evidence.measured[1:], start=1):
+        link = folder / str(t)
+        link.unlink(missing_ok=True)
+        os.symlink(measured.model.folder, link)

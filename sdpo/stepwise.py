@@ -1,0 +1,41 @@
+"""Stepwise DPO, the outer loop. How it differs from DPO:
+
+1. the preference data is cut into chunks, and step t trains on chunk t alone, with a fresh optimiser and schedule;
+2. the reference of step t is the model that step t-1 produced, not S;
+3. the policy of step t starts there too.
+"""
+
+import json
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from sdpo import config, launch, outcome
+from sdpo.config import Config
+from sdpo.evidence import Evidence
+from sdpo.inputs import prepare
+from sdpo.ordering import in_order
+from sdpo.record import Recorder
+from sdpo.step import take_step
+from sdpo.store import Store
+
+
+def run(settings: Config, folder: Path) -> dict:
+    """Train and measure M_1 .. M_T; returns what summary.json holds. Steps that exist are found, not trained."""
+    began = time.monotonic()
+    inputs = prepare(settings, Store())
+    history, chunks = [inputs.initial], []
+    origin = json.loads((folder / "manifest.json").read_text())
+    recording = Recorder(folder, settings, choices=origin["choices"], sweep=origin["sweep"])
+    with recording if launch.is_main() else nullcontext() as recorder:
+        evidence = Evidence(inputs, settings, recorder)
+        evidence.add_initial()
+        for t, ids in enumerate(in_order(inputs, settings, history), start=1):
+            step_began = time.monotonic()
+            here = config.for_step(settings, t)
+            start = history[-1] if here.start == "previous" else history[0]
+            step = take_step(inputs.bench, here, t, start, history, inputs.chunk(ids))
+            history.append(step.model)
+            chunks.append(ids)
+            evidence.add(t, step, here, time.monotonic() - step_began)
+        return outcome.write(folder, inputs, evidence, chunks, time.monotonic() - began)

@@ -1,0 +1,131 @@
+"""Content-addressed artifacts: a folder named by the hash of everything that determined it.
+
+Resume, sharing between arms and lineage are this one mechanism. Under a lock the maker works in a temporary
+folder, syncs it and renames it, so that a reader never sees half an artifact and a dead maker leaves nothing valid.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from sdpo import launch
+
+NUMERICS_VERSION = 1  # raised whenever the same settings would give other numbers
+
+
+class Artifact(NamedTuple):
+    key: str
+    folder: Path
+    reused: bool
+
+
+def key_of(kind: str, determinants: dict) -> str:
+    """SHA-256 (hex) of the canonical JSON of what determines an artifact of this kind."""
+    whole = {"kind": kind, "numerics": NUMERICS_VERSION, **determinants}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def hash_files(folder: Path, pattern: str = "*") -> dict[str, str]:
+    """SHA-256 of every file of a folder that matches, by name."""
+    files = sorted(path for path in folder.glob(pattern) if path.is_file())
+    hashes = {}
+    for path in files:
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+class Store:
+    """Artifacts below one folder (`SDPO_STORE`, else `store/` in the checkout)."""
+
+    def __init__(self, root: Path | None = None):
+        checkout = Path(__file__).parents[1]
+        self.root = Path(root or os.environ.get("SDPO_STORE") or checkout / "store").resolve()
+
+    def folder(self, kind: str, key: str) -> Path:
+        return self.root / kind / key[:16]
+
+    def has(self, kind: str, key: str) -> bool:
+        return (self.folder(kind, key) / "manifest.json").is_file()
+
+    def make(self, kind: str, determinants: dict, build: Callable[[Path], None]) -> Artifact:
+        """The artifact of these determinants: found, or built by `build(folder)` on every rank.
+
+        Concurrent runs that want the same artifact wait for the one that makes it.
+        """
+        key = key_of(kind, determinants)
+        final, work = self.folder(kind, key), self.folder(kind, f"tmp-{key[:12]}")
+        with self._lock(kind, key):
+            if launch.broadcast(self.has(kind, key) if launch.is_main() else None):
+                return Artifact(key, final, reused=True)
+            if launch.is_main():
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir(parents=True)
+            launch.barrier()
+            try:
+                build(work)
+                launch.barrier()
+                if launch.is_main():
+                    manifest = {"kind": kind, "key": key, **determinants, "files": hash_files(work)}
+                    (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
+                    _sync(work)
+                    work.rename(final)
+                    _sync(final.parent)
+            finally:
+                if launch.is_main():
+                    shutil.rmtree(work, ignore_errors=True)
+            launch.barrier()
+        return Artifact(key, final, reused=False)
+
+    def make_json(self, kind: str, determinants: dict, compute: Callable[[], object]) -> object:
+        """A JSON value kept as an artifact: read where it exists, else computed on every rank and written."""
+
+        def build(folder: Path) -> None:
+            value = compute()
+            if launch.is_main():
+                (folder / "value.json").write_text(json.dumps(value))
+
+        artifact = self.make(kind, determinants, build)
+        check(artifact)
+        return json.loads((artifact.folder / "value.json").read_text())
+
+    @contextmanager
+    def _lock(self, kind: str, key: str) -> Iterator[None]:
+        """Exclusive among runs; the operating system frees the lock of a dead maker."""
+        if not launch.is_main():
+            yield
+            return
+        path = self.root / "locks" / f"{kind}-{key[:16]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def check(artifact: Artifact) -> None:
+    """Stop (ValueError) where an artifact's files are not what was stored: nothing damaged is ever served."""
+    manifest = json.loads((artifact.folder / "manifest.json").read_text())
+    found = hash_files(artifact.folder)
+    wrong = [name for name, digest in manifest["files"].items() if found.get(name) != digest]
+    if wrong or manifest["key"] != artifact.key:
+        what = ", ".join(wrong) or "its key"
+        raise ValueError(f"{artifact.folder} is not what was stored ({what} differs); remove it and start again")
+
+
+def _sync(folder: Path) -> None:
+    """Put a folder's files and its list of files on the disk."""
+    for path in [*folder.iterdir(), folder]:
+        if path.is_dir() and path != folder:
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

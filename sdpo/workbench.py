@@ -1,0 +1,119 @@
+"""The one model in memory: it scores rows, trains a step, and is put away before another one is taken up.
+
+Log-probabilities are artifacts: what was scored once under some weights is read as numbers ever after.
+Shape suffixes: N rows; columns are the chosen and the rejected response.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sdpo import attention, launch, models
+from sdpo.config import Config
+from sdpo.engine import Engine, open_engine
+from sdpo.logprobs import Scorer, naive_logprobs, score
+from sdpo.record import progress
+from sdpo.store import Artifact, Store, check
+from sdpo.tokens import TokenPair, content_hash
+
+NUM_AUDITED = 4  # rows of every log-prob table that are scored anew when a step reads it
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # relative, between the packed pass and the model's own forward
+
+
+class Workbench:
+    """Holds at most one model, as an engine that can score and train."""
+
+    def __init__(self, config: Config, store: Store, tokenizer: PreTrainedTokenizerBase):
+        self.config, self.store, self.tokenizer = config, store, tokenizer
+        self.device = launch.device(config.launch.device)
+        self._engine: Engine | None = None
+        self._held: str | None = None  # the key of the weights in memory
+
+    def hold(self, model: Artifact, config: Config | None = None) -> Engine:
+        """Take a model up; with `config`, freshly from its bytes, with a new optimiser, to train a step."""
+        if config is None and self._held == model.key:
+            return self._engine
+        self.release()
+        if launch.is_main():
+            verify(model)
+        launch.barrier()
+        loaded = models.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
+        self._engine = open_engine(Scorer(loaded), config or self.config, self.device)
+        self._held = model.key
+        return self._engine
+
+    def release(self) -> None:
+        if self._engine:
+            self._engine.close()
+        self._engine = self._held = None
+
+    def save(self, folder: Path, key: str) -> None:
+        """Write the weights in memory as a Hugging Face folder; from here on they are the model of this key."""
+        full = self._engine.weights()
+        if launch.is_main():
+            dtype = models.DTYPES[self.config.save_dtype]
+            state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in full.items()}
+            models.save(self._engine.scorer.model, state, self.tokenizer, folder)
+        # What was rounded on the way to disk is no longer what memory holds.
+        self._held = key if self.config.save_dtype == "fp32" else None
+
+    def logprobs(self, model: Artifact, rows: list[TokenPair]) -> np.ndarray:
+        """Summed response log-probs [N, 2] (float32, nats) of rows under a model: read, or computed and kept."""
+        determinants = {
+            "weights": model.key,
+            "rows": content_hash(rows),
+            "precision": self.config.precision,
+            "attention": attention.NAME,
+            "device": self.device.type,
+        }
+
+        def build(folder: Path) -> None:
+            module = self.hold(model).module
+            with progress(len(rows), "log-probs", quiet=not launch.is_main()) as bar:
+                logps_N2 = score(module, rows, self.config.launch.tokens_per_pack, bar.advance)
+            if launch.is_main():
+                columns = {"id": [r.id for r in rows], "chosen": logps_N2[:, 0], "rejected": logps_N2[:, 1]}
+                pq.write_table(pa.table(columns), folder / "logprobs.parquet")
+
+        artifact = self.store.make("logprobs", determinants, build)
+        table = pq.read_table(artifact.folder / "logprobs.parquet")
+        return np.stack([table["chosen"].to_numpy(), table["rejected"].to_numpy()], axis=1)
+
+    def audit(self, model: Artifact, rows: list[TokenPair], logps_N2: np.ndarray) -> float:
+        """Score a fixed sample of rows anew with the model's own forward pass, one sequence at a time.
+
+        Returns the largest relative difference to the table; ValueError, with the row's id, above the tolerance.
+        """
+        if not rows:
+            return 0.0
+        sample = np.random.default_rng(len(rows)).choice(len(rows), min(NUM_AUDITED, len(rows)), replace=False)
+        engine = self.hold(model)
+        worst = 0.0
+        for index in map(int, sample):
+            fresh = np.array(naive_logprobs(engine.scorer.model, rows[index]), dtype=np.float64)
+            error = float((np.abs(fresh - logps_N2[index]) / np.maximum(1.0, np.abs(fresh))).max())
+            if not error <= TOLERANCE[self.config.precision]:
+                raise ValueError(
+                    f"the reference log-probs of row {rows[index].id} are {logps_N2[index].tolist()}, but its model "
+                    f"gives {fresh.tolist()}: the stored numbers are not this model's; remove them and start again"
+                )
+            worst = max(worst, error)
+        return worst
+
+
+def verify(model: Artifact) -> None:
+    """ValueError unless the folder still holds the weights that the key names."""
+    if (model.folder / "manifest.json").is_file():
+        check(model)
+    elif models.fingerprint(model.folder) != model.key:
+        raise ValueError(f"{model.folder} has changed since this run began; start again to use the new weights")
+
+
+def host_model(model: Artifact) -> torch.nn.Module:
+    """A plain copy of a (small) model outside the engine, to sample from."""
+    verify(model)
+    return models.load(model.folder)
