@@ -52,9 +52,7 @@ class Sdpa:
         for length, members in groups.items():
             column_L, lengths_N1 = torch.arange(length), lengths_S[members, None]
             gather.append((starts_S[members, None] + column_L.minimum(lengths_N1 - 1)).flatten())
-            is_own.append(
-                ((column_L >= lengths_N1 - own_S[members, None]) & (column_L < lengths_N1)).flatten()
-            )
+            is_own.append(((column_L >= lengths_N1 - own_S[members, None]) & (column_L < lengths_N1)).flatten())
             self.shapes.append((len(members), length))
         self.gather_G = pack.keys_K[torch.cat(gather).to(pack.keys_K.device)]
         own_T = torch.cat(is_own).nonzero().flatten().to(self.gather_G.device)
@@ -63,9 +61,7 @@ class Sdpa:
 
     def __call__(self, query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, rule: Rule) -> Tensor:
         sizes = [n * length for n, length in self.shapes]
-        groups = zip(
-            *(x.index_select(0, self.gather_G).split(sizes) for x in (query_THD, key_THD, value_THD))
-        )
+        groups = zip(*(x.index_select(0, self.gather_G).split(sizes) for x in (query_THD, key_THD, value_THD)))
         outputs = []
         for (n, length), group in zip(self.shapes, groups, strict=True):
             query, key, value = (x.unflatten(0, (n, length)).transpose(1, 2) for x in group)
@@ -132,9 +128,7 @@ class Varlen:
 
     def __call__(self, query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, rule: Rule) -> Tensor:
         if rule.softcap is not None or rule.sinks_H is not None or rule.dropout:
-            raise ValueError(
-                "varlen attention has no soft cap, sinks or dropout: choose attention=flex or sdpa"
-            )
+            raise ValueError("varlen attention has no soft cap, sinks or dropout: choose attention=flex or sdpa")
         window = -1 if rule.window is None else rule.window - 1
         options = {"enable_gqa": query_THD.shape[1] != key_THD.shape[1], "num_splits": 1}
         return varlen.varlen_attn(

@@ -40,9 +40,7 @@ class Head(nn.Module):
                 "layer: leave it out of adapters and quantisation"
             )
         self.weight, self.bias = projection.weight, projection.bias
-        self.scale = getattr(config, "logit_scale", None) or 1 / (
-            getattr(config, "logits_scaling", None) or 1
-        )
+        self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
     def forward(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
@@ -79,9 +77,7 @@ class _LogProbs(torch.autograd.Function):
             else:
                 logits_RV = _logits(hidden_RH[tile], weight_VH, bias_V, ctx.scale, ctx.softcap)
             weight_R1 = grad_R[tile, None] * ctx.scale
-            slope_RV = (
-                logits_RV.softmax(-1).mul_(-weight_R1).scatter_add_(1, targets_R[tile, None], weight_R1)
-            )
+            slope_RV = logits_RV.softmax(-1).mul_(-weight_R1).scatter_add_(1, targets_R[tile, None], weight_R1)
             if ctx.softcap is not None:
                 slope_RV *= 1 - (logits_RV / ctx.softcap) ** 2
             if grad_V is not None:
@@ -166,8 +162,7 @@ def _check(scorer: Scorer) -> None:
     """Compare packed with plain log-probs on a few tokens: what a model does with attention or logits beyond what is
     known here (ALiBi, recurrence, another scaling) shows in them."""
     rows = [
-        TokenPair("", *(np.arange(n, dtype=np.int32) % 3 + 1 for n in lengths))
-        for lengths in [(5, 4, 6), (1, 7, 2)]
+        TokenPair("", *(np.arange(n, dtype=np.int32) % 3 + 1 for n in lengths)) for lengths in [(5, 4, 6), (1, 7, 2)]
     ]
     training = scorer.training
     scorer.eval()
@@ -177,9 +172,7 @@ def _check(scorer: Scorer) -> None:
     scorer.train(training)
     tolerance = 1e-4 if packed.dtype == scorer.head.weight.dtype else 2e-2
     if not torch.allclose(packed, naive, rtol=tolerance):
-        raise ValueError(
-            backends.refusal(scorer.model, f"its log-probs would be {packed} instead of {naive}")
-        )
+        raise ValueError(backends.refusal(scorer.model, f"its log-probs would be {packed} instead of {naive}"))
 
 
 def naive_logprobs(model: PreTrainedModel, row: TokenPair) -> Both:

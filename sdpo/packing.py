@@ -39,7 +39,7 @@ class Pack(NamedTuple):
         return Pack(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
 
 
-def num_tokens(row: TokenPair) -> int:
+def tokens_of(row: TokenPair) -> int:
     """Tokens of a pair that pass through the network."""
     return len(row.prompt) + len(row.chosen[:-1]) + len(row.rejected[:-1])
 
@@ -52,7 +52,7 @@ def pack(rows: Sequence[TokenPair]) -> Pack:
     """
     num_pairs = len(rows)
     num_responses = sum(len(row.chosen) + len(row.rejected) for row in rows)
-    if min(num_responses, sum(map(num_tokens, rows))) < MIN_ROWS:
+    if min(num_responses, sum(map(tokens_of, rows))) < MIN_ROWS:
         rows = [*rows, _FILLER]
     streams, positions, keys, lengths, own, before, targets, branches = ([] for _ in range(8))
     end = 0
@@ -94,12 +94,12 @@ def in_order(rows: Sequence[TokenPair], tokens_per_pack: int) -> list[list[int]]
     The order depends on the rows alone, never on a seed or on the order of training.
     """
     packs, tokens = [], tokens_per_pack
-    for i in sorted(range(len(rows)), key=lambda i: (num_tokens(rows[i]), rows[i].id)):
-        if tokens + num_tokens(rows[i]) > tokens_per_pack:
+    for i in sorted(range(len(rows)), key=lambda i: (tokens_of(rows[i]), rows[i].id)):
+        if tokens + tokens_of(rows[i]) > tokens_per_pack:
             packs.append([])
             tokens = 0
         packs[-1].append(i)
-        tokens += num_tokens(rows[i])
+        tokens += tokens_of(rows[i])
     return packs
 
 
@@ -109,12 +109,10 @@ def micro_batches(rows: Sequence[TokenPair], tokens_per_pack: int, ranks: int = 
     Each holds at most `tokens_per_pack` tokens (a longer pair stands alone) and about the same work; where pairs
     are too few, some hold none.
     """
-    tokens = [num_tokens(row) for row in rows]
+    tokens = [tokens_of(row) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (-_work(rows[i]), rows[i].id))
     per_rank = max(1, -(-sum(tokens) // (tokens_per_pack * ranks)))
-    while (
-        bins := _fill(order, tokens, [_work(row) for row in rows], tokens_per_pack, per_rank * ranks)
-    ) is None:
+    while (bins := _fill(order, tokens, [_work(row) for row in rows], tokens_per_pack, per_rank * ranks)) is None:
         per_rank += 1
     return [bins[rank::ranks] for rank in range(ranks)]
 
@@ -137,4 +135,4 @@ def _work(row: TokenPair) -> float:
     """Relative cost of a pair: linear layers by token, attention by visible pair (a token of a 1k-token prefix costs
     about a quarter more in a 7B model)."""
     P, C, R = len(row.prompt), len(row.chosen), len(row.rejected)
-    return num_tokens(row) + ((P + C) ** 2 + (P + R) ** 2 - P**2) / 8192
+    return tokens_of(row) + ((P + C) ** 2 + (P + R) ** 2 - P**2) / 8192
