@@ -1,0 +1,193 @@
+"""Rows as users have them -> prompt turns, chosen, rejected. Layouts are told apart by their columns."""
+
+import math
+import re
+from typing import Any, NamedTuple, TypedDict
+
+Row = dict[str, Any]
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+RATINGS = {  # ours, argilla's, UltraFeedback's
+    "chosen": ("chosen_rating", "chosen-rating", "score_chosen"),
+    "rejected": ("rejected_rating", "rejected-rating", "score_rejected"),
+}
+# Layouts with the prompt in a column of its own: that column -> the layout's name. `messages` is ours.
+PROMPT_COLUMNS = {"messages": "messages", "conversations": "sharegpt", "question": "orca", "prompt": "plain"}
+
+
+class Message(TypedDict):
+    role: str  # system | user | assistant
+    content: str
+
+
+Turns = tuple[Message, ...]
+
+
+class Normal(NamedTuple):
+    layout: str
+    prompt: Turns
+    chosen: str
+    rejected: str
+    chosen_rating: float | None
+    rejected_rating: float | None
+
+
+class BadRow(ValueError):
+    """A row that cannot be used: the reason to count it by, the field at fault, and what is wrong with it."""
+
+    def __init__(self, reason: str, field: str | None, problem: str):
+        super().__init__(f"field '{field}' {problem}" if field else problem)
+        self.reason = reason
+        self.field = field
+        self.problem = problem
+
+
+def normalise(row: Row) -> Normal:
+    """A row of any known layout, checked. Raises BadRow."""
+    row = {column: value for column, value in row.items() if value is not None}
+    layout, prompt, chosen, rejected = _read(row)
+    if row.get("system") and prompt[0]["role"] != "system":
+        prompt = (Message(role="system", content=check_text(row["system"], "system")), *prompt)
+    if prompt[-1]["role"] != "user":
+        raise BadRow("bad_conversation", "prompt", f"ends with the role {prompt[-1]['role']}, not with user")
+    check_text(chosen, "chosen")
+    check_text(rejected, "rejected")
+    if chosen == rejected:
+        raise BadRow("identical", "rejected", "equals 'chosen', so the pair states no preference")
+    ratings = (_rating(row, side) for side in ("chosen", "rejected"))
+    return Normal(layout, prompt, chosen, rejected, *ratings)
+
+
+def rename(row: Row, columns: dict[str, str]) -> Row:
+    """The row under our names (`columns`: ours -> theirs); other columns are not read. Raises BadRow."""
+    for theirs in columns.values():
+        if theirs not in row:
+            raise BadRow("missing_column", theirs, f"does not exist; the row has {', '.join(row)}")
+    return {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def check_text(value: Any, field: str) -> str:
+    """The value, if it is text that says something and can be written as UTF-8. Raises BadRow."""
+    if value is None:
+        raise BadRow("missing_column", field, "is missing or null")
+    if not isinstance(value, str):
+        raise BadRow("not_text", field, f"is {type(value).__name__}, not text")
+    if not value.strip():
+        raise BadRow("empty", field, "is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a reader leaves invalid bytes, and JSON's lone surrogates, as surrogates
+        raise BadRow("invalid_utf8", field, "is not valid UTF-8") from None
+    return value
+
+
+def _read(row: Row) -> tuple[str, Turns, Any, Any]:
+    """The layout's name, the prompt, chosen and rejected."""
+    if {"input", "preferred_output", "non_preferred_output"} <= row.keys():
+        return "openai", *_openai(row)
+    for column in ("chosen", "rejected"):
+        if column not in row:
+            raise _missing(column, row)
+    if isinstance(row["chosen"], list | dict):
+        return "conversation", *_conversation(row)
+    for column, layout in PROMPT_COLUMNS.items():
+        if column in row:
+            return layout, _prompt(row[column], column), row["chosen"], row["rejected"]
+    if "\n\nAssistant:" in str(row["chosen"]):
+        return "transcript", *_transcript(row)
+    raise _missing("prompt", row)
+
+
+def _openai(row: Row):
+    """OpenAI's preference fine-tuning: input.messages, preferred_output, non_preferred_output."""
+    given = row["input"]
+    if not isinstance(given, dict) or "messages" not in given:
+        raise BadRow("missing_column", "input", "has no 'messages'")
+    if given.get("tools"):
+        raise BadRow("tools", "input", "has tools, which are not supported")
+    fields = ("preferred_output", "non_preferred_output")
+    answers = (_answer(_turns(row[field], field), field) for field in fields)
+    return _turns(given["messages"], "input.messages"), *answers
+
+
+def _conversation(row: Row):
+    """chosen and rejected as turns (UltraFeedback, argilla): whole conversations, or answers to a prompt."""
+    chosen, rejected = (_turns(row[field], field) for field in ("chosen", "rejected"))
+    prompt = chosen[:-1]
+    if prompt != rejected[:-1]:
+        raise BadRow("prompt_mismatch", "rejected", "differs from 'chosen' before the last turn")
+    given = next((column for column in ("prompt", *PROMPT_COLUMNS) if column in row), None)
+    if not prompt:
+        if given is None:
+            raise _missing("prompt", row)
+        prompt = _prompt(row[given], given)
+    elif given == "prompt" and isinstance(row[given], list) and _turns(row[given], given) != prompt:
+        raise BadRow("prompt_mismatch", "chosen", "does not begin with the turns of 'prompt'")
+    return prompt, _answer(chosen[-1:], "chosen"), _answer(rejected[-1:], "rejected")
+
+
+def _transcript(row: Row):
+    """Anthropic/hh-rlhf: two transcripts that part after the last "Assistant:"."""
+    prompt, chosen = _split_transcript(row["chosen"], "chosen")
+    other, rejected = _split_transcript(row["rejected"], "rejected")
+    if prompt != other:
+        raise BadRow("prompt_mismatch", "rejected", "differs from 'chosen' before the last 'Assistant:'")
+    opening, *parts = re.split(r"\n\n(Human|Assistant):", prompt)
+    if opening.strip() or not parts:
+        raise BadRow("bad_conversation", "chosen", "does not begin with 'Human:'")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    return _turns(turns, "chosen"), chosen, rejected
+
+
+def _split_transcript(text: Any, field: str) -> tuple[str, str]:
+    prompt, marker, answer = check_text(text, field).rpartition("\n\nAssistant:")
+    if not marker or "\n\nHuman:" in answer:
+        raise BadRow("bad_conversation", field, "does not end with a turn of 'Assistant:'")
+    return prompt, answer.strip()
+
+
+def _prompt(value: Any, field: str) -> Turns:
+    if isinstance(value, list):
+        return _turns(value, field)
+    return (Message(role="user", content=check_text(value, field)),)
+
+
+def _turns(value: Any, field: str) -> Turns:
+    """Turns as {role, content} or {from, value}; one may stand without a list; empty system turns go."""
+    turns = []
+    for number, turn in enumerate([value] if isinstance(value, dict) else value if isinstance(value, list) else []):
+        if not isinstance(turn, dict):
+            raise BadRow("bad_conversation", field, f"holds {type(turn).__name__}, not messages")
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadRow("bad_conversation", field, f"has the role {role!r}; known are {', '.join(ROLES)}")
+        if role != "system" or content:
+            turns.append(Message(role=ROLES[role], content=check_text(content, f"{field}[{number}].content")))
+    if not turns:
+        raise BadRow("bad_conversation", field, "holds no messages")
+    return tuple(turns)
+
+
+def _answer(turns: Turns, field: str) -> str:
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        raise BadRow("bad_conversation", field, "does not end with one answer of the assistant")
+    return turns[0]["content"]
+
+
+def _rating(row: Row, side: str) -> float | None:
+    for column in RATINGS[side]:
+        if row.get(column, "") != "":
+            try:
+                rating = float(row[column])
+            except (TypeError, ValueError):
+                rating = math.nan
+            if not math.isfinite(rating):
+                raise BadRow("bad_rating", column, f"is {row[column]!r}, not a number")
+            return rating
+    return None
+
+
+def _missing(column: str, row: Row) -> BadRow:
+    problem = f"is missing or null; the row has {', '.join(row)} (data.columns maps other names)"
+    return BadRow("missing_column", column, problem)
