@@ -61,10 +61,10 @@ class Sdpa:
 
     def __call__(self, query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, rule: Rule) -> Tensor:
         sizes = [n * length for n, length in self.shapes]
-        groups = zip(*(x.index_select(0, self.gather_G).split(sizes) for x in (query_THD, key_THD, value_THD)))
+        gathered = (x.index_select(0, self.gather_G).split(sizes) for x in (query_THD, key_THD, value_THD))
         outputs = []
-        for (n, length), group in zip(self.shapes, groups, strict=True):
-            query, key, value = (x.unflatten(0, (n, length)).transpose(1, 2) for x in group)
+        for shape, *group in zip(self.shapes, *gathered, strict=True):
+            query, key, value = (x.unflatten(0, shape).transpose(1, 2) for x in group)
             outputs.append(_causal(query, key, value, rule).transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, self.scatter_T)
 

@@ -40,7 +40,7 @@ class Head(nn.Module):
                 "layer: leave it out of adapters and quantisation"
             )
         self.weight, self.bias = projection.weight, projection.bias
-        self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
     def forward(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
@@ -172,7 +172,8 @@ def _check(scorer: Scorer) -> None:
     scorer.train(training)
     tolerance = 1e-4 if packed.dtype == scorer.head.weight.dtype else 2e-2
     if not torch.allclose(packed, naive, rtol=tolerance):
-        raise ValueError(backends.refusal(scorer.model, f"its log-probs would be {packed} instead of {naive}"))
+        reason = f"its log-probs would be {packed.tolist()}, not {naive.tolist()}"
+        raise ValueError(backends.refusal(scorer.model, reason))
 
 
 def naive_logprobs(model: PreTrainedModel, row: TokenPair) -> Both:

@@ -109,10 +109,10 @@ def micro_batches(rows: Sequence[TokenPair], tokens_per_pack: int, ranks: int = 
     Each holds at most `tokens_per_pack` tokens (a longer pair stands alone) and about the same work; where pairs
     are too few, some hold none.
     """
-    tokens = [tokens_of(row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (-_work(rows[i]), rows[i].id))
+    tokens, work = [tokens_of(row) for row in rows], [_work(row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (-work[i], rows[i].id))
     per_rank = max(1, -(-sum(tokens) // (tokens_per_pack * ranks)))
-    while (bins := _fill(order, tokens, [_work(row) for row in rows], tokens_per_pack, per_rank * ranks)) is None:
+    while (bins := _fill(order, tokens, work, tokens_per_pack, per_rank * ranks)) is None:
         per_rank += 1
     return [bins[rank::ranks] for rank in range(ranks)]
 
