@@ -32,9 +32,7 @@ def folders(*paths: Path | str) -> list[Path]:
     """The run folders that `paths` are or hold, each once; `ValueError` where a path holds none."""
     found = {}
     for path in map(Path, paths):
-        inside = (
-            [path] if _is_run(path) else [folder for folder in sorted(path.glob("*/")) if _is_run(folder)]
-        )
+        inside = [path] if _is_run(path) else [folder for folder in sorted(path.glob("*/")) if _is_run(folder)]
         if not inside:
             raise ValueError(f"{path} is no run folder and holds none (a run folder has a manifest.json)")
         found |= {folder.resolve(): folder for folder in inside}
@@ -82,8 +80,13 @@ def pairs(*paths: Path | str) -> pd.DataFrame:
 def by_arm(table: pd.DataFrame, keys: list[str], column: str = "value") -> pd.DataFrame:
     """Mean and interval of `column` over seeds, per arm and `keys`: arm, keys, value, low, high, seeds.
 
-    Where an arm has one seed the intervals of its own evaluation (`low`, `high`), if any, are kept.
+    Where an arm has one seed the interval of its own evaluation (`low`, `high`), if any, is kept. `ValueError` where
+    an arm has two runs of one seed: they are not independent.
     """
+    twice = table[table.duplicated(["arm", "seed", *keys])]
+    if len(twice):
+        arm, seed = twice.iloc[0][["arm", "seed"]]
+        raise ValueError(f"{arm} has two runs with seed {seed}; give folders in which each arm runs a seed once")
     summary = statistics.by_group(table, ["arm", *keys], column)
     if {"low", "high"} <= set(table) and column == "value":
         own = table.drop_duplicates(["arm", *keys], keep=False).set_index(["arm", *keys])
@@ -109,9 +112,7 @@ def _stack(paths: Paths, read) -> pd.DataFrame:
     """The tables of all runs under each other, each row named by its run, arm and seed."""
     ended = [folder for folder in folders(*paths) if _ended(folder)]
     if not ended:
-        raise ValueError(
-            f"no run in {', '.join(map(str, paths))} has ended (a summary.json is written at the end)"
-        )
+        raise ValueError(f"no run in {', '.join(map(str, paths))} has ended (a summary.json is written at the end)")
     tables = []
     for folder in ended:
         manifest, table = _read(folder / "manifest.json"), read(folder)
@@ -162,9 +163,7 @@ def _steps(folder: Path) -> pd.DataFrame:
 def _mixture(weights: dict[str, float], names: dict[str, str]) -> str:
     """The weights of a reference as a sum of models: "M_1", or "0.4 M_0 + 0.6 M_1"."""
     terms = [(names.get(key, key[:8]), coefficient) for key, coefficient in weights.items()]
-    return " + ".join(
-        name if coefficient == 1 else f"{coefficient:.3g} {name}" for name, coefficient in terms
-    )
+    return " + ".join(name if coefficient == 1 else f"{coefficient:.3g} {name}" for name, coefficient in terms)
 
 
 def _measures(folder: Path) -> pd.DataFrame:

@@ -37,9 +37,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 def by_group(frame: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
     """`over_seeds` of `column` for each group of `keys`, as they appear: keys, value, low, high, seeds."""
-    rows = [
-        (*key, *over_seeds(group[column])) for key, group in frame.groupby(keys, sort=False, dropna=False)
-    ]
+    rows = [(*key, *over_seeds(group[column])) for key, group in frame.groupby(keys, sort=False, dropna=False)]
     return pd.DataFrame(rows, columns=[*keys, "value", "low", "high", "seeds"])
 
 
@@ -48,9 +46,7 @@ def paired(first: pd.Series, second: pd.Series) -> np.ndarray:
     for side in (first, second):
         if side.index.has_duplicates:
             twice = sorted(set(side.index[side.index.duplicated()]))
-            raise ValueError(
-                f"an arm has two runs with seed {twice[0]}; give folders in which each runs once"
-            )
+            raise ValueError(f"an arm has two runs with seed {twice[0]}; give folders in which it runs once")
     return (first - second).dropna().to_numpy()
 
 

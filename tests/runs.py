@@ -86,9 +86,7 @@ def _pairs(rng, num_steps):
             held_out = i >= NUM_PAIRS
             chunk = 0 if held_out else 1 + number % num_steps
             score = float(rng.normal(1 - number))
-            rows.append(
-                (f"{source}-{i}", source, held_out, chunk, score, 9, 8 + i % 3, 8 + i % 4, None, None)
-            )
+            rows.append((f"{source}-{i}", source, held_out, chunk, score, 9, 8 + i % 3, 8 + i % 4, None, None))
     lengths = ["prompt_tokens", "chosen_tokens", "rejected_tokens"]
     ratings = ["chosen_rating", "rejected_rating"]
     columns = ["id", "source", "held_out", "chunk", "score", *lengths, *ratings]
@@ -189,9 +187,7 @@ def _trajectory(pairs, num_steps, rng):
         if t:
             tables.append(_judged(pairs[pairs["chunk"] == t], ability, f"M_{t - 1}", t, -1, "reference"))
             middle = UPDATES // 2
-            tables.append(
-                _judged(pairs[pairs["chunk"] == t], ability, f"t{t}/u{middle}", t, middle, "policy")
-            )
+            tables.append(_judged(pairs[pairs["chunk"] == t], ability, f"t{t}/u{middle}", t, middle, "policy"))
     return pd.concat(tables, ignore_index=True)
 
 

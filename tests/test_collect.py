@@ -73,8 +73,7 @@ def test_measures_equal_the_summary(sweep):
             for name, numbers in evaluation.items():
                 found = measures.loc[(t, name), ["value", "low", "high", "n"]].tolist()
                 expected = [
-                    np.nan if numbers[part] is None else numbers[part]
-                    for part in ("value", "low", "high", "n")
+                    np.nan if numbers[part] is None else numbers[part] for part in ("value", "low", "high", "n")
                 ]
                 np.testing.assert_array_equal(found, expected)
         headline = summary["headline"]
