@@ -7,53 +7,70 @@ python train.py --help                                the axes and their options
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sdpo import config, launch, runs
+from sdpo import help, launch, runs
+from sdpo.runs import Run
 
-os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors; main() says them in one line
 composed: list[tuple[DictConfig, DictConfig]] = []
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def compose(job: DictConfig) -> None:
-    """Keep what Hydra composed for a single run; a sweep is run by its launcher, inside Hydra."""
+    """Keep what Hydra composed for a single run; the runs of a sweep go to its launcher."""
     composed.append((job, HydraConfig.get()))
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
+    if {"--help", "-h"} & set(arguments):
+        print(help.show([argument for argument in arguments if not argument.startswith("-")]))
+        return
+    launch.refuse_ranks()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what is wrong, instead of printing it
+    OmegaConf.register_new_resolver("run_name", runs.run_name)
+    OmegaConf.register_new_resolver("sweep_name", runs.sweep_name)
     compose()
-    for job, hydra_settings in composed:
-        folder = Path(hydra_settings.runtime.output_dir)
-        settings = config.from_composed(job)
-        choices = {axis: choice for axis, choice in hydra_settings.runtime.choices.items() if "/" not in axis}
-        origin = {"sweep": None, "arm": None, "choices": choices, "seed": settings.seed, "command": sys.argv}
-        launch.set_threads(settings.launch.threads)
-        runs.prepare(settings, folder, origin)
-        launch.run(settings, folder)
+    for job, settings in composed:
+        folder = Path(settings.runtime.output_dir)
+        try:
+            run = runs.of(job, settings, folder)
+            single(run)
+        except ValueError:
+            with suppress(OSError):
+                folder.rmdir()  # Hydra made it; an error before any work leaves it empty
+            raise
 
 
-def run_name(*, _root_: DictConfig) -> str:
-    settings = OmegaConf.to_container(
-        OmegaConf.masked_copy(_root_, [k for k in _root_ if k != "hydra"]), resolve=True
-    )
-    return runs.name(dict(_root_.hydra.runtime.choices), settings["seed"], settings)
+def single(run: Run) -> None:
+    """One run, in this process or with ranks of its own, and what came of it."""
+    launch.set_threads(run.config.launch.threads)  # before torch starts
+    runs.check(run.config)
+    if run.config.plan:
+        from sdpo import plan
 
+        plan.show([run])
+        return
+    run.prepare()
+    summary = launch.run(run.config, run.folder)
+    from sdpo import record
 
-OmegaConf.register_new_resolver("run_name", run_name)
-OmegaConf.register_new_resolver("sweep_name", lambda *, _root_: "sweep")
+    for step in summary["steps"]:
+        print(record.step_line(step))
+    print(f"run folder: {run.folder}")
+
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {runs.one_line(error)}")
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        sys.exit(f"error: {help.explain(error)}")

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 Settings = dict[str, Any]
 
@@ -88,9 +88,7 @@ class LabData:
 @dataclass
 class Data:
     name: str = one_of("lab", "local", "hub", default=MISSING)
-    train: list[str] = field(
-        default_factory=list
-    )  # files (local); `name`, `name:split` or `name/config:split` (hub)
+    train: list[str] = field(default_factory=list)  # files (local); `name`, `name:split` or `name/config:split` (hub)
     held_out: list[str] = field(default_factory=list)
     held_out_share: float = share(0.05)  # of the prompts, held out where no held_out is given
     revisions: dict[str, str] = field(default_factory=dict)  # hub: data set name -> revision
@@ -155,7 +153,10 @@ PER_STEP = ("optim", "loss", "reference", "start")  # what steps.<t> may overrid
 def from_composed(composed: DictConfig | dict) -> Config:
     """The typed configuration: unknown keys (also those forced in with ++), wrong types and values are ValueErrors."""
     try:
-        given = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
+        composed = OmegaConf.create(composed)
+        if missing := sorted(OmegaConf.missing_keys(composed)):
+            raise ValueError(f"{missing[0]} has no value; set {missing[0]}=...")
+        given = OmegaConf.to_container(composed, resolve=True)
         given["steps"] = {_step_number(t): changes for t, changes in (given.get("steps") or {}).items()}
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
     except OmegaConfBaseException as error:
@@ -205,7 +206,7 @@ def choose(room: ModuleType, settings: Settings) -> Callable:
         filled = OmegaConf.merge(OmegaConf.structured(make_dataclass(name, wanted)), given)
         return partial(function, **OmegaConf.to_container(filled, throw_on_missing=True))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{room.__name__}.{name}: {sentence(error)}") from error
+        raise ValueError(f"{room.__name__}.{name}: {sentence(error, name)}") from error
 
 
 def variants(room: ModuleType) -> dict[str, Callable]:
@@ -223,14 +224,12 @@ def needs(function: Callable) -> list[str]:
     return [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
 
 
-def sentence(error: OmegaConfBaseException) -> str:
-    """One line for the user: the key that is wrong, and what exists."""
-    if isinstance(error, ConfigKeyError) and error.parent_node is not None:
-        parent = error.parent_node._get_full_key(None) or "the configuration"
+def sentence(error: OmegaConfBaseException, whole: str = "the configuration") -> str:
+    """One line for the user: the key that is wrong, and what exists; `whole` is the name of the outermost level."""
+    if isinstance(error, AttributeError | KeyError) and error.parent_node:
+        parent = error.parent_node._get_full_key(None) or whole
         return f"unknown key {error.full_key}; {parent} has {', '.join(map(str, error.parent_node))}"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} has no value; set {error.full_key}=..."
-    return f"{error.full_key}: {str(error).splitlines()[0]}" if error.full_key else str(error).splitlines()[0]
+    return ": ".join(filter(None, [error.full_key, str(error).splitlines()[0]]))
 
 
 def _step_number(key: Any) -> int:

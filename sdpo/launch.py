@@ -1,7 +1,7 @@
 """Ranks: the only file that knows torchrun and the rank environment.
 
-A run of one rank is done in the process that asks for it; a run of several is done by children of torchrun that
-read the resolved configuration of the run folder, as does a job of a cluster: `python -m sdpo.launch RUN/config.yaml`.
+A run of one rank is done in the process that asks for it. A run of several is done by children of torchrun,
+which read the run folder's config.yaml, as a job of a cluster does: `python -m sdpo.launch RUN/config.yaml`.
 """
 
 import json
@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sdpo import config as configuration
+from sdpo import config, runs
 from sdpo.config import Config
 
 CHECKOUT = Path(__file__).parents[1]
@@ -94,42 +94,60 @@ def set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def run(config: Config, folder: Path) -> dict:
-    """Do the run that `folder` was prepared for, with as many ranks as it asks for; returns its summary."""
-    if config.launch.ranks == 1:
-        return _work(config, folder)
-    _start_ranks(config, folder)
-    return json.loads((folder / "summary.json").read_text())
+def refuse_ranks() -> None:
+    """ValueError where this process is itself a rank of torchrun, deepspeed or mpirun."""
+    given = [name for name in ("RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK") if name in os.environ]
+    given += [argument for argument in sys.argv if argument.startswith("--local")]
+    if given:
+        raise ValueError(
+            f"train.py starts its own ranks, but {given[0]} says that it is one: "
+            "run it plainly, with launch.ranks=8 for eight GPUs, not under torchrun, deepspeed or mpirun"
+        )
 
 
-def _work(config: Config, folder: Path) -> dict:
+def run(settings: Config, folder: Path) -> dict:
+    """Do the run that `folder` was prepared for, with as many ranks as it asks for; returns its summary.
+
+    What it raises also stands in the folder's error.txt.
+    """
+    try:
+        if settings.launch.ranks == 1:
+            return _work(settings, folder)
+        _start_ranks(settings, folder)
+        return json.loads((folder / "summary.json").read_text())
+    except Exception as error:
+        runs.fail(folder, error)
+        raise
+
+
+def _work(settings: Config, folder: Path) -> dict:
     """This rank's part of a run."""
-    set_threads(config.launch.threads)
+    set_threads(settings.launch.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     import torch
 
-    from sdpo import runs, stepwise
+    from sdpo import stepwise
 
-    torch.use_deterministic_algorithms(True)
-    _join(config)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import inductor: seconds
+    _join(settings)
     try:
-        summary = stepwise.run(config, folder)
+        summary = stepwise.run(settings, folder)
         if is_main():
-            runs.finish(config, folder)
+            runs.finish(settings, folder)
         return summary
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def _join(config: Config) -> None:
+def _join(settings: Config) -> None:
     """Join the process group; DeepSpeed wants one even for a single rank."""
-    if config.launch.ranks == 1 and config.deepspeed.stage is None:
+    if settings.launch.ranks == 1 and settings.deepspeed.stage is None:
         return
     import torch
     import torch.distributed as dist
 
-    place = device(config.launch.device)
+    place = device(settings.launch.device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     store = dist.HashStore() if world_size() == 1 else None  # None: torchrun's own
@@ -137,33 +155,33 @@ def _join(config: Config) -> None:
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
 
 
-def _start_ranks(config: Config, folder: Path) -> None:
-    """Run torchrun to its end. ValueError with the first failing rank's error where it fails."""
-    from sdpo import runs
+def job(folder: Path) -> list[str]:
+    """The command that does the run of a prepared folder, on this or another machine."""
+    return ["env", f"PYTHONPATH={_python_path()}", sys.executable, "-m", "sdpo.launch", str(folder / "config.yaml")]
 
+
+def _start_ranks(settings: Config, folder: Path) -> None:
+    """Run torchrun to its end. ValueError with the error of the first rank that failed."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    command = [
-        *torchrun,
-        f"--nproc-per-node={config.launch.ranks}",
-        "-m",
-        "sdpo.launch",
-        folder / "config.yaml",
-    ]
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    with socket.create_server(("127.0.0.1", 0)) as alive, (folder / "log.txt").open("w") as log:
-        env = {**os.environ, "PYTHONPATH": path, PARENT: str(alive.getsockname()[1])}
-        env["OMP_NUM_THREADS"] = str(config.launch.threads)
+    script = ["-m", "sdpo.launch", str(folder / "config.yaml")]
+    with socket.create_server(("127.0.0.1", 0)) as alive, (folder / "log.txt").open("a") as log:
+        env = {**os.environ, "PYTHONPATH": _python_path(), PARENT: str(alive.getsockname()[1])}
+        env["OMP_NUM_THREADS"] = str(settings.launch.threads)
+        command = [*torchrun, f"--nproc-per-node={settings.launch.ranks}", *script]
         agent = subprocess.Popen(command, env=env, stderr=log, start_new_session=True)
         try:
             code = agent.wait()
         finally:
             if agent.poll() is None:
-                os.killpg(agent.pid, signal.SIGKILL)
+                os.killpg(agent.pid, signal.SIGKILL)  # its ranks end with `alive`
                 agent.wait()
     if code:
-        raise ValueError(
-            runs.failure(folder) or f"the ranks ended with code {code}; see {folder / 'log.txt'}"
-        )
+        raise ValueError(runs.failure(folder) or f"a rank or its agent died; {folder / 'log.txt'} has the details")
+
+
+def _python_path() -> str:
+    """Where children find this package, whatever folder they start in."""
+    return os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
 
 
 def exit_with_parent(descriptor: int) -> None:
@@ -178,19 +196,17 @@ def exit_with_parent(descriptor: int) -> None:
 
 
 def main() -> None:
-    """One rank under torchrun, or a whole run where there is none."""
-    from sdpo import runs
-
+    """A whole run, or one rank of it under torchrun."""
     path = Path(sys.argv[1])
+    settings = config.load(path)
+    if "RANK" not in os.environ:
+        run(settings, path.parent)
+        return
+    exit_with_parent(socket.create_connection(("127.0.0.1", int(os.environ[PARENT]))).detach())
+    if is_main():
+        os.dup2(1, 2)  # the terminal; standard error is the log of torchrun and the other ranks
     try:
-        config = configuration.load(path)
-        if "RANK" not in os.environ:
-            run(config, path.parent)
-            return
-        exit_with_parent(socket.create_connection(("127.0.0.1", int(os.environ[PARENT]))).detach())
-        if is_main():
-            os.dup2(1, 2)  # the terminal; standard error is the log of torchrun and the other ranks
-        _work(config, path.parent)
+        _work(settings, path.parent)
     except Exception as error:
         runs.fail(path.parent, error)
         traceback.print_exc()

@@ -1,53 +1,119 @@
-"""The run folder from outside: its name, what it was asked for, whether it is finished, how it failed."""
+"""A run from outside: its settings and folder, whether it is finished, how it failed. Nothing here imports torch."""
 
 import hashlib
 import json
+import sys
 import traceback
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 
 from sdpo import config as configuration
+from sdpo import store
 from sdpo.config import Config
-from sdpo.store import NUMERICS_VERSION
+
+NAMED_AXES = ("model", "arm", "split", "reference", "loss")  # the choices in the name of a run folder
 
 
-def name(choices: dict[str, str], seed: int, settings: dict) -> str:
-    """Choices, seed, and a short hash of all settings: by_source-previous-dpo-s0-1f2e3d."""
-    axes = [
-        choices[axis] for axis in ("arm", "data", "model", "split", "reference", "loss") if choices.get(axis)
-    ]
-    whole = json.dumps({**settings, "plan": False}, sort_keys=True)
-    return "-".join([*axes, f"s{seed}", hashlib.sha256(whole.encode()).hexdigest()[:6]])
+class Run(NamedTuple):
+    """One run of one configuration, with the names that later tell it from other runs."""
+
+    config: Config
+    folder: Path
+    choices: dict[str, str]  # axis -> option
+    arm: str  # what it is called in a sweep, the same for all its seeds
+    sweep: str | None = None
+
+    def prepare(self) -> None:
+        """Make the folder ready: the resolved configuration, and the names as the beginning of the manifest."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in ("done", "error.txt", "log.txt"):
+            (self.folder / leftover).unlink(missing_ok=True)
+        (self.folder / "config.yaml").write_text(configuration.to_yaml(self.config))
+        names = {
+            "run": self.folder.name,
+            "sweep": self.sweep,
+            "arm": self.arm,
+            "choices": self.choices,
+            "seed": self.config.seed,
+            "command": sys.argv,
+        }
+        (self.folder / "manifest.json").write_text(json.dumps(names, indent=1))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds this very run: of these settings, numerics and input files."""
+        done = self.folder / "done"
+        return done.is_file() and done.read_text() == _stamp(self.config)
+
+    @property
+    def error(self) -> str | None:
+        return failure(self.folder)
 
 
-def prepare(config: Config, folder: Path, origin: dict) -> None:
-    """A folder ready to run in: the resolved configuration, and where it comes from as the manifest's beginning."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in ("done", "error.txt"):
-        (folder / leftover).unlink(missing_ok=True)
-    (folder / "config.yaml").write_text(configuration.to_yaml(config))
-    (folder / "manifest.json").write_text(json.dumps({"run": folder.name, **origin}, indent=1))
+def of(job: DictConfig, hydra: DictConfig, folder: Path, arm: str = "", sweep: str | None = None) -> Run:
+    """The run that Hydra composed. ValueError where the configuration is not a valid one."""
+    choices = {axis: str(option) for axis, option in hydra.runtime.choices.items() if option and "/" not in axis}
+    return Run(configuration.from_composed(job), folder, choices, arm or "-".join(_axes(choices)), sweep)
+
+
+def without_hydra(composed: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+
+
+def run_name(*, _root_: DictConfig) -> str:
+    """The resolver ${run_name:}: choices, seed, short hash of all settings: lab-by_source-previous-dpo-s0-1f2e3d."""
+    settings = OmegaConf.to_container(without_hydra(_root_), resolve=True) | {"plan": False}
+    axes = _axes(_root_.hydra.runtime.choices)
+    return "-".join([*axes, f"s{settings['seed']}", _hash(json.dumps(settings, sort_keys=True))[:6]])
+
+
+def sweep_name(*, _root_: DictConfig) -> str:
+    """The resolver ${sweep_name:}: the experiment, or the swept keys; and a short hash of all that is overridden."""
+    overrides = [o for o in _root_.hydra.overrides.task if not o.startswith(("experiment=", "plan="))]
+    experiment = _root_.hydra.runtime.choices.get("experiment")
+    swept = [o.get_key_element() for o in OverridesParser.create().parse_overrides(overrides) if o.is_sweep_override()]
+    parts = [experiment] if experiment else swept
+    if overrides:
+        parts.append(_hash("\n".join(sorted(overrides)))[:6])
+    return "-".join(parts or ["sweep"]).replace("/", "-")
+
+
+def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """For each job's overrides what tells its arm from the others: all that varies but the seed."""
+    settings = [dict(override.lstrip("+").partition("=")[::2] for override in job) for job in jobs]
+    keys = dict.fromkeys(key for job in settings for key in job if key != "seed")
+    varying = [key for key in keys if len({job.get(key) for job in settings}) > 1]
+    return [" ".join(job[key] if key == "arm" else f"{key}={job[key]}" for key in varying) for job in settings]
+
+
+def check(config: Config) -> None:
+    """Bind every choice of every step to its function, so that a wrong one is an error before any work."""
+    from sdpo import chunks, losses, placebo, references  # here, because losses import torch
+
+    for t in (0, *config.steps):
+        step = configuration.for_step(config, t)
+        chunks.bind(step.split)
+        configuration.choose(losses, step.loss)
+        rule = dict(step.reference)
+        configuration.choose(placebo, {"name": rule.pop("placebo", "none")})
+        configuration.choose(references, rule)
 
 
 def finish(config: Config, folder: Path) -> None:
+    """Mark the folder as holding the whole run of this configuration."""
     (folder / "done").write_text(_stamp(config))
 
 
-def is_finished(config: Config, folder: Path) -> bool:
-    """Whether the folder holds this very run, of these settings, this code's numerics and these input files."""
-    done = folder / "done"
-    return done.is_file() and done.read_text() == _stamp(config)
-
-
 def fail(folder: Path, error: BaseException) -> None:
-    """Keep an error in error.txt, its sentence first; of several ranks the first to fail has the cause."""
-    sentence = (
-        one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
-    )
-    try:
-        with (folder / "error.txt").open("x") as file:
-            file.write(f"{sentence}\n\n{''.join(traceback.format_exception(error))}")
-    except FileExistsError:
-        pass
+    """Keep an error in error.txt, its sentence first; of several ranks the first to fail knows the cause."""
+    sentence = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
+    with suppress(FileExistsError), (folder / "error.txt").open("x") as file:
+        file.write(f"{sentence}\n\n{''.join(traceback.format_exception(error))}")
 
 
 def failure(folder: Path) -> str | None:
@@ -61,11 +127,16 @@ def one_line(error: BaseException) -> str:
 
 
 def _stamp(config: Config) -> str:
-    """A hash of everything that a finished run stands for; input files enter with their size and time."""
-    settings = configuration.to_yaml(config)
-    paths = [Path(p) for p in (*config.data.train, *config.data.held_out, config.model.path) if p]
-    files = [
-        file for path in paths for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()
-    ]
-    states = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return hashlib.sha256(repr((settings, NUMERICS_VERSION, states)).encode()).hexdigest()
+    """A hash of all that a finished run stands for; input files enter with their size and time of change."""
+    paths = [Path(path) for path in (*config.data.train, *config.data.held_out, config.model.path) if path]
+    files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
+    states = sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
+    return _hash(repr((configuration.to_yaml(config), store.NUMERICS_VERSION, states)))
+
+
+def _axes(choices: DictConfig | dict[str, str]) -> list[str]:
+    return [choices[axis].replace("/", "-") for axis in NAMED_AXES if choices.get(axis)]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
