@@ -39,9 +39,7 @@ class Recorder:
         bad = [name for name, value in flat.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
             where = f"step {entry['t']}" + (f", update {entry['update']}" if "update" in entry else "")
-            raise ValueError(
-                f"{where}: {', '.join(bad)} is not finite; what is undefined is recorded as null"
-            )
+            raise ValueError(f"{where}: {', '.join(bad)} is not finite; what is undefined is recorded as null")
         self._lines.write(json.dumps(entry, allow_nan=False) + "\n")
         self._lines.flush()
         if self._mirror:
@@ -192,17 +190,18 @@ def step_line(step: Entry) -> str:
     parts = [
         f"step {step['t']}",
         f"{step['num_pairs']} pairs of {', '.join(step['sources'])}",
-        f"loss {_number(step['first_loss'])} -> {_number(step['last_loss'])}",
-        f"gamma_ref {_number(step['gamma_ref_mean'])}",
+        f"loss {number(step['first_loss'])} -> {number(step['last_loss'])}",
+        f"gamma_ref {number(step['gamma_ref_mean'])}",
     ]
     ruler = next((name for name in RULERS if name in step["eval"]), None)
     if ruler:
-        value, low, high = (_number(step["eval"][ruler][part]) for part in ("value", "low", "high"))
+        value, low, high = (number(step["eval"][ruler][part]) for part in ("value", "low", "high"))
         parts.append(f"{ruler} {value} [{low}, {high}]")
     return "  ".join(parts)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A number for people: four digits, or a dash for none."""
     return "-" if value is None else f"{value:.4g}"
 
 

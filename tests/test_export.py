@@ -1,0 +1,111 @@
+"""An exported step loads as any Hugging Face folder, and its card says how it was made and how it scored."""
+
+import json
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import byte_tokenizer, random_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sdpo import config, export
+from sdpo.config import Config, Data, Model
+from sdpo.store import Store
+
+MEASURE = {"value": 0.75, "low": 0.5, "high": 1.0, "n": 8}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(seed=3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, model):
+    """A finished run of two steps as it lies on the disk, its last model in several shards."""
+
+    def build(folder):
+        model.save_pretrained(folder, max_shard_size="40KB")
+        byte_tokenizer().save_pretrained(folder)
+        (folder / "train.json").write_text("[]")
+
+    root = tmp_path_factory.mktemp("out")
+    step = Store(root / "store").make("step", {"of": "a test"}, build)
+    folder = root / "by_source-s0"
+    (folder / "steps").mkdir(parents=True)
+    (folder / "steps" / "2").symlink_to(step.folder)
+    external = "e" * 64
+    steps = [
+        _step(1, "a" * 64, start="s" * 64, weights={"s" * 64: 1.0}, gamma=-38.6),
+        _step(2, step.key, start="a" * 64, weights={"a" * 64: 0.9, external: 0.1}, gamma=None),
+    ]
+    manifest = {"run": folder.name, "model_key": "s" * 64, "steps": steps}
+    manifest |= {"versions": {"sdpo": "0.1.0", "deepspeed": None}, "git": {"commit": "c0ffee"}}
+    losses = [{"first_loss": 0.69314718, "last_loss": 0.5, "eval": {}}] * 2
+    summary = {"initial": {"eval": {"lab/gold": MEASURE | {"value": 0.25}}}, "steps": losses}
+    summary["steps"] = [losses[0], losses[1] | {"eval": {"lab/gold": MEASURE, "lab/kl": MEASURE | {"low": None}}}]
+    for name, content in {"manifest": manifest, "summary": summary, "data_report": {"dropped": {"empty": 3}}}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    settings = Config(
+        model=Model(name="local", path="/home/someone/model"),
+        data=Data(name="local", train=["/home/someone/orca.jsonl"]),
+        split={"name": "replay", "path": "/home/someone/split.json"},
+        loss={"name": "dpo", "beta": 0.1},
+    )
+    (folder / "config.yaml").write_text(config.to_yaml(settings))
+    return folder
+
+
+def _step(t, key, start, weights, gamma):
+    windows = [{"num_updates": 5, "weights": weights}]
+    lineage = {"t": t, "key": key, "start": start, "windows": windows}
+    return lineage | {"num_pairs": 7, "sources": {"orca": 7}, "gamma_ref_mean": gamma}
+
+
+def test_the_folder_loads_and_holds_nothing_of_the_store(run, model, tmp_path):
+    folder = export.export(run, 2, tmp_path / "M_2")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert AutoTokenizer.from_pretrained(folder)("hi").input_ids == byte_tokenizer()("hi").input_ids
+    assert not {"manifest.json", "train.json"} & {path.name for path in folder.iterdir()}
+
+
+def test_the_card_tells_lineage_scores_and_settings_but_no_paths(run, tmp_path):
+    card = (export.export(run, 2, tmp_path / "M_2") / "README.md").read_text()
+    assert "| M_1 | S | S | orca (7) | -38.6 | 0.6931 → 0.5 |" in card
+    assert "| M_2 | M_1 | 0.9 M_1 + 0.1 external eeeeeeee | orca (7) | - | 0.6931 → 0.5 |" in card
+    assert "| lab/gold | 0.25 [0.5, 1] (n = 8) | 0.75 [0.5, 1] (n = 8) |" in card
+    assert "| lab/kl | - | 0.75 (n = 8) |" in card
+    assert "beta: 0.1" in card and "path: split.json" in card and "sources: orca.jsonl" in card
+    assert '{"empty": 3}' in card and "kim-etal-2025-sdpo" in card and "code at c0ffee" in card
+    assert "/home/someone" not in card
+
+
+def test_what_cannot_be_exported_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="has steps 1 to 2, and no step 3"):
+        export.export(run, 3, tmp_path / "M_3")
+    with pytest.raises(ValueError, match="is not empty"):
+        export.export(run, 2, run)
+    with pytest.raises(ValueError, match="holds no summary.json"):
+        export.export(tmp_path, 1, tmp_path / "M_1")
+
+
+def test_nothing_is_pushed_unless_asked_and_then_privately(run, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, **options):
+            calls.append((name, options["private"]))
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+
+        def upload_folder(self, *, folder_path, repo_id):
+            calls.append((repo_id, (folder_path / "README.md").is_file()))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    export.main([str(run), "--step", "2", "--out", str(tmp_path / "kept")])
+    assert calls == []
+    export.main([str(run), "--step", "2", "--out", str(tmp_path / "pushed"), "--push", "me/aligned"])
+    assert calls == [("me/aligned", True), ("me/aligned", True)]
+    assert "https://huggingface.co/me/aligned" in capsys.readouterr().out
