@@ -173,7 +173,7 @@ def _flaw(row: TokenPair, demonstration: bool) -> str | None:
 def _receipt(row: TokenPair, chat: ChatFormat, tally: Counter[str]) -> None:
     tally["kept"] += 1
     tally["prompts_with_bos"] += int(row.prompt[0]) == chat.bos
-    tally["responses_with_stop"] += sum(ids[-1] == chat.stop for ids in (row.chosen, row.rejected) if len(ids))
+    tally["responses_with_stop"] += sum(int(ids[-1]) == chat.stop for ids in (row.chosen, row.rejected) if len(ids))
     tally.update({name: len(ids) for name, ids in zip(LENGTHS, row[1:], strict=True)})
 
 

@@ -1,0 +1,128 @@
+"""Every layout gives the same pair; every flaw is named with its field."""
+
+import pytest
+
+from sdpo.layouts import BadRow, normalise, rename
+
+ASK = {"role": "user", "content": "Why is the sky blue?"}
+RULES = {"role": "system", "content": "Be brief."}
+GOOD, BAD = "Air scatters blue light.", "Because of the sea."
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+LAYOUTS = {
+    "messages": {"messages": [RULES, ASK], "chosen": GOOD, "rejected": BAD},
+    "plain": {"system": "Be brief.", "prompt": ASK["content"], "chosen": GOOD, "rejected": BAD},
+    "plain ": {"prompt": [RULES, ASK], "chosen": GOOD, "rejected": BAD},
+    "orca": {"system": "Be brief.", "question": ASK["content"], "chosen": GOOD, "rejected": BAD},
+    "sharegpt": {
+        "system": "Be brief.",
+        "conversations": [{"from": "human", "value": ASK["content"]}],
+        "chosen": GOOD,
+        "rejected": BAD,
+    },
+    "conversation": {"chosen": [RULES, ASK, said(GOOD)], "rejected": [RULES, ASK, said(BAD)]},
+    "conversation ": {"prompt": [RULES, ASK], "chosen": [said(GOOD)], "rejected": [said(BAD)]},
+    "conversation  ": {  # UltraFeedback repeats the prompt as text, and `messages` is the chosen side
+        "prompt": ASK["content"],
+        "messages": [RULES, ASK, said(GOOD)],
+        "chosen": [RULES, ASK, said(GOOD)],
+        "rejected": [RULES, ASK, said(BAD)],
+    },
+    "conversation   ": {
+        "conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": ASK["content"]}],
+        "chosen": {"from": "gpt", "value": GOOD},
+        "rejected": {"from": "gpt", "value": BAD},
+    },
+    "openai": {
+        "input": {"messages": [RULES, ASK], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [said(GOOD)],
+        "non_preferred_output": [said(BAD)],
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree(layout):
+    normal = normalise({**LAYOUTS[layout], "an extra column": None})
+    assert normal == (layout.strip(), (RULES, ASK), GOOD, BAD, None, None)
+
+
+def test_transcripts_part_at_the_last_answer():
+    before = "\n\nHuman: Hello\n\nAssistant: Hello!\nHow are you?\n\nHuman: Fine"
+    normal = normalise({"chosen": f"{before}\n\nAssistant: Good.", "rejected": f"{before}\n\nAssistant: Oh.\n\nNo."})
+    turns = ({"role": "user", "content": "Hello"}, said("Hello!\nHow are you?"), {"role": "user", "content": "Fine"})
+    assert normal[:4] == ("transcript", turns, "Good.", "Oh.\n\nNo.")
+
+
+@pytest.mark.parametrize("columns", [("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")])
+def test_ratings(columns):
+    row = LAYOUTS["plain"] | dict(zip(columns, [4.5, "3"], strict=True))
+    assert normalise(row)[4:] == (4.5, 3.0)
+
+
+def test_an_empty_system_text_is_no_turn():
+    assert normalise(LAYOUTS["orca"] | {"system": ""}).prompt == (ASK,)
+    assert normalise({**LAYOUTS["messages"], "messages": [{**RULES, "content": ""}, ASK]}).prompt == (ASK,)
+
+
+def test_text_is_left_as_it_is():
+    assert normalise(LAYOUTS["plain"] | {"chosen": " padded\n"}).chosen == " padded\n"
+
+
+PLAIN, TALK = LAYOUTS["plain"], LAYOUTS["conversation"]
+FLAWS = [
+    (PLAIN | {"rejected": None}, "missing_column", "rejected"),
+    ({"question": "Why?", "chosen": "a"}, "missing_column", "rejected"),
+    ({"chosen": "a", "rejected": "b"}, "missing_column", "prompt"),
+    ({"chosen": [said("a")], "rejected": [said("b")]}, "missing_column", "prompt"),
+    (PLAIN | {"prompt": " \n"}, "empty", "prompt"),
+    (PLAIN | {"chosen": ""}, "empty", "chosen"),
+    (PLAIN | {"chosen": 5}, "not_text", "chosen"),
+    (PLAIN | {"rejected": ["b"]}, "not_text", "rejected"),
+    (PLAIN | {"chosen": "\udcff"}, "invalid_utf8", "chosen"),
+    (PLAIN | {"rejected": GOOD}, "identical", "rejected"),
+    (PLAIN | {"score_chosen": "high"}, "bad_rating", "score_chosen"),
+    (PLAIN | {"chosen_rating": float("nan")}, "bad_rating", "chosen_rating"),
+    (PLAIN | {"prompt": []}, "bad_conversation", "prompt"),
+    (PLAIN | {"prompt": [ASK, said("So.")]}, "bad_conversation", "prompt"),
+    ({**LAYOUTS["messages"], "messages": [{"role": "user", "content": 3}]}, "not_text", "messages[0].content"),
+    ({**LAYOUTS["messages"], "messages": [{"role": "user"}]}, "missing_column", "messages[0].content"),
+    ({**LAYOUTS["messages"], "messages": [{"role": "judge", "content": "?"}]}, "bad_conversation", "messages"),
+    ({**LAYOUTS["messages"], "messages": ["Why?"]}, "bad_conversation", "messages"),
+    (TALK | {"rejected": [ASK, said(BAD)]}, "prompt_mismatch", "rejected"),
+    (TALK | {"prompt": [ASK]}, "prompt_mismatch", "chosen"),
+    (TALK | {"rejected": BAD}, "bad_conversation", "rejected"),
+    ({"chosen": [RULES, ASK], "rejected": [RULES, ASK]}, "bad_conversation", "chosen"),
+    ({**LAYOUTS["openai"], "input": {"messages": [ASK], "tools": [{}]}}, "tools", "input"),
+    ({**LAYOUTS["openai"], "input": "Why?"}, "missing_column", "input"),
+    (
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
+        "prompt_mismatch",
+        "rejected",
+    ),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "d"}, "bad_conversation", "chosen"),
+    ({"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: b"}, "empty", "chosen"),
+    ({"chosen": "a\n\nAssistant: b", "rejected": "a\n\nAssistant: c"}, "bad_conversation", "chosen"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason", "field"), FLAWS)
+def test_flaws_are_named(row, reason, field):
+    with pytest.raises(BadRow) as bad:
+        normalise(row)
+    assert (bad.value.reason, bad.value.field) == (reason, field)
+
+
+def test_columns_are_renamed_and_others_are_not_read():
+    row = {"ask": "Why?", "good": "a", "bad": "b", "messages": "something else"}
+    assert rename(row, {"prompt": "ask", "chosen": "good", "rejected": "bad"}) == {
+        "prompt": "Why?",
+        "chosen": "a",
+        "rejected": "b",
+    }
+    with pytest.raises(BadRow, match="field 'worse' does not exist; the row has ask, good, bad, messages"):
+        rename(row, {"rejected": "worse"})
