@@ -53,7 +53,8 @@ def read_hub(name: str, revisions: dict[str, str]) -> Table:
     try:
         rows = load_dataset(repository, config or None, split=split or "train", revision=revision).to_list()
     except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"{name}: cannot be loaded from the Hub ({error})") from error
+        reason = " ".join(str(error).split())  # on one line
+        raise ValueError(f"{name}: cannot be loaded from the Hub ({reason})") from error
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())

@@ -60,7 +60,7 @@ def encode(
             tally = counts[pair.source]
             if _num_tokens(row) > max_tokens:
                 tally["long"] += 1
-                row = _shorten(row, max_tokens, on_long, num_bos=int(row.prompt[0] == chat.bos))
+                row = _shorten(row, max_tokens, on_long, num_bos=int(chat.bos in row.prompt[:1]))
                 tally["truncated" if row else "dropped_long"] += 1
             if row and (flaw := _flaw(row, demonstration=not pair.rejected)):
                 tally[flaw] += 1
@@ -172,7 +172,7 @@ def _flaw(row: TokenPair, demonstration: bool) -> str | None:
 
 def _receipt(row: TokenPair, chat: ChatFormat, tally: Counter[str]) -> None:
     tally["kept"] += 1
-    tally["prompts_with_bos"] += int(row.prompt[0]) == chat.bos
+    tally["prompts_with_bos"] += bool(chat.bos in row.prompt[:1])
     tally["responses_with_stop"] += sum(int(ids[-1]) == chat.stop for ids in (row.chosen, row.rejected) if len(ids))
     tally.update({name: len(ids) for name, ids in zip(LENGTHS, row[1:], strict=True)})
 

@@ -190,6 +190,17 @@ def test_hub(monkeypatch):
     assert report["files"][0]["sha256"] != report["files"][1]["sha256"]
 
 
+def test_hub_errors_take_one_line(monkeypatch):
+    import datasets
+
+    def load_dataset(*names, **settings):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"owner/one: cannot be loaded from the Hub \(no network\)"):
+        data.load(config.Data(name="hub", train=["owner/one"]))
+
+
 def test_jsonl_round_trip(tmp_path):
     turns = ({"role": "user", "content": "Größe?\u2028"},)
     pairs = [data.Pair("1", "a", turns, "x", "y", 1.0, 0.5), data.Pair("2", "a", turns, "x", "")]
