@@ -15,10 +15,11 @@ from torch import Tensor
 
 from sdpo.tokens import TokenPair
 
-# On CPU a matrix product gives each row the same bits whatever the other rows are, from 4 rows on. Smaller packs
-# are filled up to that, so that a pair's log-probs never depend on its company.
+# Every pack ends with four tokens that nobody reads, so that a pair's log-probs never depend on its company: on CPU
+# a matrix product gives a row the same bits whatever the other rows are only from four rows on, and vectorised
+# functions round the last few elements of a tensor in their own way.
 MIN_ROWS = 4
-_FILLER = TokenPair("", np.zeros(1, np.int32), np.zeros(MIN_ROWS, np.int32), np.zeros(0, np.int32))
+_LAST = TokenPair("", np.zeros(1, np.int32), np.zeros(MIN_ROWS, np.int32), np.zeros(0, np.int32))
 
 
 class Pack(NamedTuple):
@@ -32,7 +33,7 @@ class Pack(NamedTuple):
     rows_R: Tensor  # where the token before each response token stands in the stream
     targets_R: Tensor  # the response tokens
     branches_R: Tensor  # which sum a response token belongs to: 2i for chosen, 2i + 1 for rejected of pair i
-    num_pairs: int  # filler, where there is any, counts as a further pair that nobody reads
+    num_pairs: int  # the tokens at the end count as one pair more
 
     def to(self, device: torch.device | str) -> "Pack":
         """The same pack with its tensors on a device."""
@@ -45,18 +46,14 @@ def tokens_of(row: TokenPair) -> int:
 
 
 def pack(rows: Sequence[TokenPair]) -> Pack:
-    """Lay pairs out as one stream; no pairs at all give filler, whose log-probs belong to nobody.
+    """Lay pairs out as one stream; no pairs at all still give one that runs, and log-probs of nobody.
 
     A prompt is always shared: attention sees the same sequences either way, everything else fewer tokens. An empty
     rejected response (a demonstration) adds nothing.
     """
-    num_pairs = len(rows)
-    num_responses = sum(len(row.chosen) + len(row.rejected) for row in rows)
-    if min(num_responses, sum(map(tokens_of, rows))) < MIN_ROWS:
-        rows = [*rows, _FILLER]
     streams, positions, keys, lengths, own, before, targets, branches = ([] for _ in range(8))
     end = 0
-    for i, row in enumerate(rows):
+    for i, row in enumerate([*rows, _LAST]):
         prompt = np.arange(end, end + len(row.prompt))
         end += len(prompt)
         streams.append(row.prompt)
@@ -80,7 +77,7 @@ def pack(rows: Sequence[TokenPair]) -> Pack:
         lengths,
         own,
         *map(_tensor, (before, targets, branches)),
-        num_pairs,
+        len(rows),
     )
 
 
@@ -114,7 +111,9 @@ def micro_batches(rows: Sequence[TokenPair], tokens_per_pack: int, ranks: int = 
     per_rank = max(1, -(-sum(tokens) // (tokens_per_pack * ranks)))
     while (bins := _fill(order, tokens, work, tokens_per_pack, per_rank * ranks)) is None:
         per_rank += 1
-    return [bins[rank::ranks] for rank in range(ranks)]
+    # Dealt in turns, there and back, so that no rank always gets the heaviest.
+    turns = [bins[i : i + ranks] for i in range(0, len(bins), ranks)]
+    return [[turn[rank if k % 2 == 0 else -1 - rank] for k, turn in enumerate(turns)] for rank in range(ranks)]
 
 
 def _fill(order, tokens, work, tokens_per_pack, num_bins) -> list[list[int]] | None:

@@ -94,7 +94,8 @@ class Workbench:
         engine = self.hold(model)
         worst = 0.0
         for index in map(int, sample):
-            fresh = np.array(naive_logprobs(engine.scorer.model, rows[index]), dtype=np.float64)
+            with torch.no_grad():
+                fresh = np.array([float(sum_) for sum_ in naive_logprobs(engine.scorer.model, rows[index])])
             error = float((np.abs(fresh - logps_N2[index]) / np.maximum(1.0, np.abs(fresh))).max())
             if not error <= TOLERANCE[self.config.precision]:
                 raise ValueError(
