@@ -17,9 +17,7 @@ def none(initial_N2: np.ndarray, rule_N2: np.ndarray, seed: int) -> np.ndarray:
 
 def mean_shift(initial_N2: np.ndarray, rule_N2: np.ndarray, seed: int) -> np.ndarray:
     """S's log-probs plus the mean shift to the rule's: the same mean gamma, nothing of the single pair."""
-    return initial_N2 + (rule_N2 - initial_N2).mean(axis=0, keepdims=True, dtype=np.float64).astype(
-        rule_N2.dtype
-    )
+    return initial_N2 + (rule_N2 - initial_N2).mean(axis=0, keepdims=True, dtype=np.float64).astype(rule_N2.dtype)
 
 
 def permute(initial_N2: np.ndarray, rule_N2: np.ndarray, seed: int) -> np.ndarray:

@@ -120,8 +120,7 @@ def stratified(rows: list[Row], seed: int, *, num_chunks: int, shares: list[floa
     for unit in _units(rows):
         strata.setdefault(unit[0].source, []).append(unit)
     parts = [
-        _cut(_shuffled(strata[source], rng), shares, kind=f"prompts of source {source}")
-        for source in sorted(strata)
+        _cut(_shuffled(strata[source], rng), shares, kind=f"prompts of source {source}") for source in sorted(strata)
     ]
     return _in_row_order(rows, [list(chain(*pieces)) for pieces in zip(*parts, strict=True)])
 
@@ -135,9 +134,12 @@ def repeat(rows: list[Row], *, num: int) -> Chunks:
 
 def replay(rows: list[Row], *, path: str) -> Chunks:
     """The chunks of a saved `split.json`, verbatim. ValueError where it speaks of other pairs than these."""
-    saved = json.loads(Path(path).read_text())
+    try:
+        saved = json.loads(Path(path).read_text())
+        named = {id for part in (*saved["chunks"], saved["dropped"]) for id in part}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"split.path: {path} is not the split.json of a run ({error!r})") from error
     known = {row.id for row in rows}
-    named = {id for part in (*saved["chunks"], saved["dropped"]) for id in part}
     if known != named:
         raise ValueError(
             f"{path} is of other data: {len(named - known)} of its pairs are not in the training data "
@@ -168,9 +170,7 @@ def _easiest_sources(rows: list[Row], scores: dict[str, float], measure: Measure
     return sorted(by_source, key=lambda source: (-first[source], -mean[source], source))
 
 
-def _ordered_sources(
-    rows: list[Row], order: list[str], num_chunks: int, equal: Equal = Equal.pairs
-) -> Chunks:
+def _ordered_sources(rows: list[Row], order: list[str], num_chunks: int, equal: Equal = Equal.pairs) -> Chunks:
     """Chunks of whole sources; a prompt of several sources goes to the first of them."""
     rank = {source: i for i, source in enumerate(order)}
     merged: list[Unit] = [[] for _ in order]
@@ -191,9 +191,7 @@ def _equal_shares(num_chunks: int) -> list[float]:
     return [1 / num_chunks] * num_chunks
 
 
-def _cut(
-    units: list[Unit], shares: list[float], equal: Equal = Equal.pairs, kind: str = "prompts"
-) -> list[list[Row]]:
+def _cut(units: list[Unit], shares: list[float], equal: Equal = Equal.pairs, kind: str = "prompts") -> list[list[Row]]:
     """Consecutive chunks as near to their shares of pairs or tokens as whole units allow, none empty."""
     if len(units) < len(shares):
         raise ValueError(

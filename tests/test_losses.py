@@ -49,7 +49,7 @@ NLL = (10 - 2 * log(2), 12)  # of the chosen responses, of 2 and 4 tokens
         ("sppo_hard", HALF, [(2 * log(2) - 1) ** 2 + (1 - 2 * log(1.5)) ** 2, 2]),
         ("apo_zero", HALF, [1 / 3 + 2 / 5, 1]),
         ("apo_down", HALF, [2 / 3 + 1 / 4, 1]),
-        ("discopop", HALF | {"tau": 1.0}, [log(4 / 3) / 4 + 3 / 4 * 1 / 3, log(2) / 2 + 1 / 2]),
+        ("discopop", HALF | {"tau": 0.5}, [0.1 * log(4 / 3) + 0.9 / 3, log(2) / 2 + 1 / 2]),  # mixed 9 to 1
         ("hypo", HALF, [log(4 / 3), log(1 + e)]),  # the second gamma_ref, -2, counts as 0
         ("odpo", HALF | {"alpha": 1.0}, [-log(3 / 5), log(2)]),  # gaps 2 and 1
         ("dpop", HALF | {"penalty": 5.0}, [log(4 / 3), log(2)]),  # no chosen response fell
@@ -74,9 +74,7 @@ def test_by_hand_without_reference():
     expected(losses.orpo(policy, lengths, beta=0.1).item(), log(2) + 0.1 * log(4 / 3))  # odds 1 and 1/3
     expected(losses.simpo(policy, lengths, beta=2, target_margin=log(4 / 3)).item(), log(4 / 3))
     expected(losses.cpo(policy, lengths, beta=0.5, alpha=3).item(), log(9 / 8) + 3 * log(2))
-    expected(
-        losses.cpo(policy, lengths, beta=0.5, alpha=3, over_tokens="sum").item(), log(9 / 8) + 6 * log(2)
-    )
+    expected(losses.cpo(policy, lengths, beta=0.5, alpha=3, over_tokens="sum").item(), log(9 / 8) + 6 * log(2))
 
 
 def test_dpop_penalises_a_chosen_response_that_falls():

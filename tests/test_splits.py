@@ -33,6 +33,13 @@ def test_by_source():
         splits.by_source(ROWS, order=["a"])
 
 
+def test_a_prompt_of_two_sources_goes_with_the_earlier_one():
+    rows = [Row("1", "b", "shared", 10), Row("2", "a", "shared", 10), Row("3", "b", "own", 10)]
+    assert splits.by_source(rows, order=["a", "b"]) == [["1", "2"], ["3"]]
+    with pytest.raises(ValueError, match="every prompt of source a is in an earlier source too"):
+        splits.by_source(rows, order=["b", "a"])
+
+
 def test_easy_to_hard_by_source_sorts_by_accuracy_or_by_mean():
     assert splits.easy_to_hard(ROWS, SCORES) == splits.by_source(ROWS, order=["a", "b"])
     assert splits.easy_to_hard(ROWS, SCORES, measure="mean") == splits.by_source(ROWS, order=["b", "a"])
@@ -41,9 +48,7 @@ def test_easy_to_hard_by_source_sorts_by_accuracy_or_by_mean():
 
 def test_easy_to_hard_by_source_joins_neighbours():
     rows = rows_of(("a", 2), ("b", 2), ("c", 4))
-    scores = {
-        row.id: {"a": 1.0, "b": 3.0, "c": 2.0}[row.source] for row in rows
-    }  # all right: the mean decides
+    scores = {row.id: {"a": 1.0, "b": 3.0, "c": 2.0}[row.source] for row in rows}  # all right: the mean decides
     chunks = splits.easy_to_hard(rows, scores, num_chunks=2)
     assert [{id[0] for id in chunk} for chunk in chunks] == [{"b"}, {"a", "c"}]
     with pytest.raises(ValueError, match=r"4 chunks were asked for, but there are only 3 sources \(8 pairs"):
@@ -61,6 +66,9 @@ def test_chunks_equal_in_tokens():
     rows = [row._replace(tokens=tokens.get(row.id, 12)) for row in ROWS]
     chunks = splits.easy_to_hard(rows, SCORES, level="pair", num_chunks=2, equal="tokens")
     assert chunks == [["b0"], ["b1", "a0", "a1", "a2", "a3"]]
+    turned = {id: -score for id, score in SCORES.items()}  # now it is last, and must leave others for chunk 2
+    chunks = splits.easy_to_hard(rows, turned, level="pair", num_chunks=5, equal="tokens")
+    assert sizes(chunks) == [2, 1, 1, 1, 1] and chunks[-1] == ["b0"]
 
 
 def test_random_is_seeded_and_even():
@@ -102,6 +110,8 @@ def test_replay(tmp_path):
     assert splits.replay(ROWS, path=str(path)) == chunks
     with pytest.raises(ValueError, match="1 of its pairs are not in the training data and 0 training pairs"):
         splits.replay(ROWS[:-1], path=str(path))
+    with pytest.raises(ValueError, match="nowhere.json is not the split.json of a run"):
+        splits.replay(ROWS, path="nowhere.json")
 
 
 def test_too_few_pairs():
@@ -114,9 +124,7 @@ EVERY_SPLIT = {
     "by_source": lambda rows, scores: splits.by_source(rows, order=["a", "b", "c"]),
     "easy_to_hard": splits.easy_to_hard,
     "pair": lambda rows, scores: splits.easy_to_hard(rows, scores, level="pair", num_chunks=4),
-    "tokens": lambda rows, scores: splits.hard_to_easy(
-        rows, scores, level="pair", num_chunks=4, equal="tokens"
-    ),
+    "tokens": lambda rows, scores: splits.hard_to_easy(rows, scores, level="pair", num_chunks=4, equal="tokens"),
     "random": lambda rows, scores: splits.random(rows, 3, num_chunks=4),
     "stratified": lambda rows, scores: splits.stratified(rows, 3, num_chunks=4),
 }
