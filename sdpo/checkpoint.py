@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sdpo import launch
 from sdpo.engine import Engine
+from sdpo.moving import MovingReference
 
 
 class Checkpoint:
@@ -22,16 +23,17 @@ class Checkpoint:
         self.folder, self.name, self.seconds = folder, name, 60 * minutes
         self.saved = time.monotonic()
 
-    def restore(self, engine: Engine) -> list[dict]:
-        """Bring the engine to the newest checkpoint; returns its log entries, none where the step begins."""
+    def restore(self, engine: Engine, reference: MovingReference) -> list[dict]:
+        """Bring engine and reference to the newest checkpoint; returns its log entries, none where the step begins."""
         newest = self._newest()
         if newest is None:
             return []
         engine.set_weights(load_file(newest / "weights.safetensors"))
         _set_moments(engine.optimizer, load_file(newest / f"moments-{launch.rank()}.safetensors"))
+        reference.restore(load_file(newest / "reference.safetensors"))
         return json.loads((newest / "entries.json").read_text())
 
-    def save(self, engine: Engine, entries: list[dict]) -> None:
+    def save(self, engine: Engine, reference: MovingReference, entries: list[dict]) -> None:
         """Write a checkpoint if the last one is old enough; the rename that ends it makes it count."""
         if not launch.broadcast(time.monotonic() - self.saved >= self.seconds):
             return
@@ -43,7 +45,8 @@ class Checkpoint:
         weights = engine.weights()
         save_file(_moments(engine.optimizer), work / f"moments-{launch.rank()}.safetensors")
         if launch.is_main():
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, work / "weights.safetensors")
+            save_file(weights, work / "weights.safetensors")
+            save_file(reference.state(), work / "reference.safetensors")
             (work / "entries.json").write_text(json.dumps(entries))
         launch.barrier()
         if launch.is_main():

@@ -54,9 +54,9 @@ class Plain:
         self._cast()
         return norm
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Full fp32 weights on the host, by parameter name."""
-        return {name: master.detach().cpu() for name, master in self.masters.items()}
+    def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
+        """A copy of the full fp32 weights on the host, by parameter name."""
+        return {name: master.detach().to("cpu", copy=True) for name, master in self.masters.items()}
 
     @torch.no_grad()
     def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
@@ -123,14 +123,14 @@ class Zero:
         self.module.step()
         return torch.as_tensor(self.module.get_global_grad_norm())
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Full fp32 weights on the host of rank 0, gathered one by one; elsewhere an empty dictionary."""
+    def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
+        """Full fp32 weights on the host, gathered one by one; of rank 0 alone unless `everywhere`."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         full = {}
         for name, param in self._trained():
             tensor = safe_get_full_fp32_param(param)
-            if launch.is_main():
+            if everywhere or launch.is_main():
                 full[name] = tensor.cpu().clone()
         return full
 

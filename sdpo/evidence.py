@@ -105,11 +105,12 @@ class Evidence:
         )
         if step.reference is None:
             return dict.fromkeys(names)
-        bench, rows = self.inputs.bench, step.chunk.rows
-        gamma_ref = _gamma(bench.logprobs(step.reference, rows))
-        probes = self.probes([row.id for row in rows])
-        policy, reference, initial = (
-            _gamma(bench.logprobs(model, probes)) for model in (step.model, step.reference, self.inputs.initial)
+        gamma_ref = _gamma(step.reference_N2)
+        ids = [row.id for row in step.chunk.rows]
+        probes = self.probes(ids)
+        reference = gamma_ref[[ids.index(row.id) for row in probes]]
+        policy, initial = (
+            _gamma(self.inputs.bench.logprobs(model, probes)) for model in (step.model, self.inputs.initial)
         )
         weight = 1 / (1 + np.exp(beta * (policy - reference)))
         under_initial = 1 / (1 + np.exp(beta * (policy - initial)))

@@ -16,6 +16,7 @@ from sdpo.checkpoint import Checkpoint
 from sdpo.config import Config, Optim, needs
 from sdpo.engine import Engine
 from sdpo.losses import Both
+from sdpo.moving import MovingReference
 from sdpo.packing import micro_batches, pack
 from sdpo.record import progress
 from sdpo.tokens import TokenPair
@@ -62,21 +63,23 @@ class Fit:
         lengths = [(len(row.chosen), len(row.rejected)) for row in chunk.rows]
         self.lengths_N2 = np.array(lengths, dtype=np.float32)
 
-    def run(self, reference_N2: np.ndarray, start_N2: np.ndarray, checkpoint: Checkpoint) -> list[dict]:
+    def run(self, reference: MovingReference, start_N2: np.ndarray, checkpoint: Checkpoint) -> list[dict]:
         """All updates of the step; returns one log entry per update.
 
-        `reference_N2` are the summed log-probs that the loss reads, `start_N2` those of the policy at the step's
-        start, which the first update must reproduce. Raises ValueError where it does not, or where a loss or
-        gradient is not finite.
+        `start_N2` are the log-probs of the policy at the step's start, which the first update must reproduce. Raises
+        ValueError where it does not, or where a loss or gradient is not finite.
         """
-        entries = checkpoint.restore(self.engine)
+        reference.begin(self.engine)
+        entries = checkpoint.restore(self.engine, reference)
+        budget = self.config.launch.tokens_per_pack
         bar = progress(sum(map(len, self.plan)), checkpoint.name, quiet=not launch.is_main())
         bar.advance(sum(len(update) for update in self.plan[: len(entries)]))
         pending, every = [], self.config.record.every
         for number in range(len(entries), len(self.plan)):
             began = time.monotonic()
             torch.manual_seed(self.config.seed * 1_000_003 + number)  # dropout, the same after a resume
-            stats, first_logps = self._update(number, reference_N2)
+            reference.move(number, self.engine, self.chunk.rows, self.plan, budget)
+            stats, first_logps = self._update(number, reference.logps_N2)
             if number == 0:
                 self._gate(first_logps, start_N2)
             lr = learning_rate(number, len(self.plan), self.config.optim)
@@ -85,7 +88,7 @@ class Fit:
             if len(pending) == every or number == len(self.plan) - 1:
                 entries += self._entries(pending, time.monotonic() - began)
                 pending = []
-                checkpoint.save(self.engine, entries)
+                checkpoint.save(self.engine, reference, entries)
         bar.close()
         return entries
 

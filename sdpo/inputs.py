@@ -14,6 +14,7 @@ from sdpo.fit import Chunk
 from sdpo.step import take_step
 from sdpo.store import Artifact, Store
 from sdpo.tokens import TokenPair, encode
+from sdpo.windows import external
 from sdpo.workbench import Workbench, host_model
 
 
@@ -53,8 +54,19 @@ def prepare(config: Config, store: Store) -> Inputs:
     train, train_report = encode(preferences.train, tokenizer, **settings)
     held_out, held_out_report = encode(preferences.held_out, tokenizer, **settings)
     pairs = {pair.id: pair for pair in [*preferences.train, *preferences.held_out]}
+    if config.reference["name"] == "external":
+        _read_by_external(config, bench, list(pairs.values()))
     report = preferences.report | {"tokens": {"train": train_report, "held_out": held_out_report}}
     return Inputs(bench, initial, list(train.values()), list(held_out.values()), pairs, report, exam)
+
+
+def _read_by_external(config: Config, bench: Workbench, pairs: list[Pair]) -> None:
+    """Let the external reference read the same texts with its own tokenizer and template; only sums cross over."""
+    model = external(config.reference)
+    tokenizer = models.load_tokenizer(model.folder)
+    longest = max(tokenizer.model_max_length, config.data.max_tokens)
+    template = config.reference["template"]
+    bench.foreign[model.key], _ = encode(pairs, tokenizer, template=template, max_tokens=longest, on_long="error")
 
 
 def _base_model(config: Config, store: Store):

@@ -7,23 +7,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sdpo import launch, losses, references
+from sdpo import launch, losses, placebo
 from sdpo.checkpoint import Checkpoint
 from sdpo.config import Config, choose, needs
 from sdpo.fit import Chunk, Fit, updates
+from sdpo.moving import MovingReference
 from sdpo.store import Artifact, key_of
 from sdpo.tokens import content_hash
-from sdpo.workbench import Workbench
+from sdpo.windows import Windows, resolve
+from sdpo.workbench import Workbench, read_table, write_table
 
 
 class Step(NamedTuple):
-    """What a step was made of and what it made; `reference` is None where the loss reads none."""
+    """What a step was made of and what it made; `reference` is its first window's model, None where none is read."""
 
     model: Artifact
     start: Artifact
     reference: Artifact | None
     windows: list[dict]
     chunk: Chunk
+    reference_N2: np.ndarray  # the log-probs that the loss read, each pair's last ones
     entries: list[dict]  # one per update
 
 
@@ -32,15 +35,38 @@ def take_step(bench: Workbench, config: Config, t: int, start: Artifact, history
 
     `config` has this step's overrides in it; `history` is M_0 .. M_{t-1}.
     """
-    loss = choose(losses, config.loss)
-    windows, reference = _resolve(config, t, start, history, len(updates(len(chunk.rows), config.optim, 0)))
-    if "reference" in needs(loss) and reference is None:
+    num_updates = len(updates(len(chunk.rows), config.optim, config.seed))
+    windows = resolve(config, t, num_updates, start, history, bench.store, bench.tokenizer)
+    if "reference" in needs(choose(losses, config.loss)) and not windows.listed:
         raise ValueError(f"loss={config.loss['name']} reads a reference, which reference=none does not give")
+    determinants = _determinants(bench, config, start, windows, chunk, history[0])
+    key = key_of("step", determinants)
+
+    def build(folder: Path) -> None:
+        checkpoint = Checkpoint(bench.store.folder("partial", key), f"step {t}", config.launch.checkpoint_minutes)
+        reference, entries = _train(bench, config, start, windows, chunk, history[0], checkpoint)
+        bench.save(folder, key)
+        if launch.is_main():
+            write_table(folder / "reference.parquet", chunk.rows, reference.logps_N2)
+            (folder / "train.json").write_text(json.dumps({"entries": entries, "windows": reference.report}))
+        checkpoint.clear()
+
+    model = bench.store.make("step", determinants, build)
+    log = json.loads((model.folder / "train.json").read_text())
+    reference_N2 = read_table(model.folder / "reference.parquet")
+    listed = [listed | seen for listed, seen in zip(windows.listed, log["windows"], strict=True)]
+    return Step(model, start, windows.first, listed, chunk, reference_N2, log["entries"])
+
+
+def _determinants(
+    bench: Workbench, config: Config, start: Artifact, windows: Windows, chunk: Chunk, initial: Artifact
+) -> dict:
+    """Everything that M_t depends on, and nothing else: the rule by its resolved windows, not by its name."""
+    loss = choose(losses, config.loss)
     determinants = {
         "start": start.key,
-        "windows": windows,
+        "windows": windows.listed,
         "rows": content_hash(chunk.rows),
-        "ratings": key_of("ratings", {"values": repr(chunk.ratings_N2.tolist())}) if "ratings" in needs(loss) else None,
         "loss": {"name": config.loss["name"], **loss.keywords},
         "tune": config.tune,
         "optim": asdict(config.optim),
@@ -52,57 +78,37 @@ def take_step(bench: Workbench, config: Config, t: int, start: Artifact, history
         "deepspeed": asdict(config.deepspeed),
         "device": bench.device.type,
     }
-    key = key_of("step", determinants)
-
-    def build(folder: Path) -> None:
-        partial = bench.store.folder("partial", key)
-        checkpoint = Checkpoint(partial, f"step {t}", config.launch.checkpoint_minutes)
-        entries = _train(bench, config, start, reference, chunk, checkpoint)
-        bench.save(folder, key)
-        if launch.is_main():
-            (folder / "train.json").write_text(json.dumps(entries))
-        checkpoint.clear()
-
-    model = bench.store.make("step", determinants, build)
-    entries = json.loads((model.folder / "train.json").read_text())
-    return Step(model, start, reference, windows, chunk, entries)
-
-
-def _resolve(config: Config, t: int, start: Artifact, history: list[Artifact], num_updates: int):
-    """The rule's windows with artifacts' keys for handles, and the first window's model."""
-    settings = {name: value for name, value in config.reference.items() if name != "placebo"}
-    rule = choose(references, settings)
-    handles = {f"M_{i}": model for i, model in enumerate(history)} | {"policy": start}
-    windows, first = [], None
-    for window in rule(t, num_updates):
-        weights: dict[str, float] = {}
-        for handle, coefficient in window.weights.items():
-            key = handles[handle].key
-            weights[key] = weights.get(key, 0.0) + coefficient
-        windows.append({"num_updates": window.num_updates, "weights": weights})
-        first = first or next(model for model in handles.values() if model.key in weights)
-    return windows, first
+    if "ratings" in needs(loss):
+        determinants["ratings"] = repr(chunk.ratings_N2.tolist())
+    if windows.listed and config.reference["placebo"] != "none":
+        determinants["placebo"] = {"name": config.reference["placebo"], "initial": initial.key}
+    return determinants
 
 
 def _train(
     bench: Workbench,
     config: Config,
     start: Artifact,
-    reference: Artifact | None,
+    windows: Windows,
     chunk: Chunk,
+    initial: Artifact,
     checkpoint: Checkpoint,
-) -> list[dict]:
+) -> tuple[MovingReference, list[dict]]:
     """Reference log-probs first, by the very weights in memory where they are the start's; then the updates."""
-    loss = choose(losses, config.loss)
-    if reference is None:
-        reference_N2 = np.full((len(chunk.rows), 2), np.nan, dtype=np.float32)
-    else:
-        reference_N2 = bench.logprobs(reference, chunk.rows)
-        bench.audit(reference, chunk.rows, reference_N2)
+    rows, model = chunk.rows, windows.first
+    reference_N2 = np.full((len(rows), 2), np.nan, dtype=np.float32)
+    if model is not None:
+        reference_N2 = bench.logprobs(model, rows)
+        bench.audit(model, rows, reference_N2)
     start_N2 = reference_N2
-    if reference is None or reference.key != start.key:
-        first = updates(len(chunk.rows), config.optim, config.seed)[0]
+    if model is None or model.key != start.key:
+        first = updates(len(rows), config.optim, config.seed)[0]
         start_N2 = np.full_like(reference_N2, np.nan)
-        start_N2[first] = bench.logprobs(start, [chunk.rows[i] for i in first])
+        start_N2[first] = bench.logprobs(start, [rows[i] for i in first])
+    if model is not None and config.reference["placebo"] != "none":
+        transform = choose(placebo, {"name": config.reference["placebo"]})
+        reference_N2 = transform(bench.logprobs(initial, rows), reference_N2, config.seed)
+    reference = MovingReference(windows.listed, reference_N2)
     engine = bench.hold(start, config)
-    return Fit(engine, chunk, loss, config).run(reference_N2, start_N2, checkpoint)
+    entries = Fit(engine, chunk, choose(losses, config.loss), config).run(reference, start_N2, checkpoint)
+    return reference, entries

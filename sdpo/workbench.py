@@ -30,6 +30,7 @@ class Workbench:
     def __init__(self, config: Config, store: Store, tokenizer: PreTrainedTokenizerBase):
         self.config, self.store, self.tokenizer = config, store, tokenizer
         self.device = launch.device(config.launch.device)
+        self.foreign: dict[str, dict[str, TokenPair]] = {}  # by model key: rows in that model's own tokens
         self._engine: Engine | None = None
         self._held: str | None = None  # the key of the weights in memory
 
@@ -62,7 +63,11 @@ class Workbench:
         self._held = key if self.config.save_dtype == "fp32" else None
 
     def logprobs(self, model: Artifact, rows: list[TokenPair]) -> np.ndarray:
-        """Summed response log-probs [N, 2] (float32, nats) of rows under a model: read, or computed and kept."""
+        """Summed response log-probs [N, 2] (float32, nats) of rows under a model: read, or computed and kept.
+
+        A model that came with a tokenizer of its own reads the same texts in its own tokens.
+        """
+        rows = self.as_read_by(model, rows)
         determinants = {
             "weights": model.key,
             "rows": content_hash(rows),
@@ -76,20 +81,22 @@ class Workbench:
             with progress(len(rows), "log-probs", quiet=not launch.is_main()) as bar:
                 logps_N2 = score(module, rows, self.config.launch.tokens_per_pack, bar.advance)
             if launch.is_main():
-                columns = {"id": [r.id for r in rows], "chosen": logps_N2[:, 0], "rejected": logps_N2[:, 1]}
-                pq.write_table(pa.table(columns), folder / "logprobs.parquet")
+                write_table(folder / "logprobs.parquet", rows, logps_N2)
 
         artifact = self.store.make("logprobs", determinants, build)
-        table = pq.read_table(artifact.folder / "logprobs.parquet")
-        return np.stack([table["chosen"].to_numpy(), table["rejected"].to_numpy()], axis=1)
+        check(artifact)
+        return read_table(artifact.folder / "logprobs.parquet")
+
+    def as_read_by(self, model: Artifact, rows: list[TokenPair]) -> list[TokenPair]:
+        foreign = self.foreign.get(model.key)
+        return [foreign[row.id] for row in rows] if foreign else rows
 
     def audit(self, model: Artifact, rows: list[TokenPair], logps_N2: np.ndarray) -> float:
         """Score a fixed sample of rows anew with the model's own forward pass, one sequence at a time.
 
         Returns the largest relative difference to the table; ValueError, with the row's id, above the tolerance.
         """
-        if not rows:
-            return 0.0
+        rows = self.as_read_by(model, rows)
         sample = np.random.default_rng(len(rows)).choice(len(rows), min(NUM_AUDITED, len(rows)), replace=False)
         engine = self.hold(model)
         worst = 0.0
@@ -104,6 +111,18 @@ class Workbench:
                 )
             worst = max(worst, error)
         return worst
+
+
+def write_table(path: Path, rows: list[TokenPair], logps_N2: np.ndarray) -> None:
+    """Keep log-probs by row id."""
+    columns = {"id": [row.id for row in rows], "chosen": logps_N2[:, 0], "rejected": logps_N2[:, 1]}
+    pq.write_table(pa.table(columns), path)
+
+
+def read_table(path: Path) -> np.ndarray:
+    """Log-probs [N, 2] in the order of the rows they were written for."""
+    table = pq.read_table(path)
+    return np.stack([table["chosen"].to_numpy(), table["rejected"].to_numpy()], axis=1)
 
 
 def verify(model: Artifact) -> None:
