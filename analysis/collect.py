@@ -3,7 +3,7 @@
 Each function takes any mix of run and sweep folders and returns one table. `runs` shows every run, the others
 those that ended. Every table begins with `run` (folder name), `arm` (label without seed) and `seed`, then has
 
-    runs        one row per run: sweep, done, headline_name, headline, headline_n, seconds, trained_steps,
+    runs        one row per run: sweep, done, error, headline_name, headline, headline_n, seconds, trained_steps,
                 reused_steps, model_key, folder, and one column `choices.<group>` per axis
     steps       run x t (1..T): num_pairs, sources, first_loss, last_loss, gamma_ref_mean,
                 gamma_ref_negative_share, lambda_mean, lambda_std, reference_leverage, reused, seconds, key,
@@ -11,6 +11,7 @@ those that ended. Every table begins with `run` (folder name), `arm` (label with
     measures    run x t (0 is S) x measure: measure (as recorded), source ("" for all), name (without source),
                 value, low, high (95 % over prompts or pairs), n; value is nan where undefined
     train       run x t x update: loss, margin, lambda_mean, ..., and overall_update, counted over the run
+    references  run x step x pair: as trajectory, with t the step whose reference the model was
     trajectory  run x pair x model: id, source, held_out, chunk, model, t, update (-1 at a step's end), role,
                 chosen_logp, rejected_logp, seen, and gamma = chosen_logp - rejected_logp
     pairs       run x pair: id, source, held_out, chunk (0: held out), score, token counts, ratings
@@ -24,6 +25,14 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import statistics
+
+WITHOUT_REFERENCE_NULL = (
+    "gamma_ref_mean",
+    "gamma_ref_negative_share",
+    "lambda_mean",
+    "lambda_std",
+    "reference_leverage",
+)
 
 Paths = tuple[Path | str, ...]
 
@@ -49,7 +58,8 @@ def declared(*paths: Path | str) -> dict:
 
 def runs(*paths: Path | str) -> pd.DataFrame:
     """One row per run, its choices and its headline; a run that did not end has no headline."""
-    return pd.DataFrame([_run(folder) for folder in folders(*paths)])
+    table = pd.DataFrame([_run(folder) for folder in folders(*paths)])
+    return table.astype(dict.fromkeys(("headline", "seconds", "trained_steps", "reused_steps"), float))
 
 
 def steps(*paths: Path | str) -> pd.DataFrame:
@@ -70,6 +80,16 @@ def train(*paths: Path | str) -> pd.DataFrame:
 def trajectory(*paths: Path | str) -> pd.DataFrame:
     """Summed log-probabilities of each recorded pair under each model, as policy and as reference."""
     return _stack(paths, _trajectory)
+
+
+def references(*paths: Path | str) -> pd.DataFrame:
+    """The trajectory's rows in which a model is judged as the reference of the step that trains on these pairs.
+
+    Steps whose reference is one of M_0 .. M_T; a mixture's log-probabilities are not in the trajectory.
+    """
+    used = steps(*paths)[["run", "t", "reference"]].rename(columns={"t": "chunk", "reference": "model"})
+    ended = trajectory(*paths).query("update == -1").drop(columns="t")
+    return ended.merge(used, on=["run", "chunk", "model"]).rename(columns={"chunk": "t"})
 
 
 def pairs(*paths: Path | str) -> pd.DataFrame:
@@ -101,7 +121,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _ended(folder: Path) -> bool:
-    return (folder / "summary.json").is_file()
+    return (folder / "done").is_file()
 
 
 def _read(path: Path) -> dict:
@@ -112,7 +132,7 @@ def _stack(paths: Paths, read) -> pd.DataFrame:
     """The tables of all runs under each other, each row named by its run, arm and seed."""
     ended = [folder for folder in folders(*paths) if _ended(folder)]
     if not ended:
-        raise ValueError(f"no run in {', '.join(map(str, paths))} has ended (a summary.json is written at the end)")
+        raise ValueError(f"no run in {', '.join(map(str, paths))} has ended (a file `done` is written at the end)")
     tables = []
     for folder in ended:
         manifest, table = _read(folder / "manifest.json"), read(folder)
@@ -123,17 +143,18 @@ def _stack(paths: Paths, read) -> pd.DataFrame:
 
 
 def _run(folder: Path) -> dict:
-    manifest = _read(folder / "manifest.json")
+    manifest, error_file = _read(folder / "manifest.json"), folder / "error.txt"
     summary = _read(folder / "summary.json") if _ended(folder) else {}
     headline = summary.get("headline", {})
     return {
         **{name: manifest[name] for name in ("run", "arm", "seed", "sweep")},
         "done": _ended(folder),
+        "error": error_file.read_text(encoding="utf-8").splitlines()[0] if error_file.is_file() else None,
         "headline_name": headline.get("name"),
-        "headline": headline.get("value", float("nan")),
+        "headline": headline.get("value"),
         "headline_n": headline.get("n"),
         **{name: summary.get(name) for name in ("seconds", "trained_steps", "reused_steps")},
-        "model_key": manifest["model_key"],
+        "model_key": manifest.get("model_key"),
         "folder": folder,
         **{f"choices.{axis}": option for axis, option in manifest["choices"].items()},
     }
@@ -153,11 +174,12 @@ def _steps(folder: Path) -> pd.DataFrame:
             "t": step["t"],
             "key": step["key"],
             "start": names.get(step["start"], step["start"][:8]),
-            "reference": ", ".join(dict.fromkeys(_mixture(w["weights"], names) for w in step["windows"])),
+            "reference": ", ".join(dict.fromkeys(_mixture(w["weights"], names) for w in step["windows"])) or "none",
         }
         for step in manifest["steps"]
     )
-    return pd.DataFrame(_lines(folder, "step")).merge(lineage, on="t", how="left")
+    table = pd.DataFrame(_lines(folder, "step")).merge(lineage, on="t", how="left")
+    return table.astype(dict.fromkeys(WITHOUT_REFERENCE_NULL, float))
 
 
 def _mixture(weights: dict[str, float], names: dict[str, str]) -> str:
@@ -172,7 +194,8 @@ def _measures(folder: Path) -> pd.DataFrame:
         for entry in _lines(folder, "eval")
         for measure, numbers in entry["eval"].items()
     ]
-    return pd.DataFrame(rows).astype({"value": float, "low": float, "high": float})
+    columns = ["t", "measure", "source", "name", "value", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=columns).astype({"value": float, "low": float, "high": float})
 
 
 def _parts(measure: str) -> dict[str, str]:

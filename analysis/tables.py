@@ -35,7 +35,7 @@ def arms(*paths: Path | str) -> pd.DataFrame:
     """One row per arm, with S first: seeds, headline, companions, gain over S, time, reused steps."""
     runs, measures = collect.runs(*paths), collect.measures(*paths)
     headline = headline_name(runs)
-    names = {headline: COMPANIONS.get(headline, headline)} | COMPANIONS
+    names = {name: COMPANIONS.get(name, name) for name in (headline, *COMPANIONS) if name}
     final = measures[measures["t"] == measures.groupby("run")["t"].transform("max")]
     gains = collect.by_arm(_gains(measures[measures["measure"] == headline]), []).set_index("arm")
     values = collect.by_arm(final, ["measure"]).set_index(["arm", "measure"])
@@ -64,7 +64,7 @@ def contrasts(*paths: Path | str) -> pd.DataFrame:
         verdict(row["difference"], row["p, Holm"], num_contrasts=len(table), inert=row["inert"])
         for _, row in table.iterrows()
     ]
-    return table.drop(columns="inert")
+    return table[["contrast", "verdict", "difference", "seeds", "p", "p, Holm", "leverage"]]
 
 
 def steps(*paths: Path | str) -> pd.DataFrame:
@@ -72,8 +72,8 @@ def steps(*paths: Path | str) -> pd.DataFrame:
     table, measures = collect.steps(*paths), collect.measures(*paths)
     headline = headline_name(collect.runs(*paths))
     columns = {title: collect.by_arm(table, ["t"], name) for name, title in STEP_COLUMNS.items()}
-    after = collect.by_arm(measures[measures["measure"] == headline], ["t"])
-    columns[COMPANIONS.get(headline, headline)] = after
+    if headline:
+        columns[COMPANIONS.get(headline, headline)] = collect.by_arm(measures[measures["measure"] == headline], ["t"])
     columns = {title: column.set_index(["arm", "t"]) for title, column in columns.items()}
     return pd.DataFrame(
         {
@@ -87,12 +87,12 @@ def steps(*paths: Path | str) -> pd.DataFrame:
     )
 
 
-def headline_name(runs: pd.DataFrame) -> str:
-    """The measure that heads these runs; `ValueError` where they differ."""
+def headline_name(runs: pd.DataFrame) -> str | None:
+    """The measure that heads these runs, None where none was measured; `ValueError` where they differ."""
     names = runs["headline_name"].dropna().unique()
-    if len(names) != 1:
-        raise ValueError(f"these runs have the headlines {', '.join(names) or 'none'}; compare runs that share one")
-    return names[0]
+    if len(names) > 1:
+        raise ValueError(f"these runs have the headlines {', '.join(names)}; give runs that share one")
+    return names[0] if len(names) else None
 
 
 def show(table: pd.DataFrame) -> pd.DataFrame:

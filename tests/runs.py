@@ -179,29 +179,28 @@ def _evaluation(t, num_steps, gold, rng):
 
 
 def _trajectory(pairs, num_steps, rng):
-    """Each model as policy on all pairs (also halfway through a step), each reference on its step's chunk."""
+    """Every model as policy on all pairs, and halfway through a step on the step's own."""
     ability = dict(zip(pairs["id"], rng.normal(0, 4, len(pairs)), strict=True))
     tables = []
     for t in range(num_steps + 1):
-        tables.append(_judged(pairs, ability, f"M_{t}", t, -1, "policy"))
         if t:
-            tables.append(_judged(pairs[pairs["chunk"] == t], ability, f"M_{t - 1}", t, -1, "reference"))
             middle = UPDATES // 2
-            tables.append(_judged(pairs[pairs["chunk"] == t], ability, f"t{t}/u{middle}", t, middle, "policy"))
+            tables.append(_judged(pairs[pairs["chunk"] == t], ability, f"t{t}/u{middle}", t, middle))
+        tables.append(_judged(pairs, ability, f"M_{t}", t, -1))
     return pd.concat(tables, ignore_index=True)
 
 
-def _judged(pairs, ability, model, t, update, role):
+def _judged(pairs, ability, model, t, update):
     """The log-probabilities of `pairs` under a model that has trained on the chunks up to its own step."""
-    trained = t - 1 if role == "reference" else t - 0.5 * (update >= 0)
-    seen = (pairs["chunk"] > 0) & (pairs["chunk"] <= trained)
+    trained = t - 0.5 * (update >= 0)
+    seen = (pairs["chunk"] > 0) & (pairs["chunk"] <= t)
     gain = 1.5 * trained + 4.0 * seen
     base = pairs["id"].map(ability)
     return pairs[["id", "source", "held_out", "chunk"]].assign(
         model=model,
         t=t,
         update=update,
-        role=role,
+        role="policy",
         chosen_logp=-20 + base / 2 - 0.5 * trained,
         rejected_logp=-20 - base / 2 - 0.5 * trained - gain,
         seen=seen,

@@ -33,9 +33,12 @@ def test_runs(sweep):
 
 def test_unfinished_run_is_shown_and_left_out(sweep, tmp_path):
     broken = make_run(tmp_path / "broken", arm="stepwise", seed=9)
-    for name in ("summary.json", "metrics.jsonl"):
+    for name in ("done", "summary.json", "metrics.jsonl"):
         (broken / name).unlink()
-    assert collect.runs(sweep, broken)["done"].tolist() == [True] * 6 + [False]
+    (broken / "error.txt").write_text("the loss is not finite\n\nTraceback ...\n")
+    runs = collect.runs(sweep, broken)
+    assert runs["done"].tolist() == [True] * 6 + [False]
+    assert runs["error"].tolist()[-1] == "the loss is not finite"
     assert 9 not in collect.steps(sweep, broken)["seed"].tolist()
     with pytest.raises(ValueError, match="has ended"):
         collect.steps(broken)
@@ -99,6 +102,12 @@ def test_trajectory_and_pairs(sweep):
     trajectory, pairs = collect.trajectory(sweep / "stepwise-s1"), collect.pairs(sweep / "stepwise-s1")
     assert (trajectory["gamma"] == trajectory["chosen_logp"] - trajectory["rejected_logp"]).all()
     assert set(trajectory["id"]) == set(pairs["id"]) and trajectory["seed"].unique().tolist() == [1]
+
+
+def test_references_are_judged_on_their_own_step(sweep):
+    rows = collect.references(sweep / "stepwise-s1")
+    assert rows.groupby(["t", "model"]).size().to_dict() == {(1, "M_0"): NUM_PAIRS, (2, "M_1"): NUM_PAIRS}
+    assert not rows["seen"].any() and not rows["held_out"].any()
 
 
 def test_by_arm_keeps_the_interval_of_one_seed(sweep):

@@ -1,0 +1,261 @@
+"""The figures, one function each: from tables of `collect` to a matplotlib Figure. Filter a table to see less.
+
+Lines are means over seeds and bands 95 % Student t intervals over seeds (with one seed: its own interval, over
+prompts or pairs, where its evaluation has one). M_0 is S.
+"""
+
+from math import log
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import collect
+from analysis.statistics import over_seeds
+from analysis.style import COLOURS, legend, looks, panels, styled
+
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+MOST_POINTS = 250  # of a line over updates; more are averaged in bins
+
+
+@styled
+def loss_curves(train: pd.DataFrame) -> Figure:
+    """Training loss over the updates of all steps; a step's fresh start brings it back to the loss at zero margin."""
+    width = max(1, train["overall_update"].max() // MOST_POINTS)
+    binned = train.assign(overall_update=(train["overall_update"] - 1) // width * width + 1)
+    per_seed = binned.groupby(["arm", "seed", "t", "overall_update"], sort=False, as_index=False)["loss"].mean()
+    figure, (axes,) = panels()
+    for arm, look in looks(list(train["arm"].unique())).items():
+        summary = collect.by_arm(per_seed[per_seed["arm"] == arm], ["t", "overall_update"], "loss")
+        for t, step in summary.groupby("t"):
+            _line(axes, step, "overall_update", arm if t == 1 else "_", look | {"marker": ""})
+    if np.allclose(train.loc[train["update"] == 1, "loss"], log(2), atol=1e-2):
+        axes.axhline(log(2), color="#000000", linewidth=0.8, linestyle=":", label="ln 2, all margins 0")
+    axes.set(xlabel="updates over all steps", ylabel="training loss")
+    legend(figure, axes)
+    return figure
+
+
+@styled
+def frontier(measures: pd.DataFrame) -> Figure:
+    """Gold reward against KL to S, from S through every step; best-of-n from S beside it where it was measured."""
+    figure, (axes,) = panels(height=3.2)
+    gold, kl = (
+        collect.by_arm(measures[measures["measure"] == name], ["t"]).set_index(["arm", "t"])
+        for name in ("lab/gold", "lab/kl")
+    )
+    for arm, look in looks(list(measures["arm"].unique())).items():
+        x, y = kl.loc[arm], gold.loc[arm]
+        axes.plot(x["value"], y["value"], label=arm, **look, markerfacecolor="none")
+        axes.plot(x["value"].iloc[-1], y["value"].iloc[-1], color=look["color"], marker=look["marker"])
+        axes.errorbar(x["value"], y["value"], _errors(y), _errors(x), ecolor=look["color"], fmt="none", elinewidth=0.8)
+    _best_of_n(axes, measures)
+    axes.set(xlabel="KL(M_t, S) (nats a response)", ylabel="gold reward (0 to 1)")
+    legend(figure, axes)
+    return figure
+
+
+@styled
+def reference_gammas(references: pd.DataFrame) -> Figure:
+    """gamma of every step's reference on the step's pairs, before it trains: mean and the distribution behind it."""
+    arms = references["arm"].unique()
+    figure, rows = panels(len(arms), 1.9, sharex=True, sharey=True)
+    for axes, arm in zip(rows, arms, strict=True):
+        groups = dict(iter(references[references["arm"] == arm].groupby("t")))
+        _distributions(axes, groups, COLOURS[0])
+        axes.set(title=arm, ylabel="gamma_ref (nats)", xticks=sorted(references["t"].unique()))
+    rows[-1].set_xlabel("step")
+    return figure
+
+
+@styled
+def gammas_of_models(trajectory: pd.DataFrame, chunk: int) -> Figure:
+    """The paper's Figure 2: gamma of M_0 .. M_T on one chunk's pairs; who trained on it (hatched) knows it."""
+    rows = trajectory[(trajectory["chunk"] == chunk) & (trajectory["update"] == -1)]
+    groups = dict(iter(rows.groupby("t")))
+    seen = {t for t, group in groups.items() if group["seen"].all()}
+    figure, (axes,) = panels()
+    _distributions(axes, {t: group for t, group in groups.items() if t not in seen}, COLOURS[0])
+    _distributions(axes, {t: groups[t] for t in seen}, COLOURS[1], hatch="////")
+    axes.set(xlabel="reference (hatched: trained on these pairs)", ylabel=f"gamma on chunk {chunk} (nats)")
+    axes.set_xticks(list(groups), [_model(f"M_{t}") for t in groups])
+    return figure
+
+
+@styled
+def trajectories(trajectory: pd.DataFrame, num_pairs: int = 12) -> Figure:
+    """Log-probabilities of chosen and rejected responses under M_0 .. M_T: the means, and some pairs behind them.
+
+    A panel per chunk; its step is shaded, and the model at the shade's left edge is the reference of `previous`.
+    """
+    ended = trajectory[(trajectory["update"] == -1)]
+    chunks = sorted(ended["chunk"].unique(), key=lambda chunk: (chunk == 0, chunk))
+    figure, rows = panels(len(chunks), 2.1, sharex=True)
+    for axes, chunk in zip(rows, chunks, strict=True):
+        group = ended[ended["chunk"] == chunk]
+        some = group[group["id"].isin(sorted(group["id"].unique())[:num_pairs])]
+        for side, look in zip(("chosen", "rejected"), looks(["chosen", "rejected"]).values(), strict=True):
+            lines = some.pivot_table(index="t", columns=["run", "id"], values=f"{side}_logp")
+            axes.plot(lines, color=look["color"], linestyle=look["linestyle"], linewidth=0.6, alpha=0.4)
+            axes.plot(group.groupby("t")[f"{side}_logp"].mean(), label=f"{side}, mean", **look)
+        if chunk:
+            axes.axvspan(chunk - 1, chunk, color="#000000", alpha=0.08, linewidth=0)
+        axes.set(title=f"pairs of chunk {chunk}" if chunk else "held-out pairs", ylabel="log-prob (nats)")
+    _name_models(rows[-1], ended["t"])
+    legend(figure, rows[0])
+    return figure
+
+
+@styled
+def memorisation(trajectory: pd.DataFrame) -> Figure:
+    """How far gamma rose above that of S: on pairs trained on, on pairs still to come, on held-out ones."""
+    ended = trajectory[trajectory["update"] == -1]
+    of_start = ended[ended["t"] == 0].set_index(["run", "id"])["gamma"]
+    rise = ended["gamma"].to_numpy() - of_start.loc[pd.MultiIndex.from_frame(ended[["run", "id"]])].to_numpy()
+    groups = ["trained on", "still to come", "held out"]
+    kind = np.select([ended["held_out"], ended["seen"]], ["held out", "trained on"], "still to come")
+    per_run = ended.assign(rise=rise, kind=kind).groupby(["arm", "seed", "t", "kind"], as_index=False)["rise"].mean()
+    figure, rows = panels(ended["arm"].nunique(), 1.9, sharex=True, sharey=True)
+    for axes, arm in zip(rows, ended["arm"].unique(), strict=True):
+        mine = per_run[per_run["arm"] == arm]
+        for group, look in looks(groups).items():
+            summary = collect.by_arm(mine[mine["kind"] == group], ["t"], "rise")
+            _line(axes, summary, "t", group, look)
+        axes.set(title=arm, ylabel="gamma over S (nats)")
+    _name_models(rows[-1], ended["t"])
+    legend(figure, rows[0])
+    return figure
+
+
+@styled
+def accuracy_by_source(measures: pd.DataFrame, name: str = "preference/ranking_accuracy") -> Figure:
+    """Held-out accuracy of S and every M_t for each source; dotted, what "the shorter one is better" would score."""
+    arms, by_source = measures["arm"].unique(), measures[measures["source"] != ""]
+    styles = looks(list(by_source["source"].unique()))
+    figure, rows = panels(len(arms), 2.0, sharex=True, sharey=True)
+    for axes, arm in zip(rows, arms, strict=True):
+        mine = by_source[by_source["arm"] == arm]
+        for source, look in styles.items():
+            here = mine[mine["source"] == source]
+            _line(axes, collect.by_arm(here[here["name"] == name], ["t"]), "t", source, look)
+            shorter = here.loc[here["name"] == "preference/shorter_accuracy", "value"].mean()
+            axes.axhline(shorter, color=look["color"], linewidth=0.9, linestyle=":")
+        axes.set(title=arm, ylabel=f"{name.rpartition('/')[2].replace('_', ' ')} (share)")
+    _name_models(rows[-1], measures["t"])
+    legend(figure, rows[0])
+    return figure
+
+
+@styled
+def displacement(measures: pd.DataFrame) -> Figure:
+    """How far the chosen and the rejected held-out responses' log-probabilities moved from S; both often fall."""
+    figure, rows = panels(2, 1.9, sharex=True)
+    for axes, side in zip(rows, ("chosen", "rejected"), strict=True):
+        moved = measures[measures["measure"] == f"preference/log_ratio_{side}"].dropna(subset="value")
+        for arm, look in looks(list(moved["arm"].unique())).items():
+            _line(axes, collect.by_arm(moved[moved["arm"] == arm], ["t"]), "t", arm, look)
+        axes.axhline(0, color="#000000", linewidth=0.8)
+        axes.set(title=f"{side} responses", ylabel="log-ratio to S (nats)")
+    _name_models(rows[-1], measures["t"])
+    legend(figure, rows[0])
+    return figure
+
+
+@styled
+def learning_order(trajectory: pd.DataFrame, pairs: pd.DataFrame, num_bins: int = 12) -> Figure:
+    """Which pairs a model ranks right, and when: pairs in order of their score, a panel per chunk.
+
+    The score is the split's own where there is one, and gamma of S where there is none. The line is where the chunk's
+    step begins.
+    """
+    rows = trajectory.sort_values("update", key=lambda update: update.mask(update < 0, np.inf)).sort_values(
+        "t", kind="stable"
+    )
+    scores = rows[["run", "id"]].merge(pairs, how="left")["score"] if "score" in pairs else pd.Series([np.nan])
+    own = bool(scores.notna().all())
+    rows["score"] = scores.to_numpy() if own else rows.groupby(["run", "id"])["gamma"].transform("first")
+    models, chunks = rows["model"].unique(), sorted(set(rows["chunk"]) - {0})
+    figure, panel_rows = panels(len(chunks), 1.9, sharex=True)
+    for axes, chunk in zip(panel_rows, chunks, strict=True):
+        here = rows[rows["chunk"] == chunk]
+        bins = np.ceil(here.groupby("model")["score"].rank(pct=True, method="first") * num_bins)
+        right = (here["gamma"] > 0).groupby([bins, here["model"]]).mean().unstack().reindex(columns=models)
+        mesh = axes.pcolormesh(right, cmap=colormaps["cividis"].resampled(10), vmin=0, vmax=1)
+        axes.axvline(list(models).index(f"M_{chunk - 1}") + 1, color="#000000", linestyle="--")
+        axes.set(title=f"chunk {chunk}", ylabel="score" if own else "gamma of S")
+        axes.grid(visible=False)
+        axes.set_yticks([0.5, len(right) - 0.5], ["lowest", "highest"])
+    panel_rows[-1].set_xticks(np.arange(len(models)) + 0.5, [_model(name) for name in models])
+    figure.colorbar(mesh, ax=panel_rows, label="share ranked right (gamma > 0)")
+    return figure
+
+
+@styled
+def sweep_cost(steps: pd.DataFrame, train: pd.DataFrame) -> Figure:
+    """Seconds of training that a sweep's steps take when every run trains its own, and when equal steps are shared."""
+    seconds = train.groupby(["run", "t"])["seconds"].sum().rename("cost").reset_index()
+    costs = steps[["run", "arm", "t", "key"]].merge(seconds, on=["run", "t"])
+    shared = costs.drop_duplicates("key")
+    figure, (axes,) = panels(height=1.1)
+    totals = {"every run for itself": costs, "equal steps shared": shared}
+    bars = axes.barh(list(totals), [table["cost"].sum() for table in totals.values()], color=COLOURS[0], height=0.6)
+    axes.bar_label(bars, [f"{table['cost'].sum():.0f} s, {len(table)} steps" for table in totals.values()], padding=3)
+    axes.margins(x=0.3)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="seconds of training, one run at a time")
+    return figure
+
+
+def _line(axes: Axes, summary: pd.DataFrame, x: str, label: str, look: dict) -> None:
+    """A line with its band, from a table made by `collect.by_arm`."""
+    axes.plot(summary[x], summary["value"], label=label, **look)
+    axes.fill_between(summary[x], summary["low"], summary["high"], color=look["color"], alpha=0.15, linewidth=0)
+
+
+def _errors(summary: pd.DataFrame) -> np.ndarray:
+    """Distances to the interval's ends, as matplotlib wants them; none where there is no interval."""
+    return np.nan_to_num([summary["value"] - summary["low"], summary["high"] - summary["value"]])
+
+
+def _best_of_n(axes: Axes, measures: pd.DataFrame) -> None:
+    """Best of n answers of S by gold; its KL to S is at most log n - (n - 1)/n (2401.01879)."""
+    rows = measures[measures["measure"].str.startswith("lab/best_of/")].groupby("measure")["value"].mean()
+    if rows.empty:
+        return
+    n = np.array([int(name.rpartition("/")[2]) for name in rows.index])
+    order = np.argsort(n)
+    kl = np.log(n) - (n - 1) / n
+    axes.plot(kl[order], rows.to_numpy()[order], "-", color="#000000", linewidth=0.9, label="best of n from S, by gold")
+    for i in order[1:]:
+        axes.annotate(f"{n[i]}", (kl[i], rows.iloc[i]), (3, -9), textcoords="offset points", fontsize=7)
+
+
+def _distributions(axes: Axes, groups: dict[int, pd.DataFrame], colour: str, hatch: str | None = None) -> None:
+    """A violin of gamma over all pairs at each key, its mean over seeds and their interval upon it."""
+    if not groups:
+        return
+    parts = axes.violinplot([group["gamma"] for group in groups.values()], list(groups), showextrema=False)
+    for body in parts["bodies"]:
+        body.set(facecolor=colour, alpha=0.3, edgecolor=colour, hatch=hatch)
+    for t, group in groups.items():
+        mean = over_seeds(group.groupby("run")["gamma"].mean())
+        spread = over_seeds(group["gamma"]) if mean.n < 2 else mean
+        axes.errorbar(
+            t, mean.value, [[mean.value - spread.low], [spread.high - mean.value]], fmt="o", color="#000000", capsize=3
+        )
+        axes.annotate(f"{mean.value:.1f}", (t, group["gamma"].max()), (0, 3), textcoords="offset points", ha="center")
+    axes.axhline(0, color="#000000", linewidth=0.8)
+
+
+def _name_models(axes: Axes, t: pd.Series) -> None:
+    ticks = sorted(t.unique())
+    axes.set_xticks(ticks, [_model(f"M_{t}") for t in ticks])
+    axes.set_xlabel("model")
+
+
+def _model(name: str) -> str:
+    """M_1 as M₁; M_0 is S."""
+    return "S" if name == "M_0" else name.replace("M_", "M").translate(SUBSCRIPTS) if name[0] == "M" else name

@@ -1,0 +1,157 @@
+"""report.html of a run or a sweep: `python -m analysis.report RUN_OR_SWEEP`.
+
+One file without scripts that opens without network: what came of it, what a reader should doubt, the figures, what
+was run, and how to run it again. Its numbers are those of analysis.tables.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from analysis import checks, collect, tables
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+class Picture(NamedTuple):
+    title: str
+    caption: str
+    svg: Markup
+
+
+def write_report(folder: Path | str) -> Path:
+    """Write report.html into a run or sweep folder and return its path."""
+    folder = Path(folder)
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals["zip"] = zip
+    page = environment.get_template("report.html.jinja").render(_content(folder))
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _content(folder: Path) -> dict:
+    """Everything that the template shows; of a sweep in which no run ended, its failures alone."""
+    runs = collect.runs(folder)
+    arms, seeds = _count(runs["arm"].nunique(), "arm"), _count(runs["seed"].nunique(), "seed")
+    content = {"name": folder.resolve().name, "size": f"{arms}, {seeds}", "choices": _choices(runs)}
+    if not runs["done"].any():
+        return content | {"warnings": [checks.unfinished(runs)]}
+    measures, steps, references = collect.measures(folder), collect.steps(folder), collect.references(folder)
+    return content | {
+        "warnings": checks.warnings(runs, measures, steps, references),
+        "contrasts": tables.show(tables.contrasts(folder)),
+        "arms": tables.show(tables.arms(folder)),
+        "steps": tables.show(tables.steps(folder)),
+        "pictures": list(_pictures(folder, measures, steps, references)),
+        "lineage": _lineage(steps),
+        "data": _data(runs),
+        "origin": _origin(folder, runs),
+    }
+
+
+def _pictures(folder: Path, measures: pd.DataFrame, steps: pd.DataFrame, references: pd.DataFrame) -> Iterator[Picture]:
+    """The figures for which these runs have numbers, each with its function's sentence as caption."""
+    from analysis import figures  # here, because a table needs no matplotlib
+    from analysis.style import to_svg
+
+    train, trajectory = collect.train(folder), collect.trajectory(folder)
+    drawn: list[tuple[str, Callable, tuple]] = [("Loss", figures.loss_curves, (train,))]
+    if {"lab/gold", "lab/kl"} <= set(measures["measure"]):
+        drawn.append(("Reward against KL", figures.frontier, (measures,)))
+    if len(references):
+        drawn.append(("The bound of every step", figures.reference_gammas, (references,)))
+    if "preference/ranking_accuracy" in set(measures["measure"]):
+        drawn.append(("Accuracy by source", figures.accuracy_by_source, (measures,)))
+        drawn.append(("Displacement", figures.displacement, (measures,)))
+    drawn.append(("Memorisation", figures.memorisation, (trajectory,)))
+    if steps["run"].nunique() == 1:
+        drawn.append(("Trajectories", figures.trajectories, (trajectory,)))
+        drawn.append(("Learning order", figures.learning_order, (trajectory, collect.pairs(folder))))
+    else:
+        drawn.append(("Cost", figures.sweep_cost, (steps, train)))
+    for title, draw, given in drawn:
+        caption = " ".join(draw.__doc__.split("\n\n")[0].split())
+        yield Picture(title, caption, Markup(to_svg(draw(*given), title)))
+
+
+def _choices(runs: pd.DataFrame) -> pd.DataFrame:
+    """The option of every axis, by arm where arms differ in it."""
+    axes = runs.filter(like="choices.").rename(columns=lambda name: name.removeprefix("choices."))
+    rows = {}
+    for axis in axes:
+        by_arm = axes[axis].groupby(runs["arm"], sort=False).first()
+        options = [by_arm.iloc[0]] if by_arm.nunique() == 1 else [f"{option} ({arm})" for arm, option in by_arm.items()]
+        rows[axis] = ", ".join(options)
+    return pd.DataFrame(rows.items(), columns=["axis", "option"])
+
+
+def _lineage(steps: pd.DataFrame) -> pd.DataFrame:
+    """How each model of every arm's first seed came about."""
+    first = steps[steps["seed"] == steps.groupby("arm")["seed"].transform("min")]
+    chunks = [", ".join(f"{n} {source}" for source, n in sources.items()) for sources in first["sources"]]
+    made = {
+        "arm": first["arm"],
+        "model": "M_" + first["t"].astype(str),
+        "from": first["start"],
+        "reference": first["reference"],
+        "pairs": chunks,
+        "in the store as": first["key"].str[:16],
+        "reused": first["reused"].map({True: "yes", False: "no"}),
+    }
+    return pd.DataFrame(made)
+
+
+def _data(runs: pd.DataFrame) -> pd.DataFrame:
+    """data_report.json of the first run that ended, flat; lists by their length."""
+    report = json.loads((runs[runs["done"]].iloc[0]["folder"] / "data_report.json").read_text(encoding="utf-8"))
+    return pd.DataFrame(_leaves(report), columns=["of the data", "value"])
+
+
+def _leaves(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name} / {key}" if name else key)
+    elif isinstance(value, list) and len(value) > 3:
+        yield name, f"{len(value)} entries in data_report.json"
+    else:
+        yield name, f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _origin(folder: Path, runs: pd.DataFrame) -> dict:
+    """The command that made this, and what it ran on."""
+    manifest = json.loads((runs[runs["done"]].iloc[0]["folder"] / "manifest.json").read_text(encoding="utf-8"))
+    sweep = folder / "sweep.json"
+    command = json.loads(sweep.read_text(encoding="utf-8"))["command"] if sweep.is_file() else manifest["command"]
+    git, versions = manifest["git"], {name: version for name, version in manifest["versions"].items() if version}
+    return {
+        "command": shlex.join(["python", *command]),
+        "commit": f"{git['commit']}{' with local changes' if git['dirty'] else ''}" if git["commit"] else "unknown",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "machine": ", ".join(f"{name} {part}" for name, part in manifest["machine"].items() if part),
+    }
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="a run or sweep folder")
+    try:
+        print(write_report(parser.parse_args().folder))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

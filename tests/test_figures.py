@@ -1,0 +1,115 @@
+"""Every figure: the numbers of the tables, labelled axes, vectors only, readable in grey, no data under a legend."""
+
+import xml.etree.ElementTree as xml
+
+import matplotlib
+import pytest
+from runs import make_run, make_sweep
+
+from analysis import collect, figures, style
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return make_sweep(tmp_path_factory.mktemp("out") / "synthetic")
+
+
+@pytest.fixture(scope="module")
+def drawn(sweep):
+    run = sweep / "stepwise-s1"
+    measures, trajectory = collect.measures(sweep), collect.trajectory(run)
+    return {
+        "loss_curves": figures.loss_curves(collect.train(sweep)),
+        "frontier": figures.frontier(measures),
+        "reference_gammas": figures.reference_gammas(collect.references(sweep)),
+        "gammas_of_models": figures.gammas_of_models(trajectory, 2),
+        "trajectories": figures.trajectories(trajectory),
+        "memorisation": figures.memorisation(collect.trajectory(sweep)),
+        "accuracy_by_source": figures.accuracy_by_source(measures),
+        "displacement": figures.displacement(measures),
+        "learning_order": figures.learning_order(trajectory, collect.pairs(run)),
+        "sweep_cost": figures.sweep_cost(collect.steps(sweep), collect.train(sweep)),
+    }
+
+
+def test_axes_are_labelled(drawn):
+    for name, figure in drawn.items():
+        *upper, last = figure.axes[:-1] if name == "learning_order" else figure.axes
+        assert last.get_xlabel() or last.get_xticklabels(), name
+        assert all(axes.get_ylabel() or name == "sweep_cost" for axes in [*upper, last]), name
+
+
+def test_pages_get_vectors_in_the_page_s_own_colour(drawn):
+    for name, figure in drawn.items():
+        svg = style.to_svg(figure, name)
+        root = xml.fromstring(svg)
+        assert root.get("aria-label") == name and "width" not in root.attrib
+        assert "<image" not in svg and "#000000" not in svg and "#ffffff" not in svg, name
+
+
+def test_same_numbers_same_bytes(sweep):
+    first, second = (style.to_svg(figures.loss_curves(collect.train(sweep)), "Loss") for _ in range(2))
+    assert first == second
+
+
+def test_legends_cover_no_data(drawn):
+    for name, figure in drawn.items():
+        with matplotlib.rc_context(style.STYLE):
+            figure.draw_without_rendering()
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes), name
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, name
+
+
+def test_series_differ_without_colour():
+    looks = style.looks([str(i) for i in range(20)]).values()
+    assert len({tuple(look.values()) for look in looks}) == 20
+    first = list(looks)[:7]
+    assert len({look["linestyle"] for look in first}) == len({look["marker"] for look in first}) == 7
+
+
+def test_frontier_shows_the_tables_numbers(drawn, sweep):
+    measures = collect.measures(sweep)
+    lines = {line.get_label(): line for line in drawn["frontier"].axes[0].lines}
+    for arm in ("all at once", "stepwise"):
+        for name, shown in (("lab/kl", lines[arm].get_xdata()), ("lab/gold", lines[arm].get_ydata())):
+            table = collect.by_arm(measures[measures["measure"] == name], ["t"]).query("arm == @arm")
+            assert shown.tolist() == table["value"].tolist()
+
+
+def test_best_of_n_stands_at_its_divergence(drawn):
+    # KL of best of n: log n - (n - 1)/n, so 0 for one answer and log 4 - 3/4 for four
+    best = next(line for line in drawn["frontier"].axes[0].lines if line.get_label().startswith("best of n"))
+    assert best.get_xdata()[[0, 2]].tolist() == pytest.approx([0, 0.636294], abs=1e-6)
+    assert best.get_ydata().tolist() == pytest.approx([0.69, 0.74, 0.79])
+
+
+def test_loss_starts_anew_at_every_step(drawn):
+    steps = [list(line.get_xdata()) for line in drawn["loss_curves"].axes[0].lines]
+    assert [1, 13] == [min(xs) for xs in steps if len(xs) == 12][1:]
+
+
+def test_long_curves_are_binned(sweep):
+    train = collect.train(sweep / "stepwise-s0")
+    long = train.loc[train.index.repeat(100)].assign(overall_update=range(1, 2401), t=1)
+    line = figures.loss_curves(long).axes[0].lines[0]
+    assert len(line.get_xdata()) <= 2 * figures.MOST_POINTS
+    assert line.get_ydata()[0] == pytest.approx(long["loss"][:9].mean())
+
+
+def test_memorisation_separates_what_was_seen(drawn, sweep):
+    trained, coming, held_out = drawn["memorisation"].axes[1].lines[:3]
+    assert trained.get_xdata().tolist() == [1, 2]
+    assert coming.get_xdata().tolist() == [0, 1]
+    assert held_out.get_ydata().tolist() == pytest.approx([0, 1.5, 3])
+    assert trained.get_ydata().tolist() == pytest.approx([5.5, 7])
+
+
+def test_cost_counts_a_shared_step_once(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path / f"s{seed}", seed=seed)
+    steps, train = collect.steps(tmp_path), collect.train(tmp_path)
+    alone, shared = figures.sweep_cost(steps.assign(key=["a", "b", "a", "c"]), train).axes[0].patches
+    assert alone.get_width() == pytest.approx(4 * 12 * 0.1)
+    assert shared.get_width() == pytest.approx(3 * 12 * 0.1)

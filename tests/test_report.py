@@ -1,0 +1,139 @@
+"""The report page: complete, self-contained, with the tables' numbers; looked at in a real browser if there is one."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from browser import BINARY, browser
+from runs import make_run, make_sweep
+
+from analysis import checks, collect, report, tables
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return make_sweep(tmp_path_factory.mktemp("out") / "synthetic")
+
+
+@pytest.fixture(scope="module")
+def page(sweep):
+    return report.write_report(sweep)
+
+
+def test_page_holds_everything_and_asks_for_nothing(page):
+    html = page.read_text()
+    assert page.name == "report.html"
+    assert html.count("<svg") == html.count("</svg>") == html.count("<figcaption>") == 7
+    assert not re.search(r"<script|<link(?! rel=\"icon\" href=\"data:)|src=|@import|url\((?!#)", html)
+    assert "python train.py experiment=synthetic" in html
+    for heading in ("Verdicts", "What to doubt", "What was run", "Run it again"):
+        assert f"<h2>{heading}</h2>" in html
+
+
+def test_page_is_well_formed(page):
+    unclosed = []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag not in ("meta", "link", "br"):
+                unclosed.append(tag)
+
+        def handle_endtag(self, tag):
+            assert unclosed.pop() == tag
+
+        def handle_startendtag(self, tag, attributes):
+            pass
+
+    Checker().feed(page.read_text())
+    assert unclosed == []
+
+
+def test_page_shows_the_tables_numbers(page, sweep):
+    html = page.read_text()
+    for table in (tables.arms(sweep), tables.contrasts(sweep), tables.steps(sweep)):
+        for name, cells in tables.show(table).items():
+            assert all(f'<td data-name="{name.replace("<", "&lt;")}">{cell}</td>' in html for cell in cells)
+
+
+def test_names_are_escaped(tmp_path):
+    folder = make_sweep(tmp_path / "escaped", arms=("all at once", "<b>beta & co"), seeds=1)
+    html = report.write_report(folder).read_text()
+    assert "<b>beta" not in html and "&lt;b&gt;beta &amp; co" in html
+
+
+def test_report_of_one_run(sweep, tmp_path):
+    run = shutil.copytree(sweep / "stepwise-s0", tmp_path / "alone")
+    html = report.write_report(run).read_text()
+    for title in ("Trajectories", "Learning order", "Result", "Lineage"):
+        assert f">{title}</h" in html
+    assert "<h2>Verdicts</h2>" not in html and "1 arm, 1 seed" in html
+
+
+def test_sweep_in_which_nothing_ended(tmp_path):
+    run = make_run(tmp_path / "sweep" / "broken")
+    (run / "done").unlink()
+    (run / "error.txt").write_text("update 3: the loss is not finite\n\nTraceback\n")
+    html = report.write_report(tmp_path / "sweep").read_text()
+    assert "broken: update 3: the loss is not finite" in html and "<svg" not in html
+
+
+def test_run_without_measures(tmp_path):
+    run = make_run(tmp_path / "unmeasured")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "eval":
+            line["eval"] = {}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = json.loads((run / "summary.json").read_text())
+    summary["headline"] = {"name": None, "value": None, "n": 0}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert "Loss" in report.write_report(run).read_text()
+
+
+def test_warnings_name_their_cases(sweep):
+    found = {warning.title.split(":")[0]: warning.cases for warning in _warnings(sweep)}
+    assert found["Displacement"] == ["all at once: log-ratio to S -1.00 nats", "stepwise: log-ratio to S -1.00 nats"]
+    assert found["Too few seeds for a verdict"] == ["all at once: 3 seeds", "stepwise: 3 seeds"]
+    assert not any("close to" in title or "inert" in title for title in found)
+
+
+def test_warnings_of_length_contamination_and_inertia(tmp_path):
+    run = make_run(tmp_path / "doubtful", leverage=0.001)
+    measures = collect.measures(run)
+    measures.loc[measures["name"] == "preference/shorter_accuracy", "value"] = 0.79
+    references = collect.references(run).assign(seen=True)
+    found = checks.warnings(collect.runs(run), measures, collect.steps(run), references)
+    said = " ".join(case for warning in found for case in warning.cases)
+    assert "stepwise, all sources: 0.800, shorter is better 0.790" in said
+    assert "stepwise, step 2: M_1, mean gamma" in said
+    assert "stepwise: leverage 0.0010" in said
+
+
+def _warnings(folder):
+    tables_read = (collect.runs, collect.measures, collect.steps, collect.references)
+    return checks.warnings(*(read(folder) for read in tables_read))
+
+
+@pytest.mark.skipif(BINARY is None, reason="no chromium on the path")
+def test_page_in_a_browser(page, sweep, tmp_path):
+    """No console message, no request, no sideways scrolling, every picture visible; narrow and wide, light and dark."""
+    alone = report.write_report(sweep / "stepwise-s0")
+    with browser(tmp_path / "profile") as tab:
+        papers = set()
+        for file, width, theme in ((p, w, t) for p in (page, alone) for w in (400, 1400) for t in ("light", "dark")):
+            tab.open(file, width, theme)
+            assert tab.complaints() == []
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            assert tab.evaluate(
+                "[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().width > 300)"
+            )
+            assert tab.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 16
+            ink, paper = (
+                tab.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor")
+            )
+            axis = tab.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
+            assert axis == ink, "text in figures follows the theme"
+            papers.add(paper)
+        assert len(papers) == 2
