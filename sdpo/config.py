@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 Settings = dict[str, Any]
 
@@ -229,6 +229,8 @@ def sentence(error: OmegaConfBaseException, whole: str = "the configuration") ->
     if isinstance(error, AttributeError | KeyError) and error.parent_node:
         parent = error.parent_node._get_full_key(None) or whole
         return f"unknown key {error.full_key}; {parent} has {', '.join(map(str, error.parent_node))}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value"
     return ": ".join(filter(None, [error.full_key, str(error).splitlines()[0]]))
 
 

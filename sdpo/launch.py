@@ -6,6 +6,7 @@ which read the run folder's config.yaml, as a job of a cluster does: `python -m 
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -176,7 +177,16 @@ def _start_ranks(settings: Config, folder: Path) -> None:
                 os.killpg(agent.pid, signal.SIGKILL)  # its ranks end with `alive`
                 agent.wait()
     if code:
-        raise ValueError(runs.failure(folder) or f"a rank or its agent died; {folder / 'log.txt'} has the details")
+        raise ValueError(_cause(folder))
+
+
+def _cause(folder: Path) -> str:
+    """Why ranks failed. Where one was killed the others only report that they lost it, so torchrun is asked first."""
+    signals = re.findall(r"Signal \d+ \((\w+)\) received", (folder / "log.txt").read_text())
+    if killed := [name for name in signals if name != "SIGTERM"]:  # with SIGTERM torchrun ends the others
+        (folder / "error.txt").unlink(missing_ok=True)
+        return f"a rank was killed by {killed[0]}; {folder / 'log.txt'} has the details"
+    return runs.failure(folder) or f"torchrun died; {folder / 'log.txt'} has the details"
 
 
 def _python_path() -> str:

@@ -74,7 +74,8 @@ def run_name(*, _root_: DictConfig) -> str:
 
 def sweep_name(*, _root_: DictConfig) -> str:
     """The resolver ${sweep_name:}: the experiment, or the swept keys; and a short hash of all that is overridden."""
-    overrides = [o for o in _root_.hydra.overrides.task if not o.startswith(("experiment=", "plan="))]
+    names_only = ("experiment=", "plan=", "hydra.", "hydra/")  # of these nothing depends but how runs are done
+    overrides = [o for o in _root_.hydra.overrides.task if not o.lstrip("+~").startswith(names_only)]
     experiment = _root_.hydra.runtime.choices.get("experiment")
     swept = [o.get_key_element() for o in OverridesParser.create().parse_overrides(overrides) if o.is_sweep_override()]
     parts = [experiment] if experiment else swept

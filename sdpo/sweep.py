@@ -61,8 +61,10 @@ def run(sweep: Sweep) -> None:
             bar.update(len(sweep.runs) - len(todo))
             if todo:
                 (_cluster if sweep.backend == "slurm" else _local)(sweep, todo, bar)
-    finally:
+    except KeyboardInterrupt:
         print(table.of(sweep.runs, {one.folder for one in todo}))
+        raise
+    print(table.of(sweep.runs, {one.folder for one in todo}))
     if failed := [one for one in sweep.runs if one.error]:
         raise ValueError(f"{len(failed)} of {len(sweep.runs)} runs failed; the same command retries them alone")
 

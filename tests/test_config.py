@@ -1,0 +1,112 @@
+"""The typed configuration: what is refused, in which words, and what a run folder keeps of it."""
+
+import sys
+from functools import partial
+from types import ModuleType
+
+import pytest
+from omegaconf import OmegaConf
+
+from sdpo import config
+
+
+def settings(**changes):
+    """A configuration that is complete, with some keys (`optim__lr`) given another value."""
+    base = OmegaConf.create(
+        {
+            "model": {"name": "local", "path": "m"},
+            "data": {"name": "local", "train": ["a.jsonl"]},
+            "loss": {"name": "dpo", "beta": 0.1},
+            "steps": {"2": {"optim": {"lr": 0.5}, "loss": {"beta": 0.2}}},
+        }
+    )
+    for key, value in changes.items():
+        OmegaConf.update(base, key.replace("__", "."), value, force_add=True)
+    return base
+
+
+def test_a_run_folder_keeps_the_configuration_whole(tmp_path):
+    given = config.from_composed(settings(seed=3, data__revisions={"org/name": "abc"}))
+    (tmp_path / "config.yaml").write_text(config.to_yaml(given))
+    assert config.load(tmp_path / "config.yaml") == given
+    assert (
+        given.seed == 3 and given.optim.lr == 5e-7 and given.steps == {2: {"optim": {"lr": 0.5}, "loss": {"beta": 0.2}}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"typo": 1}, "unknown key typo; the configuration has model, data"),
+        ({"optim__rate": 1}, "unknown key optim.rate; optim has lr, schedule"),
+        ({"model__sft": {"rate": 1}}, "unknown key model.sft.rate; model.sft has lr"),
+        ({"optim__lr": "fast"}, "optim.lr: Value 'fast'"),
+        ({"optim": 3}, "int is not a subclass of Optim"),
+        ({"start": "first"}, "start is 'first'; it can be previous, initial"),
+        ({"deepspeed__stage": 4}, "deepspeed.stage is 4; it can be null, 1, 2, 3"),
+        ({"optim__warmup": 1.5}, "optim.warmup is 1.5; it must be from 0 to 1"),
+        ({"launch__ranks": 0}, "launch.ranks is 0; it must be at least 1"),
+        ({"data__lab__sources": {"a": {"flipped": 2}}}, "data.lab.sources.a.flipped is 2.0; it must be from 0 to 1"),
+        ({"data__train": "???"}, "data.train has no value; set data.train=..."),
+        ({"model__path": "${nowhere}"}, "model.path: Interpolation key 'nowhere' not found"),
+        ({"steps": {"0": {}}}, "steps.0: steps are counted from 1"),
+        ({"steps": {"2": {"seed": 1}}}, "steps.2.seed: a step can change optim, loss, reference, start, nothing else"),
+        ({"steps": {"2": {"optim": {"rate": 1}}}}, "steps.2: unknown key optim.rate; optim has lr"),
+        ({"steps": {"2": {"optim": {"epochs": 0}}}}, "steps.2.optim.epochs is 0; it must be at least 1"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(changes, sentence):
+    with pytest.raises(ValueError, match="^[^\n]*$") as error:
+        config.from_composed(settings(**changes))
+    assert sentence in str(error.value)
+
+
+def test_a_step_sees_its_own_overrides_and_no_other():
+    whole = config.from_composed(settings())
+    assert config.for_step(whole, 1) == whole
+    second = config.for_step(whole, 2)
+    assert (second.optim.lr, second.loss) == (0.5, {"name": "dpo", "beta": 0.2})
+    assert (whole.optim.lr, whole.loss) == (5e-7, {"name": "dpo", "beta": 0.1})
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """A room with one variant, one helper, and one function that only passed through."""
+
+    def scaled(values, offset, *, factor: float, times: int | None = None, names: list[str] = ()):
+        return values, offset, factor, times, names
+
+    module = ModuleType("room")
+    scaled.__module__ = "room"
+    helper = type(scaled)(scaled.__code__, {}, "_helper")
+    helper.__module__ = "room"
+    module.scaled, module._helper, module.visitor = scaled, helper, config.choose
+    monkeypatch.setitem(sys.modules, "room", module)  # where dataclasses look annotations up
+    return module
+
+
+def test_choose_fills_in_the_keywords(room):
+    chosen = config.choose(room, {"name": "scaled", "factor": 2})
+    assert isinstance(chosen, partial) and chosen(1, 3) == (1, 3, 2.0, None, [])
+    assert list(config.variants(room)) == ["scaled"]
+    assert config.needs(chosen) == config.needs(room.scaled) == ["values", "offset"]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"name": "_helper"}, "room has no '_helper'; it has scaled"),
+        ({"factor": 1}, "room has no None; it has scaled"),
+        (
+            {"name": "scaled", "factor": 1, "offset": 2},
+            "room.scaled: unknown key offset; scaled has factor, times, names",
+        ),
+        ({"name": "scaled", "factor": "two"}, "room.scaled: factor: Value 'two'"),
+        ({"name": "scaled", "factor": 1, "times": 1.5}, "room.scaled: times: Value '1.5'"),
+        ({"name": "scaled"}, "room.scaled: factor has no value"),
+    ],
+)
+def test_choose_names_the_key_that_is_wrong(room, given, sentence):
+    with pytest.raises(ValueError, match="^[^\n]*$") as error:
+        config.choose(room, given)
+    assert sentence in str(error.value)
