@@ -20,20 +20,20 @@ Sums of log-probabilities and gamma are in nats, seconds are wall-clock, and sha
 """
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
 
 from analysis import statistics
 
-WITHOUT_REFERENCE_NULL = (
+NULL_WITHOUT_REFERENCE = (
     "gamma_ref_mean",
     "gamma_ref_negative_share",
     "lambda_mean",
     "lambda_std",
     "reference_leverage",
 )
-
 Paths = tuple[Path | str, ...]
 
 
@@ -64,22 +64,24 @@ def runs(*paths: Path | str) -> pd.DataFrame:
 
 def steps(*paths: Path | str) -> pd.DataFrame:
     """One row per sDPO step of each run: what it trained on, its reference, and how it began and ended."""
-    return _stack(paths, _steps)
+    return _rows(paths, _steps).astype(dict.fromkeys(NULL_WITHOUT_REFERENCE, float))
 
 
 def measures(*paths: Path | str) -> pd.DataFrame:
     """Every evaluation of S (t = 0) and of each M_t, long: one row per measure."""
-    return _stack(paths, _measures)
+    columns = ["run", "arm", "seed", "t", "measure", "source", "name", "value", "low", "high", "n"]
+    return _rows(paths, _measures).reindex(columns=columns).astype(dict.fromkeys(("value", "low", "high"), float))
 
 
 def train(*paths: Path | str) -> pd.DataFrame:
     """Every logged update."""
-    return _stack(paths, _train)
+    return _rows(paths, _train)
 
 
 def trajectory(*paths: Path | str) -> pd.DataFrame:
     """Summed log-probabilities of each recorded pair under each model, as policy and as reference."""
-    return _stack(paths, _trajectory)
+    table = _parquet(paths, "trajectory.parquet")
+    return table.assign(gamma=table["chosen_logp"] - table["rejected_logp"])
 
 
 def references(*paths: Path | str) -> pd.DataFrame:
@@ -94,7 +96,7 @@ def references(*paths: Path | str) -> pd.DataFrame:
 
 def pairs(*paths: Path | str) -> pd.DataFrame:
     """Every pair of each run with its chunk (0: held out), score, lengths and ratings."""
-    return _stack(paths, lambda folder: pd.read_parquet(folder / "pairs.parquet"))
+    return _parquet(paths, "pairs.parquet")
 
 
 def by_arm(table: pd.DataFrame, keys: list[str], column: str = "value") -> pd.DataFrame:
@@ -128,17 +130,28 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _stack(paths: Paths, read) -> pd.DataFrame:
-    """The tables of all runs under each other, each row named by its run, arm and seed."""
+def _identified(paths: Paths) -> Iterator[tuple[Path, dict]]:
+    """The folders of the runs that ended, each with what names its rows; `ValueError` where none ended."""
     ended = [folder for folder in folders(*paths) if _ended(folder)]
     if not ended:
         raise ValueError(f"no run in {', '.join(map(str, paths))} has ended (a file `done` is written at the end)")
-    tables = []
     for folder in ended:
-        manifest, table = _read(folder / "manifest.json"), read(folder)
-        for i, name in enumerate(("run", "arm", "seed")):
-            table.insert(i, name, manifest[name])
-        tables.append(table)
+        manifest = _read(folder / "manifest.json")
+        yield folder, {name: manifest[name] for name in ("run", "arm", "seed")}
+
+
+def _rows(paths: Paths, read: Callable[[Path], Iterable[dict]]) -> pd.DataFrame:
+    """The rows that `read` finds in each run folder, as one table."""
+    return pd.DataFrame(names | row for folder, names in _identified(paths) for row in read(folder))
+
+
+def _parquet(paths: Paths, name: str) -> pd.DataFrame:
+    """The parquet files of this name under each other."""
+    tables = []
+    for folder, names in _identified(paths):
+        tables.append(pd.read_parquet(folder / name))
+        for i, (column, value) in enumerate(names.items()):
+            tables[-1].insert(i, column, value)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -166,20 +179,15 @@ def _lines(folder: Path, kind: str) -> list[dict]:
     return [entry for entry in entries if entry.pop("kind") == kind]
 
 
-def _steps(folder: Path) -> pd.DataFrame:
+def _steps(folder: Path) -> Iterator[dict]:
     manifest = _read(folder / "manifest.json")
     names = {manifest["model_key"]: "M_0"} | {step["key"]: f"M_{step['t']}" for step in manifest["steps"]}
-    lineage = pd.DataFrame(
-        {
-            "t": step["t"],
-            "key": step["key"],
-            "start": names.get(step["start"], step["start"][:8]),
-            "reference": ", ".join(dict.fromkeys(_mixture(w["weights"], names) for w in step["windows"])) or "none",
-        }
-        for step in manifest["steps"]
-    )
-    table = pd.DataFrame(_lines(folder, "step")).merge(lineage, on="t", how="left")
-    return table.astype(dict.fromkeys(WITHOUT_REFERENCE_NULL, float))
+    lineage = {step["t"]: step for step in manifest["steps"]}
+    for entry in _lines(folder, "step"):
+        step = lineage[entry["t"]]
+        mixtures = dict.fromkeys(_mixture(window["weights"], names) for window in step["windows"])
+        start = names.get(step["start"], step["start"][:8])
+        yield entry | {"key": step["key"], "start": start, "reference": ", ".join(mixtures) or "none"}
 
 
 def _mixture(weights: dict[str, float], names: dict[str, str]) -> str:
@@ -188,14 +196,10 @@ def _mixture(weights: dict[str, float], names: dict[str, str]) -> str:
     return " + ".join(name if coefficient == 1 else f"{coefficient:.3g} {name}" for name, coefficient in terms)
 
 
-def _measures(folder: Path) -> pd.DataFrame:
-    rows = [
-        {"t": entry["t"], **_parts(measure), **numbers}
-        for entry in _lines(folder, "eval")
-        for measure, numbers in entry["eval"].items()
-    ]
-    columns = ["t", "measure", "source", "name", "value", "low", "high", "n"]
-    return pd.DataFrame(rows, columns=columns).astype({"value": float, "low": float, "high": float})
+def _measures(folder: Path) -> Iterator[dict]:
+    for entry in _lines(folder, "eval"):
+        for measure, numbers in entry["eval"].items():
+            yield {"t": entry["t"], **_parts(measure), **numbers}
 
 
 def _parts(measure: str) -> dict[str, str]:
@@ -205,14 +209,10 @@ def _parts(measure: str) -> dict[str, str]:
     return {"measure": measure, "source": source, "name": f"{suite}/{name}"}
 
 
-def _train(folder: Path) -> pd.DataFrame:
-    table = pd.DataFrame(_lines(folder, "train"))
-    last = table.groupby("t")["update"].max()
-    before = last.cumsum().shift(fill_value=0)
-    table.insert(2, "overall_update", table["update"] + table["t"].map(before))
-    return table
-
-
-def _trajectory(folder: Path) -> pd.DataFrame:
-    table = pd.read_parquet(folder / "trajectory.parquet")
-    return table.assign(gamma=table["chosen_logp"] - table["rejected_logp"])
+def _train(folder: Path) -> Iterator[dict]:
+    before, last = 0, {"t": 1, "update": 0}
+    for entry in _lines(folder, "train"):
+        if entry["t"] != last["t"]:
+            before += last["update"]
+        last = entry
+        yield entry | {"overall_update": before + entry["update"]}
