@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo.store import hash_files, key_of
+
+transformers.utils.logging.disable_progress_bar()  # one a shard; this project shows its own
 
 WEIGHTS = "*.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

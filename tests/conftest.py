@@ -1,13 +1,20 @@
 """What every test shares: the folder of real data, a tokenizer made in code, and tiny random models."""
 
+import json
 import os
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from sdpo import config as configuration
+
+CONF = Path(__file__).parents[1] / "conf"
 REAL_DATA = Path(os.environ.get("SDPO_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 # Large enough to be a real architecture, small enough for a forward pass in milliseconds.
@@ -66,3 +73,52 @@ def tokenizer():
 @pytest.fixture
 def tiny_model():
     return random_model()
+
+
+def compose(*overrides):
+    """The typed configuration that `python train.py OVERRIDES` would run."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return configuration.from_composed(hydra_compose("config", overrides=list(overrides)))
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder with a tiny model and three sources of 24 ragged pairs each, a.jsonl, b.jsonl and c.jsonl."""
+    folder = tmp_path_factory.mktemp("toy")
+    random_model().save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    rng = random.Random(0)
+
+    def words(most):
+        return " ".join("".join(rng.choices("abcdefgh", k=rng.randint(1, 7))) for _ in range(rng.randint(1, most)))
+
+    for source in "abc":
+        pairs = [{"prompt": words(5) + f" {n}", "chosen": words(6), "rejected": words(4) + "."} for n in range(24)]
+        (folder / f"{source}.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    return folder
+
+
+@pytest.fixture
+def run(toy, tmp_path, monkeypatch):
+    """run(*overrides, name="run") trains on the toy in this process and store; returns the run folder."""
+    from sdpo import runs, stepwise
+
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
+    files = ",".join(str(toy / f"{source}.jsonl") for source in "abc")
+    base = ["model=local", f"model.path={toy / 'model'}", "data=local", f"data.train=[{files}]"]
+    base += ["data.template=plain", "data.held_out_share=0.1", "optim.lr=3e-3", "optim.pairs_per_update=8"]
+
+    def train(*overrides, name="run"):
+        settings = compose(*base, *overrides)
+        folder = tmp_path / name
+        runs.Run(settings, folder, choices={}, arm=name).prepare()
+        stepwise.run(settings, folder)
+        return folder
+
+    return train
+
+
+def read_lines(folder, kind):
+    """The entries of one kind in a run's metrics.jsonl."""
+    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [entry for entry in entries if entry["kind"] == kind]

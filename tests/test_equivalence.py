@@ -1,0 +1,158 @@
+"""The trainer against slow and obvious loops, and the identities that stepwise DPO must keep."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_lines
+from safetensors.torch import load_file
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sdpo import config, data
+from sdpo.fit import learning_rate, updates
+from sdpo.logprobs import naive_logprobs
+from sdpo.tokens import encode
+
+BETA = 0.1
+
+
+def losses(folder, t=1):
+    return [entry["loss"] for entry in read_lines(folder, "train") if entry["t"] == t]
+
+
+def weights(folder, t=1):
+    return load_file(folder / "steps" / str(t) / "model.safetensors")
+
+
+def keys(folder):
+    return [step["key"] for step in json.loads((folder / "manifest.json").read_text())["steps"]]
+
+
+def chunks(folder):
+    """A run's configuration, and the token rows of every chunk in training order."""
+    settings = config.load(folder / "config.yaml")
+    tokenizer = AutoTokenizer.from_pretrained(settings.model.path)
+    pairs = data.load(settings.data).train
+    rows, _ = encode(pairs, tokenizer, template="plain", max_tokens=1024, on_long="error")
+    split = json.loads((folder / "split.json").read_text())
+    return settings, [[rows[id] for id in ids] for ids in split["chunks"]]
+
+
+def naive_dpo(policy, reference, rows, optim, seed, move_every=None, alpha=1.0):
+    """DPO as one writes it first: two models, one sequence at a time. Returns the loss before every update."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=optim.lr, betas=tuple(optim.betas), weight_decay=0.0)
+    plan, history = updates(len(rows), optim, seed), []
+    for number, batch in enumerate(plan):
+        if move_every and number and number % move_every == 0:
+            with torch.no_grad():
+                for theirs, ours in zip(reference.parameters(), policy.parameters(), strict=True):
+                    theirs.lerp_(ours, alpha)
+        loss = 0.0
+        for i in batch:
+            ours = naive_logprobs(policy, rows[i])
+            with torch.no_grad():
+                theirs = naive_logprobs(reference, rows[i])
+            margin = (ours.chosen - ours.rejected) - (theirs.chosen - theirs.rejected)
+            loss = loss - logsigmoid(BETA * margin) / len(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), optim.clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(number, len(plan), optim)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(loss.item())
+    return history
+
+
+def start_model(settings):
+    return AutoModelForCausalLM.from_pretrained(settings.model.path)
+
+
+def test_all_at_once_is_plain_dpo(run):
+    folder = run("split=all_at_once", "reference=initial", "optim.epochs=2")
+    settings, (rows,) = chunks(folder)
+    policy = start_model(settings)
+    expected = naive_dpo(policy, copy.deepcopy(policy), rows, settings.optim, settings.seed)
+    assert losses(folder) == pytest.approx(expected, abs=1e-5)
+    assert min(expected) < 0.67  # it learned something
+    for name, tensor in weights(folder).items():
+        torch.testing.assert_close(tensor, policy.state_dict()[name], atol=1e-5, rtol=0)
+
+
+def test_stepwise_dpo_is_dpo_again_and_again_from_the_last_model(run):
+    folder = run("optim.epochs=2")
+    settings, steps = chunks(folder)
+    policy = start_model(settings)
+    assert len(steps) == 3
+    for t, rows in enumerate(steps, start=1):
+        expected = naive_dpo(policy, copy.deepcopy(policy), rows, settings.optim, settings.seed)
+        assert losses(folder, t) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_first_margins_of_every_step_are_exactly_zero(run):
+    folder = run("launch.tokens_per_pack=300")
+    first = [entry for entry in read_lines(folder, "train") if entry["update"] == 1]
+    assert [(entry["margin"], entry["lambda_mean"], entry["lambda_std"]) for entry in first] == [(0.0, 0.5, 0.0)] * 3
+    assert [entry["loss"] for entry in first] == pytest.approx([np.log(2)] * 3, abs=1e-7)
+
+
+def test_one_step_has_one_key_whatever_the_rule_is_called(run):
+    one = ["split=all_at_once"]
+    names = ["reference=initial", "reference=previous", "reference=average"]
+    names += ["reference=periodic reference.updates=99", "reference=mixed reference.updates=99 reference.alpha=0.3"]
+    found = {keys(run(*one, *name.split(), name=f"run{i}"))[0] for i, name in enumerate(names)}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(("rule", "alpha"), [("periodic", 1.0), ("mixed", 0.6)])
+def test_a_moving_reference_equals_a_second_model_that_is_moved(run, rule, alpha):
+    more = [] if rule == "periodic" else [f"reference.alpha={alpha}"]
+    folder = run("split=all_at_once", f"reference={rule}", "reference.updates=3", "optim.epochs=2", *more)
+    settings, (rows,) = chunks(folder)
+    policy = start_model(settings)
+    expected = naive_dpo(policy, copy.deepcopy(policy), rows, settings.optim, settings.seed, 3, alpha)
+    assert losses(folder) == pytest.approx(expected, abs=1e-6)
+
+
+def test_mixing_at_alpha_one_is_the_periodic_rule(run):
+    mixed = run("reference=mixed", "reference.alpha=1.0", "reference.updates=2", name="mixed")
+    assert keys(mixed) == keys(run("reference=periodic", "reference.updates=2", name="periodic"))
+
+
+def test_how_an_update_is_cut_into_micro_batches_changes_nothing(run, monkeypatch, tmp_path):
+    whole = run("split=all_at_once", name="whole")
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "another"))
+    cut = run("split=all_at_once", "launch.tokens_per_pack=100", name="cut")
+    assert losses(cut) == pytest.approx(losses(whole), abs=1e-6)
+
+
+def test_pre_dpo_is_the_same_data_twice_with_the_first_result_as_guide(run):
+    folder = run("split=repeat", "split.num=2", "start=initial", "reference=previous")
+    settings, (first, second) = chunks(folder)
+    guide = start_model(settings)
+    expected = naive_dpo(guide, start_model(settings), first, settings.optim, settings.seed)
+    assert losses(folder, 1) == pytest.approx(expected, abs=1e-5)
+    policy = start_model(settings)
+    assert losses(folder, 2) == pytest.approx(
+        naive_dpo(policy, guide, second, settings.optim, settings.seed), abs=1e-5
+    )
+
+
+def test_the_same_command_trains_nothing_and_a_shared_prefix_is_shared(run):
+    first = run(name="first")
+    again = json.loads((run(name="again") / "summary.json").read_text())
+    assert (again["trained_steps"], again["reused_steps"]) == (0, 3)
+    other = run("+steps.3.optim.lr=1e-4", name="other")
+    assert keys(other)[:2] == keys(first)[:2] and keys(other)[2] != keys(first)[2]
+    assert json.loads((other / "summary.json").read_text())["trained_steps"] == 1
+
+
+def test_the_order_of_pairs_depends_on_the_seed_alone(run):
+    optim = config.Optim(epochs=2, pairs_per_update=5)
+    plan = updates(12, optim, seed=0)
+    assert [len(update) for update in plan] == [5, 5, 2] * 2
+    assert sorted(np.concatenate(plan[:3])) == sorted(np.concatenate(plan[3:])) == list(range(12))
+    assert [u.tolist() for u in plan] == [u.tolist() for u in updates(12, optim, seed=0)]
+    assert [u.tolist() for u in plan] != [u.tolist() for u in updates(12, optim, seed=1)]
