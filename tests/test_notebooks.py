@@ -1,0 +1,47 @@
+"""Every notebook runs from top to bottom on a run or sweep, changes nothing there, and is kept without outputs."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from runs import make_sweep
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Synthetic runs, or those that SDPO_RUNS names."""
+    named = os.environ.get("SDPO_RUNS")
+    return Path(named).resolve() if named else make_sweep(tmp_path_factory.mktemp("out") / "synthetic")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, folder, monkeypatch):
+    monkeypatch.setenv("SDPO_RUNS", str(folder))
+    before = _contents(folder)
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(path.parent)}}).execute()
+    said = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output.text for output in said if output.output_type == "stream" and output.name == "stderr"]
+    assert sum("<svg" in output.get("data", {}).get("text/html", "") for output in said) >= 2
+    assert _contents(folder) == before
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_kept_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        assert cell.cell_type != "code" or (cell.outputs == [] and cell.execution_count is None)
+
+
+def test_there_are_three():
+    assert len(NOTEBOOKS) == 3
+
+
+def _contents(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
