@@ -45,7 +45,7 @@ def h4(
     tokenizer: PreTrainedTokenizerBase,
     *,
     local: str | None = None,
-    batch_size: int = 8,
+    batch_size: int = 16,
     limit: int | None = None,
 ) -> Measures:
     """ARC-Challenge (25 shots), HellaSwag (10), MMLU (5), TruthfulQA MC2 (0), and their mean `h4`.
@@ -66,7 +66,7 @@ def benchmark(
     tasks: list[str],
     num_fewshot: int | None = None,
     local: str | None = None,
-    batch_size: int = 8,
+    batch_size: int = 16,
     limit: int | None = None,
 ) -> Measures:
     """Any tasks and groups of lm-eval by name, with every metric of each as `task/metric`.
