@@ -31,7 +31,9 @@ class Checkpoint:
         engine.set_weights(load_file(newest / "weights.safetensors"))
         _set_moments(engine.optimizer, load_file(newest / f"moments-{launch.rank()}.safetensors"))
         reference.restore(load_file(newest / "reference.safetensors"))
-        return json.loads((newest / "entries.json").read_text())
+        log = json.loads((newest / "log.json").read_text())
+        reference.report = log["windows"]
+        return log["entries"]
 
     def save(self, engine: Engine, reference: MovingReference, entries: list[dict]) -> None:
         """Write a checkpoint if the last one is old enough; the rename that ends it makes it count."""
@@ -47,7 +49,7 @@ class Checkpoint:
         if launch.is_main():
             save_file(weights, work / "weights.safetensors")
             save_file(reference.state(), work / "reference.safetensors")
-            (work / "entries.json").write_text(json.dumps(entries))
+            (work / "log.json").write_text(json.dumps({"entries": entries, "windows": reference.report}))
         launch.barrier()
         if launch.is_main():
             earlier = self._newest()

@@ -36,7 +36,7 @@ def locate(path: str | None, revision: str | None, on_hub: bool) -> Path:
 
 def fingerprint(folder: Path) -> str:
     """The content hash of a model made elsewhere: weights and configuration, never its path."""
-    return key_of("external", {"files": hash_files(folder, WEIGHTS) | hash_files(folder, "config.json")})
+    return key_of("external", {"files": hash_files(folder, [*folder.glob(WEIGHTS), folder / "config.json"])})
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

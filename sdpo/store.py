@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -31,13 +31,12 @@ def key_of(kind: str, determinants: dict) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def hash_files(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """SHA-256 of every file of a folder that matches, by name."""
-    files = sorted(path for path in folder.glob(pattern) if path.is_file())
+def hash_files(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of the files among some paths below a folder, by their name there."""
     hashes = {}
-    for path in files:
+    for path in sorted(filter(Path.is_file, paths)):
         with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 
@@ -72,11 +71,11 @@ class Store:
                 build(work)
                 launch.barrier()
                 if launch.is_main():
-                    manifest = {"kind": kind, "key": key, **determinants, "files": hash_files(work)}
+                    manifest = {"kind": kind, "key": key, **determinants, "files": hash_files(work, work.rglob("*"))}
                     (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
-                    _sync(work)
+                    _sync([*work.rglob("*"), work])
                     work.rename(final)
-                    _sync(final.parent)
+                    _sync([final.parent])
             finally:
                 if launch.is_main():
                     shutil.rmtree(work, ignore_errors=True)
@@ -104,28 +103,29 @@ class Store:
         path = self.root / "locks" / f"{kind}-{key[:16]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
 
-def check(artifact: Artifact) -> None:
-    """Stop (ValueError) where an artifact's files are not what was stored: nothing damaged is ever served."""
+def damaged(artifact: Artifact) -> list[str]:
+    """The files that are not what was stored, and `manifest.json` where it is not this artifact's."""
     manifest = json.loads((artifact.folder / "manifest.json").read_text())
-    found = hash_files(artifact.folder)
+    found = hash_files(artifact.folder, artifact.folder.rglob("*"))
     wrong = [name for name, digest in manifest["files"].items() if found.get(name) != digest]
-    if wrong or manifest["key"] != artifact.key:
-        what = ", ".join(wrong) or "its key"
-        raise ValueError(f"{artifact.folder} is not what was stored ({what} differs); remove it and start again")
+    return wrong + ["manifest.json"] * (manifest["key"] != artifact.key)
 
 
-def _sync(folder: Path) -> None:
-    """Put a folder's files and its list of files on the disk."""
-    for path in [*folder.iterdir(), folder]:
-        if path.is_dir() and path != folder:
-            continue
+def check(artifact: Artifact) -> None:
+    """ValueError where an artifact is not what was stored: nothing stale or damaged is ever served."""
+    if wrong := damaged(artifact):
+        raise ValueError(
+            f"{artifact.folder} has changed since it was written ({', '.join(wrong)}); remove it and start again"
+        )
+
+
+def _sync(paths: Iterable[Path]) -> None:
+    """Put files and folders on the disk."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

@@ -17,7 +17,7 @@ from sdpo.config import Config
 from sdpo.engine import Engine, open_engine
 from sdpo.logprobs import Scorer, naive_logprobs, score
 from sdpo.record import progress
-from sdpo.store import Artifact, Store, check
+from sdpo.store import Artifact, Store, check, damaged
 from sdpo.tokens import TokenPair, content_hash
 
 NUM_AUDITED = 4  # rows of every log-prob table that are scored anew when a step reads it
@@ -84,8 +84,19 @@ class Workbench:
                 write_table(folder / "logprobs.parquet", rows, logps_N2)
 
         artifact = self.store.make("logprobs", determinants, build)
-        check(artifact)
-        return read_table(artifact.folder / "logprobs.parquet")
+        logps_N2 = read_table(artifact.folder / "logprobs.parquet")
+        if damaged(artifact):
+            self._name_wrong_rows(model, rows, logps_N2, artifact)
+        return logps_N2
+
+    def _name_wrong_rows(self, model: Artifact, rows: list[TokenPair], logps_N2: np.ndarray, found: Artifact) -> None:
+        """ValueError for a table that is not what was written, with the rows whose numbers were changed."""
+        fresh_N2 = score(self.hold(model).module, rows, self.config.launch.tokens_per_pack)
+        wrong = [row.id for row, ours, theirs in zip(rows, fresh_N2, logps_N2, strict=True) if (ours != theirs).any()]
+        raise ValueError(
+            f"{found.folder} has changed since it was written; its model gives other log-probs for "
+            f"{', '.join(wrong[:5]) or 'no row'}; remove the folder and start again"
+        )
 
     def as_read_by(self, model: Artifact, rows: list[TokenPair]) -> list[TokenPair]:
         foreign = self.foreign.get(model.key)

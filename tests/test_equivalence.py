@@ -135,9 +135,7 @@ def test_pre_dpo_is_the_same_data_twice_with_the_first_result_as_guide(run):
     expected = naive_dpo(guide, start_model(settings), first, settings.optim, settings.seed)
     assert losses(folder, 1) == pytest.approx(expected, abs=1e-5)
     policy = start_model(settings)
-    assert losses(folder, 2) == pytest.approx(
-        naive_dpo(policy, guide, second, settings.optim, settings.seed), abs=1e-5
-    )
+    assert losses(folder, 2) == pytest.approx(naive_dpo(policy, guide, second, settings.optim, settings.seed), abs=1e-5)
 
 
 def test_the_same_command_trains_nothing_and_a_shared_prefix_is_shared(run):

@@ -1,0 +1,132 @@
+"""Faults, injected for real: interrupted steps, poisoned and swapped files, a full disk, a diverging loss."""
+
+import json
+import re
+import resource
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import random_model, read_lines
+
+from sdpo import engine
+from sdpo.store import hash_files
+
+RULES = {
+    "previous": [],
+    "periodic": ["reference=periodic", "reference.updates=4"],
+    "mixed": ["reference=mixed", "reference.updates=4", "reference.alpha=0.6"],
+}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def interrupt_after(monkeypatch, num_updates):
+    """The process ends after some optimiser updates; returns the list that counts them."""
+    done, update = [], engine.Plain.update
+
+    def counted(self, lr):
+        if len(done) == num_updates:
+            raise Killed
+        done.append(lr)
+        return update(self, lr)
+
+    monkeypatch.setattr(engine.Plain, "update", counted)
+    return done
+
+
+def final_bytes(folder):
+    return (folder / "steps" / "1" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("cache", ["kept", "deleted"])
+def test_an_interrupted_step_continues_to_the_same_bytes(run, monkeypatch, tmp_path, rule, cache):
+    overrides = ["split=all_at_once", "optim.epochs=2", "launch.checkpoint_minutes=0", *RULES[rule]]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 6)
+        with pytest.raises(Killed):
+            run(*overrides)
+    if cache == "deleted":
+        shutil.rmtree(tmp_path / "store" / "logprobs")
+    done = interrupt_after(monkeypatch, 99)
+    resumed = run(*overrides)
+    assert len(done) == len(read_lines(resumed, "train")) - 6
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "another"))
+    whole = run(*overrides, name="whole")
+    assert final_bytes(resumed) == final_bytes(whole)
+    losses = [[entry["loss"] for entry in read_lines(folder, "train")] for folder in (resumed, whole)]
+    assert losses[0] == losses[1]
+
+
+def chunk_table(store):
+    """The largest table of log-probs: a whole chunk's."""
+    return max(store.glob("logprobs/*/logprobs.parquet"), key=lambda path: path.stat().st_size)
+
+
+def poison(table, row):
+    columns = pq.read_table(table).to_pandas()
+    columns.loc[row, "chosen"] += 0.5
+    columns.to_parquet(table)
+    return columns.loc[row, "id"]
+
+
+def test_a_poisoned_log_prob_stops_the_run_and_names_the_row(run, tmp_path):
+    run("split=all_at_once")
+    wrong = poison(chunk_table(tmp_path / "store"), 5)
+    with pytest.raises(ValueError, match=f"other log-probs for {re.escape(wrong)};"):
+        run("split=all_at_once", "loss.beta=0.2")
+
+
+def test_a_stale_table_under_a_right_hash_is_caught_by_the_audit(run, tmp_path):
+    run("split=all_at_once")
+    table = chunk_table(tmp_path / "store")
+    for row in range(len(pq.read_table(table))):
+        poison(table, row)
+    manifest = json.loads((table.parent / "manifest.json").read_text())
+    manifest["files"] = hash_files(table.parent, [table])
+    (table.parent / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"the reference log-probs of row \S+ are"):
+        run("split=all_at_once", "loss.beta=0.2")
+
+
+def test_a_checkpoint_swapped_behind_its_path_is_another_model(run, toy):
+    first = run(name="first")
+    weights = toy / "model" / "model.safetensors"
+    original = weights.read_bytes()
+    try:
+        random_model(seed=1).save_pretrained(toy / "model")
+        second = run(name="second")
+    finally:
+        weights.write_bytes(original)
+    assert json.loads((second / "summary.json").read_text())["reused_steps"] == 0
+    starts = [read_lines(folder, "train")[0] for folder in (first, second)]
+    assert starts[0]["chosen_logp"] != starts[1]["chosen_logp"]
+    assert [start["margin"] for start in starts] == [0.0, 0.0]
+
+
+def test_tokens_that_changed_are_scored_anew(run):
+    first = run(name="first")
+    second = run("data.max_tokens=40", "data.on_long=truncate_prompt", name="second")
+    keys = [json.loads((folder / "manifest.json").read_text())["steps"][0]["key"] for folder in (first, second)]
+    assert keys[0] != keys[1]
+    assert read_lines(second, "train")[0]["margin"] == 0.0
+
+
+def test_a_full_disk_leaves_the_store_valid(run, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes; a model of the toy has 140,000
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            run("split=all_at_once")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "store" / "step").iterdir())
+    assert read_lines(run("split=all_at_once"), "step")[0]["reused"] is False
+
+
+def test_a_diverging_step_stops_with_its_update_and_rows(run):
+    with pytest.raises(ValueError, match=r"update \d+: .* is not finite; its pairs are \w+-"):
+        run("split=all_at_once", "optim.lr=1e30", "optim.epochs=3", "optim.clip=1e30")
