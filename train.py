@@ -59,11 +59,12 @@ def single(run: Run) -> None:
         return
     run.prepare()
     summary = launch.run(run.config, run.folder)
+    from analysis import report
     from sdpo import record
 
     for step in summary["steps"]:
         print(record.step_line(step))
-    print(f"run folder: {run.folder}")
+    print(f"report: {report.write_report(run.folder)}")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ def show(names: list[str]) -> str:
     """All axes on one screen; or the axis, or the section of config.yaml, that is named. ValueError if unknown."""
     if not names:
         return _overview()
-    if names[0] in _groups():
+    if names[0] in groups():
         return "\n".join(_option(CONF / names[0] / f"{option}.yaml") for option in options(names[0]))
     if names[0] in _sections():
         return _sections()[names[0]]
-    raise ValueError(f"no help on {names[0]!r}; there is help on {', '.join([*_groups(), *_sections()])}")
+    raise ValueError(f"no help on {names[0]!r}; there is help on {', '.join([*groups(), *_sections()])}")
 
 
 def options(group: str) -> list[str]:
@@ -50,7 +50,7 @@ def explain(error: Exception) -> str:
     return runs.one_line(error)
 
 
-def _groups() -> dict[str, str]:
+def groups() -> dict[str, str]:
     """The axes in the order of config.yaml's defaults, each with its default."""
     return dict(re.findall(r"^  - (\w+): (\S+)", (CONF / "config.yaml").read_text(), re.MULTILINE))
 
@@ -64,7 +64,7 @@ def _sections() -> dict[str, str]:
 
 def _overview() -> str:
     lines = ["python train.py [axis=option ...] [key=value ...]", "", "axes, and their options (* unless you say)"]
-    for group, default in _groups().items():
+    for group, default in groups().items():
         marked = [f"{option}*" if option == default.strip('"[]') else option for option in options(group)]
         body = textwrap.wrap(" ".join(marked) or "-", 92)
         lines += [f"  {group:<12}{body[0]}", *(f"  {'':<12}{line}" for line in body[1:])]

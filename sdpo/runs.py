@@ -94,15 +94,18 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 def check(config: Config) -> None:
     """Bind every choice of every step to its function, so that a wrong one is an error before any work."""
-    from sdpo import chunks, losses, placebo, references  # here, because losses import torch
+    from sdpo import chunks, evaluate, losses, placebo, references, scores  # here, because losses import torch
 
+    choose = configuration.choose
+    chunks.bind(config.split)
+    choose(scores, {key: value for key, value in config.score.items() if key != "model"})
+    for measure in config.evaluate.values():
+        choose(evaluate, measure)
     for t in (0, *config.steps):
         step = configuration.for_step(config, t)
-        chunks.bind(step.split)
-        configuration.choose(losses, step.loss)
-        rule = dict(step.reference)
-        configuration.choose(placebo, {"name": rule.pop("placebo", "none")})
-        configuration.choose(references, rule)
+        choose(losses, step.loss)
+        choose(references, {key: value for key, value in step.reference.items() if key != "placebo"})
+        choose(placebo, {"name": step.reference.get("placebo", "none")})
 
 
 def finish(config: Config, folder: Path) -> None:

@@ -65,6 +65,9 @@ def run(sweep: Sweep) -> None:
         print(table.of(sweep.runs, {one.folder for one in todo}))
         raise
     print(table.of(sweep.runs, {one.folder for one in todo}))
+    from analysis import report
+
+    print(f"report: {report.write_report(sweep.folder)}")
     if failed := [one for one in sweep.runs if one.error]:
         raise ValueError(f"{len(failed)} of {len(sweep.runs)} runs failed; the same command retries them alone")
 

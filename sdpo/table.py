@@ -11,7 +11,8 @@ def of(runs: list[Run], now: set[Path]) -> str:
     arms: dict[str, list[Run]] = {}
     for run in runs:
         arms.setdefault(run.arm, []).append(run)
-    summaries = {run.folder: _summary(run, run.folder in now) for run in runs if run.finished}
+    ended = [run for run in runs if run.folder not in now or run.finished]
+    summaries = {run.folder: _summary(run, run.folder in now) for run in ended}
     rows = [_row(arm, members, summaries) for arm, members in arms.items()]
     lines = _columns([("arm", "seeds", "headline", "seconds", "steps trained", "reused"), *rows])
     lines += [f"failed: {run.folder.name}: {run.error}" for run in runs if run.error]

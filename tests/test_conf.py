@@ -1,0 +1,117 @@
+"""The files in conf/: every option composes and binds, every function has its file, and what overrides what."""
+
+import importlib
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from sdpo import config, help, runs
+
+CHECKOUT = Path(__file__).parents[1]
+CONF = str(CHECKOUT / "conf")
+REAL = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]
+ROOMS = {"split": "splits", "score": "scores", "reference": "references", "loss": "losses", "evaluate": "evaluate"}
+SHARED = {"split": {"keep", "disjoint_prompts"}, "score": {"model"}, "reference": {"placebo"}}  # keys of every variant
+BLANKS = {"external": "path", "replay": "path"}  # keys that only the user can fill
+OPTIONS = [(group, option) for group in help.groups() for option in help.options(group)]
+
+
+def composed(*overrides):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def bound(*overrides):
+    settings = config.from_composed(composed(*overrides))
+    runs.check(settings)
+    return settings
+
+
+def arms(overrides, sweep=()):
+    """The overrides of every run that a command asks for, seeds aside."""
+    with initialize_config_dir(CONF, version_base="1.3"):
+        settings = compose("config", list(overrides), return_hydra_config=True).hydra
+    params = {key: value for key, value in (settings.sweeper.params or {}).items() if key != "seed"}
+    parsed = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in params.items()), *overrides, *sweep])
+    return BasicSweeper.split_arguments(parsed, None)[0]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_binds(group, option):
+    blank = [f"{group}.{BLANKS[option]}=x"] if option in BLANKS else []
+    choice = f"{group}=[{option}]" if group == "evaluate" else f"{group}={option}"
+    lab = group in ("arm", "experiment") or option == "lab"
+    for run in arms([*([] if lab else REAL), choice, *blank]):
+        bound(*run)
+
+
+@pytest.mark.parametrize("axis", ROOMS)
+def test_every_variant_has_a_file_with_its_keywords(axis):
+    room = importlib.import_module(f"sdpo.{ROOMS[axis]}")
+    assert sorted(config.variants(room)) == help.options(axis)
+    for name, function in config.variants(room).items():
+        written = OmegaConf.load(CHECKOUT / "conf" / axis / f"{name}.yaml")
+        written = written[name] if axis == "evaluate" else written
+        keywords = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        assert written.name == name and keywords <= set(written) - {"name"} <= keywords | SHARED.get(axis, set())
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_file_begins_with_a_sentence(group, option):
+    first = (CHECKOUT / "conf" / group / f"{option}.yaml").read_text().splitlines()[0]
+    assert re.fullmatch(r"# \S.*[.:]?", first) and not first.startswith("# @")
+
+
+def test_arm_goes_before_experiment_before_config_and_the_command_line_before_all(tmp_path):
+    experiment = "defaults: [{override /loss: ipo}, {override /split: random}]\noptim: {lr: 2, clip: 2}\nseed: 2"
+    arm = "defaults: [{override /split: all_at_once}]\noptim: {lr: 3}"
+    for group, text in {"experiment": experiment, "arm": arm}.items():
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text(f"# @package _global_\n{text}")
+    chosen = [f"hydra.searchpath=[file://{tmp_path}]", *REAL, "experiment=mine", "arm=mine"]
+    settings = bound(*chosen)
+    assert (settings.loss["name"], settings.split["name"]) == ("ipo", "all_at_once")
+    assert (settings.seed, settings.optim.clip, settings.optim.lr) == (2, 2, 3)
+    settings = bound(*chosen, "split=by_source", "optim.lr=4", "seed=0")
+    assert (settings.split["name"], settings.optim.lr, settings.seed) == ("by_source", 4, 0)
+
+
+def test_help_fits_a_screen_and_explains_every_axis():
+    screen = help.show([]).splitlines()
+    assert len(screen) <= 50 and max(map(len, screen)) <= 110
+    for group in help.groups():
+        heads = [line for line in help.show([group]).splitlines() if not line.startswith(" ")]
+        assert [head.split()[0] for head in heads] == help.options(group)
+        assert all(len(head.split()) > 3 for head in heads)
+    assert "lr: 5e-7" in help.show(["optim"])
+    with pytest.raises(ValueError, match="no help on 'los'; there is help on model, data"):
+        help.show(["los"])
+
+
+def test_the_configuration_is_shown_without_importing_anything_heavy():
+    command = [sys.executable, "-X", "importtime", "train.py", *REAL, "--cfg", "job"]
+    shown = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert "pairs_per_update: 32" in shown.stdout
+    assert not re.search(r"\| +(torch|transformers|numpy|wandb)$", shown.stderr, re.MULTILINE)
+
+
+def readme_commands():
+    lines = (CHECKOUT / "README.md").read_text().splitlines() if (CHECKOUT / "README.md").is_file() else []
+    return [line for line in map(str.strip, lines) if line.startswith("python train.py") and "--help" not in line]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_command_of_the_readme_composes(command):
+    words = [word for word in shlex.split(command, comments=True)[2:] if word != "-m"]
+    sweep = [word for word in words if OverridesParser.create().parse_override(word).is_sweep_override()]
+    for run in arms([word for word in words if word not in sweep], sweep):
+        bound(*run)
