@@ -29,7 +29,7 @@ class Checkpoint:
         if newest is None:
             return []
         engine.set_weights(load_file(newest / "weights.safetensors"))
-        _set_moments(engine.optimizer, load_file(newest / f"moments-{launch.rank()}.safetensors"))
+        load_moments(engine, newest)
         reference.restore(load_file(newest / "reference.safetensors"))
         log = json.loads((newest / "log.json").read_text())
         reference.report = log["windows"]
@@ -45,7 +45,7 @@ class Checkpoint:
             work.mkdir(parents=True)
         launch.barrier()
         weights = engine.weights()
-        save_file(_moments(engine.optimizer), work / f"moments-{launch.rank()}.safetensors")
+        save_moments(engine, work)
         if launch.is_main():
             save_file(weights, work / "weights.safetensors")
             save_file(reference.state(), work / "reference.safetensors")
@@ -67,21 +67,23 @@ class Checkpoint:
         return max(self.folder.glob("[0-9]*"), default=None)
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's tensors on this rank, named by the parameter's place and their own name."""
-    return {
+def save_moments(engine: Engine, folder: Path) -> None:
+    """Write this rank's optimiser tensors, named by the parameter's place and their own name."""
+    moments = {
         f"{place}/{name}": tensor.contiguous()
-        for place, param in enumerate(_params(optimizer))
-        for name, tensor in optimizer.state[param].items()
+        for place, param in enumerate(_params(engine))
+        for name, tensor in engine.optimizer.state[param].items()
     }
+    save_file(moments, folder / f"moments-{launch.rank()}.safetensors")
 
 
-def _set_moments(optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor]) -> None:
-    params = _params(optimizer)
-    for full_name, tensor in moments.items():
+def load_moments(engine: Engine, folder: Path) -> None:
+    """Give the optimiser what this rank wrote."""
+    params = _params(engine)
+    for full_name, tensor in load_file(folder / f"moments-{launch.rank()}.safetensors").items():
         place, name = full_name.split("/")
-        optimizer.state[params[int(place)]][name] = tensor.to(params[int(place)].device)
+        engine.optimizer.state[params[int(place)]][name] = tensor.to(params[int(place)].device)
 
 
-def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
+def _params(engine: Engine) -> list[torch.Tensor]:
+    return [param for group in engine.optimizer.param_groups for param in group["params"]]

@@ -45,6 +45,8 @@ class Optim:
     clip: float = at_least(0, 1.0)  # largest gradient norm
     epochs: int = at_least(1, 1)  # passes over a chunk
     pairs_per_update: int = at_least(1, 32)  # over all ranks
+    moments: str = one_of("reset", "carry")  # AdamW's, where a step starts from the one before
+    schedule_over: str = one_of("step", "run")  # what one warm-up and decay spans
 
 
 @dataclass

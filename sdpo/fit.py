@@ -41,8 +41,15 @@ def updates(num_pairs: int, optim: Optim, seed: int) -> list[np.ndarray]:
     return plan
 
 
+class Span(NamedTuple):
+    """What one schedule spans: the updates before this step's, and all of them."""
+
+    before: int
+    total: int
+
+
 def learning_rate(update: int, num_updates: int, optim: Optim) -> float:
-    """Linear warm-up, then the schedule down to 0 at the end of the step (`update` counts from 0)."""
+    """Linear warm-up, then the schedule down to 0 after `num_updates` (`update` counts from 0)."""
     warmup = math.ceil(optim.warmup * num_updates)
     if update < warmup:
         return optim.lr * (update + 1) / warmup
@@ -54,9 +61,10 @@ def learning_rate(update: int, num_updates: int, optim: Optim) -> float:
 class Fit:
     """One step's training: an engine at its start, a chunk, a loss, and the numbers the loss is anchored to."""
 
-    def __init__(self, engine: Engine, chunk: Chunk, loss: Callable, config: Config):
+    def __init__(self, engine: Engine, chunk: Chunk, loss: Callable, config: Config, span: Span | None):
         self.engine, self.chunk, self.loss, self.config = engine, chunk, loss, config
         self.plan = updates(len(chunk.rows), config.optim, config.seed)
+        self.span = span or Span(0, len(self.plan))
         self.beta = loss.keywords.get("beta")
         self.reads = needs(loss)
         self.device = launch.device(config.launch.device)
@@ -82,7 +90,7 @@ class Fit:
             stats, first_logps = self._update(number, reference.logps_N2)
             if number == 0:
                 self._gate(first_logps, start_N2)
-            lr = learning_rate(number, len(self.plan), self.config.optim)
+            lr = learning_rate(self.span.before + number, self.span.total, self.config.optim)
             pending.append((number, self.engine.update(lr), stats, lr))
             bar.advance(len(self.plan[number]), self._tokens(number))
             if len(pending) == every or number == len(self.plan) - 1:

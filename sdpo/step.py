@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sdpo import launch, losses, placebo
-from sdpo.checkpoint import Checkpoint
+from sdpo.checkpoint import Checkpoint, load_moments, save_moments
 from sdpo.config import Config, choose, needs
-from sdpo.fit import Chunk, Fit, updates
+from sdpo.fit import Chunk, Fit, Span, updates
 from sdpo.moving import MovingReference
 from sdpo.store import Artifact, key_of
 from sdpo.tokens import content_hash
@@ -30,21 +30,39 @@ class Step(NamedTuple):
     entries: list[dict]  # one per update
 
 
-def take_step(bench: Workbench, config: Config, t: int, start: Artifact, history: list[Artifact], chunk: Chunk) -> Step:
+def take_step(
+    bench: Workbench,
+    config: Config,
+    t: int,
+    start: Artifact,
+    history: list[Artifact],
+    chunk: Chunk,
+    span: Span | None = None,
+) -> Step:
     """M_t: found in the store, or trained from `start` on the chunk against the reference rule's windows.
 
-    `config` has this step's overrides in it; `history` is M_0 .. M_{t-1}.
+    `config` has this step's overrides in it; `history` is M_0 .. M_{t-1}; `span` is None where the schedule is the
+    step's own.
     """
     num_updates = len(updates(len(chunk.rows), config.optim, config.seed))
     windows = resolve(config, t, num_updates, start, history, bench.store, bench.tokenizer)
     if "reference" in needs(choose(losses, config.loss)) and not windows.listed:
         raise ValueError(f"loss={config.loss['name']} reads a reference, which reference=none does not give")
     determinants = _determinants(bench, config, start, windows, chunk, history[0])
+    if span:
+        determinants["span"] = span
     key = key_of("step", determinants)
 
     def build(folder: Path) -> None:
         checkpoint = Checkpoint(bench.store.folder("partial", key), f"step {t}", config.launch.checkpoint_minutes)
-        reference, entries = _train(bench, config, start, windows, chunk, history[0], checkpoint)
+        reference, start_N2 = _anchor(bench, config, start, windows, chunk, history[0])
+        engine = bench.hold(start, config)
+        if config.optim.moments == "carry" and (start.folder / "moments-0.safetensors").is_file():
+            load_moments(engine, start.folder)
+        fit = Fit(engine, chunk, choose(losses, config.loss), config, span)
+        entries = fit.run(reference, start_N2, checkpoint)
+        if config.optim.moments == "carry":
+            save_moments(engine, folder)
         bench.save(folder, key)
         if launch.is_main():
             write_table(folder / "reference.parquet", chunk.rows, reference.logps_N2)
@@ -85,16 +103,11 @@ def _determinants(
     return determinants
 
 
-def _train(
-    bench: Workbench,
-    config: Config,
-    start: Artifact,
-    windows: Windows,
-    chunk: Chunk,
-    initial: Artifact,
-    checkpoint: Checkpoint,
-) -> tuple[MovingReference, list[dict]]:
-    """Reference log-probs first, by the very weights in memory where they are the start's; then the updates."""
+def _anchor(
+    bench: Workbench, config: Config, start: Artifact, windows: Windows, chunk: Chunk, initial: Artifact
+) -> tuple[MovingReference, np.ndarray]:
+    """What the loss will read, scored before the step trains (by the very weights in memory where they are the
+    start's), and the start's own log-probs of the rows of the first update."""
     rows, model = chunk.rows, windows.first
     reference_N2 = np.full((len(rows), 2), np.nan, dtype=np.float32)
     if model is not None:
@@ -108,7 +121,4 @@ def _train(
     if model is not None and config.reference["placebo"] != "none":
         transform = choose(placebo, {"name": config.reference["placebo"]})
         reference_N2 = transform(bench.logprobs(initial, rows), reference_N2, config.seed)
-    reference = MovingReference(windows.listed, reference_N2)
-    engine = bench.hold(start, config)
-    entries = Fit(engine, chunk, choose(losses, config.loss), config).run(reference, start_N2, checkpoint)
-    return reference, entries
+    return MovingReference(windows.listed, reference_N2), start_N2

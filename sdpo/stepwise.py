@@ -7,12 +7,14 @@
 
 import json
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
 from sdpo import config, launch, outcome
 from sdpo.config import Config
 from sdpo.evidence import Evidence
+from sdpo.fit import Span, updates
 from sdpo.inputs import prepare
 from sdpo.ordering import in_order
 from sdpo.record import Recorder
@@ -30,12 +32,24 @@ def run(settings: Config, folder: Path) -> dict:
     with recording if launch.is_main() else nullcontext() as recorder:
         evidence = Evidence(inputs, settings, recorder)
         evidence.add_initial()
-        for t, ids in enumerate(in_order(inputs, settings, history), start=1):
+        plan = in_order(inputs, settings, history)
+        spans = whole_run(plan, settings)
+        for t, ids in enumerate(plan, start=1):
             step_began = time.monotonic()
             here = config.for_step(settings, t)
             start = history[-1] if here.start == "previous" else history[0]
-            step = take_step(inputs.bench, here, t, start, history, inputs.chunk(ids))
+            step = take_step(inputs.bench, here, t, start, history, inputs.chunk(ids), spans.get(t))
             history.append(step.model)
             chunks.append(ids)
             evidence.add(t, step, here, time.monotonic() - step_began)
         return outcome.write(folder, inputs, evidence, chunks, time.monotonic() - began)
+
+
+def whole_run(plan: Iterable[list[str]], settings: Config) -> dict[int, Span]:
+    """The place of every step in one schedule over the run; empty where every step has its own."""
+    if settings.optim.schedule_over == "step":
+        return {}
+    if not isinstance(plan, list):
+        raise ValueError("optim.schedule_over=run needs all chunks before the first step; score.model=current has not")
+    counts = [len(updates(len(ids), config.for_step(settings, t).optim, 0)) for t, ids in enumerate(plan, start=1)]
+    return {t: Span(sum(counts[: t - 1]), sum(counts)) for t in range(1, len(counts) + 1)}

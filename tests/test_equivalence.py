@@ -50,20 +50,25 @@ def naive_dpo(policy, reference, rows, optim, seed, move_every=None, alpha=1.0):
             with torch.no_grad():
                 for theirs, ours in zip(reference.parameters(), policy.parameters(), strict=True):
                     theirs.lerp_(ours, alpha)
-        loss = 0.0
-        for i in batch:
-            ours = naive_logprobs(policy, rows[i])
-            with torch.no_grad():
-                theirs = naive_logprobs(reference, rows[i])
-            margin = (ours.chosen - ours.rejected) - (theirs.chosen - theirs.rejected)
-            loss = loss - logsigmoid(BETA * margin) / len(batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), optim.clip)
         optimizer.param_groups[0]["lr"] = learning_rate(number, len(plan), optim)
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append(loss.item())
+        history.append(naive_update(policy, reference, [rows[i] for i in batch], optimizer, optim.clip))
     return history
+
+
+def naive_update(policy, reference, rows, optimizer, clip):
+    """One update of DPO's mean loss; returns the loss."""
+    loss = 0.0
+    for row in rows:
+        ours = naive_logprobs(policy, row)
+        with torch.no_grad():
+            theirs = naive_logprobs(reference, row)
+        margin = (ours.chosen - ours.rejected) - (theirs.chosen - theirs.rejected)
+        loss = loss - logsigmoid(BETA * margin) / len(rows)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 def start_model(settings):
@@ -154,3 +159,21 @@ def test_the_order_of_pairs_depends_on_the_seed_alone(run):
     assert sorted(np.concatenate(plan[:3])) == sorted(np.concatenate(plan[3:])) == list(range(12))
     assert [u.tolist() for u in plan] == [u.tolist() for u in updates(12, optim, seed=0)]
     assert [u.tolist() for u in plan] != [u.tolist() for u in updates(12, optim, seed=1)]
+
+
+def test_two_carried_halves_of_one_schedule_are_one_step(run):
+    """Splitting D in two with the reference, moments and schedule carried over is training on D in that order."""
+    carried = ["reference=initial", "optim.moments=carry", "optim.schedule_over=run", "split=by_source"]
+    folder = run(*carried)
+    settings, steps = chunks(folder)
+    policy = start_model(settings)
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=tuple(settings.optim.betas), weight_decay=0.0)
+    reference, number, expected = copy.deepcopy(policy), 0, []
+    plans = [updates(len(rows), settings.optim, settings.seed) for rows in steps]
+    for rows, plan in zip(steps, plans, strict=True):
+        for batch in plan:
+            optimizer.param_groups[0]["lr"] = learning_rate(number, sum(map(len, plans)), settings.optim)
+            expected.append(naive_update(policy, reference, [rows[i] for i in batch], optimizer, settings.optim.clip))
+            number += 1
+    found = [loss for t in (1, 2, 3) for loss in losses(folder, t)]
+    assert found == pytest.approx(expected, abs=1e-5)
