@@ -60,29 +60,30 @@ def best_ending(model, tokenizer, row, by_length):
     return scores.index(max(scores))
 
 
-@pytest.mark.parametrize(("metric", "by_length"), [("acc", False), ("acc_norm", True)])
-def test_a_score_equals_one_from_naive_log_probs(monkeypatch, tmp_path, tokenizer, metric, by_length):
+def test_scores_equal_those_of_naive_log_probs(monkeypatch, tmp_path, tokenizer):
     model = random_model(seed=5)
     rows = [
         {
             "activity_label": "Rowing",
             "ctx_a": f"Boat {i} leaves the pier.",
             "ctx_b": "the crew",
-            "endings": [
-                f"{word} {i}" * (1 + (i + j) % 3) for j, word in enumerate(("rows", "sings", "waits", "dives"))
-            ],
-            "label": str(i % 4),
+            "endings": [word * (1 + (i + j) % 3) for j, word in enumerate(("row", "sing", "wait", "dive"))],
+            "label": str(i % 3),
         }
         for i in range(16)
     ]
     (tmp_path / "hellaswag.validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "hellaswag.train.jsonl").write_text(json.dumps(rows[0]))
-    monkeypatch.setattr(benchmarks, "H4", {"hellaswag": (0, metric)})
     monkeypatch.setattr(benchmarks, "H4_FOLDERS", ("hellaswag",))
     state = torch.get_rng_state()
-    measures = benchmarks.h4(model, tokenizer, local=str(tmp_path))
-    right = [best_ending(model, tokenizer, row, by_length) == int(row["label"]) for row in rows]
-    assert measures["h4"]["value"] == measures["h4/hellaswag"]["value"] == sum(right) / 16
+    values = {}
+    for metric in ("acc", "acc_norm"):
+        monkeypatch.setattr(benchmarks, "H4", {"hellaswag": (0, metric)})
+        values[metric] = benchmarks.h4(model, tokenizer, local=str(tmp_path))["h4"]["value"]
+        by_length = metric == "acc_norm"
+        right = [best_ending(model, tokenizer, row, by_length) == int(row["label"]) for row in rows]
+        assert values[metric] == sum(right) / 16
+    assert values["acc"] != values["acc_norm"] and 0 not in values.values()
     assert torch.equal(torch.get_rng_state(), state)  # a benchmark changes nothing of what is trained after it
 
 
