@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from functools import cache
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from typing import Any
 
 import datasets
 import lm_eval.tasks
-import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from scipy import stats
@@ -51,7 +52,7 @@ def h4(
     """ARC-Challenge (25 shots), HellaSwag (10), MMLU (5), TruthfulQA MC2 (0), and their mean `h4`.
 
     `local` is a folder with copies of the tasks' data; `limit` keeps so many items per task, of MMLU per subject.
-    Every rank takes its share of the items. Raises ValueError where a local copy is missing.
+    Every rank holds the whole model and takes its share of the items. Raises ValueError where a local copy is missing.
     """
     tasks = {name: {"num_fewshot": shots} for name, (shots, _) in H4.items()}
     scores = _evaluate(Ranks(model, tokenizer, batch_size), tasks, _definitions(H4_FOLDERS), local, limit)
@@ -102,20 +103,31 @@ class LocalTask(ConfigurableTask):
 
 
 class Ranks(HFLM):
-    """lm-eval's Hugging Face model, with the items shared out over the ranks of this run."""
+    """lm-eval's Hugging Face model, held whole by every rank; the ranks share the requests out by item.
+
+    lm-eval itself would share out the items, and so draw other shots with every number of ranks.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
         super().__init__(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)  # it sets a pad token
-        self._rank, self._world_size = launch.rank(), launch.world_size()
 
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.stack(launch.gather(tensor.cpu()))
+    def loglikelihood(self, requests: list[Instance], **options) -> list:
+        return _shared(super().loglikelihood, requests)
 
-    def gather_object(self, obj: Any, dst: int = 0) -> list:
-        return launch.gather(obj)
+    def loglikelihood_rolling(self, requests: list[Instance], **options) -> list:
+        return _shared(super().loglikelihood_rolling, requests)
 
-    def barrier(self) -> None:
-        launch.barrier()
+    def generate_until(self, requests: list[Instance], **options) -> list:
+        return _shared(super().generate_until, requests)
+
+
+def _shared(answer: Callable[[list[Instance]], list], requests: list[Instance]) -> list:
+    """Every request's answer, in order, each given by one rank."""
+    ranks = range(launch.world_size())
+    shares = [[i for i, request in enumerate(requests) if request.doc_id % len(ranks) == rank] for rank in ranks]
+    answers = launch.gather(answer([requests[i] for i in shares[launch.rank()]]))
+    by_index = {i: a for share, given in zip(shares, answers, strict=True) for i, a in zip(share, given, strict=True)}
+    return [by_index[i] for i in range(len(requests))]
 
 
 @cache

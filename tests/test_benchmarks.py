@@ -16,6 +16,7 @@ from scipy import stats
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval")
 from sdpo import benchmarks, models
 
+CHECKOUT = Path(__file__).parents[1]
 DEFINITIONS = Path(find_spec("lm_eval.tasks").origin).parent
 SPLITS = {  # task -> where lm-eval defines it, and its splits in the slices
     "arc_challenge": ("arc/arc_challenge.yaml", ("train", "test")),
@@ -111,6 +112,33 @@ def test_h4_is_the_mean_of_its_four(stories, real_data):
     assert measures["h4"]["low"] == pytest.approx(measures["h4"]["value"] - half, rel=1e-12)
     assert measures["h4/mmlu"]["version"].startswith("mmlu 2, lm-eval 0.")
     json.dumps(measures, allow_nan=False)
+
+
+RANK = """
+import json, sys
+from pathlib import Path
+import torch.distributed
+from sdpo import benchmarks, launch, models
+
+torch.distributed.init_process_group("gloo")
+data = Path(sys.argv[1])
+benchmarks.H4, benchmarks.H4_FOLDERS = {"hellaswag": (1, "acc_norm")}, ("hellaswag",)
+folder = data / "model" / "stories260K"
+found = benchmarks.h4(models.load(folder), models.load_tokenizer(folder), local=str(data / "eval"), limit=21)
+Path(sys.argv[2], f"{launch.rank()}.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_score_as_one(stories, real_data, tmp_path, monkeypatch):
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc-per-node=2", str(tmp_path / "rank.py"), str(real_data), str(tmp_path)]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, check=True, capture_output=True)
+    monkeypatch.setattr(benchmarks, "H4", {"hellaswag": (1, "acc_norm")})
+    monkeypatch.setattr(benchmarks, "H4_FOLDERS", ("hellaswag",))
+    alone = benchmarks.h4(*stories, local=str(real_data / "eval"), limit=21)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [alone, alone]
 
 
 def question(subject, number):
