@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import collect
-from analysis.statistics import over_seeds
 from analysis.style import COLOURS, legend, looks, panels, styled
 
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
@@ -22,18 +21,21 @@ MOST_POINTS = 250  # of a line over updates; more are averaged in bins
 
 @styled
 def loss_curves(train: pd.DataFrame) -> Figure:
-    """Training loss over the updates of all steps; a step's fresh start brings it back to the loss at zero margin."""
+    """Training loss over the updates of all steps: single seeds, and their mean. A step's fresh start brings it back
+    to the loss at zero margin."""
     width = max(1, train["overall_update"].max() // MOST_POINTS)
     binned = train.assign(overall_update=(train["overall_update"] - 1) // width * width + 1)
-    per_seed = binned.groupby(["arm", "seed", "t", "overall_update"], sort=False, as_index=False)["loss"].mean()
     figure, (axes,) = panels()
     for arm, look in looks(list(train["arm"].unique())).items():
-        summary = collect.by_arm(per_seed[per_seed["arm"] == arm], ["t", "overall_update"], "loss")
-        for t, step in summary.groupby("t"):
-            _line(axes, step, "overall_update", arm if t == 1 else "_", look | {"marker": ""})
+        look["marker"] = ""
+        for t, step in binned[binned["arm"] == arm].groupby("t"):
+            seeds = step.pivot_table(index="overall_update", columns="run", values="loss")
+            axes.plot(seeds, **look | {"linewidth": 0.5, "alpha": 0.4})
+            axes.plot(seeds.mean(axis=1), label=arm if t == 1 else "_", **look)
     if np.allclose(train.loc[train["update"] == 1, "loss"], log(2), atol=1e-2):
         axes.axhline(log(2), color="#000000", linewidth=0.8, linestyle=":", label="ln 2, all margins 0")
     axes.set(xlabel="updates over all steps", ylabel="training loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     legend(figure, axes)
     return figure
 
@@ -58,38 +60,40 @@ def frontier(measures: pd.DataFrame) -> Figure:
 
 
 @styled
-def reference_gammas(references: pd.DataFrame) -> Figure:
-    """gamma of every step's reference on the step's pairs, before it trains: mean and the distribution behind it."""
-    arms = references["arm"].unique()
+def reference_gammas(steps: pd.DataFrame, references: pd.DataFrame) -> Figure:
+    """The bound of every step, before it trains: the mean of its reference's gamma over the chunk, and behind it the
+    distribution over the pairs that are followed (their middle 95 %)."""
+    arms = steps["arm"].unique()
     figure, rows = panels(len(arms), 1.9, sharex=True, sharey=True)
     for axes, arm in zip(rows, arms, strict=True):
-        groups = dict(iter(references[references["arm"] == arm].groupby("t")))
-        _distributions(axes, groups, COLOURS[0])
-        axes.set(title=arm, ylabel="gamma_ref (nats)", xticks=sorted(references["t"].unique()))
+        _violins(axes, dict(iter(references[references["arm"] == arm].groupby("t")["gamma"])), COLOURS[0])
+        _means(axes, collect.by_arm(steps[steps["arm"] == arm], ["t"], "gamma_ref_mean"))
+        axes.set(title=arm, ylabel="gamma_ref (nats)", xticks=sorted(steps["t"].unique()))
     rows[-1].set_xlabel("step")
     return figure
 
 
 @styled
 def gammas_of_models(trajectory: pd.DataFrame, chunk: int) -> Figure:
-    """The paper's Figure 2: gamma of M_0 .. M_T on one chunk's pairs; who trained on it (hatched) knows it."""
+    """The paper's Figure 2: gamma of M_0 .. M_T on the pairs of one chunk that are followed, mean and middle 95 %.
+    Hatched: models trained on these pairs, whose gamma is memorisation."""
     rows = trajectory[(trajectory["chunk"] == chunk) & (trajectory["update"] == -1)]
-    groups = dict(iter(rows.groupby("t")))
-    seen = {t for t, group in groups.items() if group["seen"].all()}
+    seen = rows.groupby("t")["seen"].all()
+    groups = dict(iter(rows.groupby("t")["gamma"]))
     figure, (axes,) = panels()
-    _distributions(axes, {t: group for t, group in groups.items() if t not in seen}, COLOURS[0])
-    _distributions(axes, {t: groups[t] for t in seen}, COLOURS[1], hatch="////")
-    axes.set(xlabel="reference (hatched: trained on these pairs)", ylabel=f"gamma on chunk {chunk} (nats)")
-    axes.set_xticks(list(groups), [_model(f"M_{t}") for t in groups])
+    _violins(axes, {t: group for t, group in groups.items() if not seen[t]}, COLOURS[0])
+    _violins(axes, {t: group for t, group in groups.items() if seen[t]}, COLOURS[1], hatch="////")
+    per_run = rows.groupby(["arm", "seed", "t"], as_index=False)["gamma"].mean()
+    _means(axes, collect.by_arm(per_run, ["t"], "gamma"))
+    axes.set(ylabel=f"gamma on chunk {chunk} (nats)")
+    _name_models(axes, rows["t"])
     return figure
 
 
 @styled
 def trajectories(trajectory: pd.DataFrame, num_pairs: int = 12) -> Figure:
-    """Log-probabilities of chosen and rejected responses under M_0 .. M_T: the means, and some pairs behind them.
-
-    A panel per chunk; its step is shaded, and the model at the shade's left edge is the reference of `previous`.
-    """
+    """Log-probabilities of chosen and rejected responses under M_0 .. M_T: the means, and some pairs behind them. The
+    step that trains on a chunk is shaded; the model at the shade's left edge is the reference of `previous`."""
     ended = trajectory[(trajectory["update"] == -1)]
     chunks = sorted(ended["chunk"].unique(), key=lambda chunk: (chunk == 0, chunk))
     figure, rows = panels(len(chunks), 2.1, sharex=True)
@@ -153,7 +157,8 @@ def displacement(measures: pd.DataFrame) -> Figure:
     """How far the chosen and the rejected held-out responses' log-probabilities moved from S; both often fall."""
     figure, rows = panels(2, 1.9, sharex=True)
     for axes, side in zip(rows, ("chosen", "rejected"), strict=True):
-        moved = measures[measures["measure"] == f"preference/log_ratio_{side}"].dropna(subset="value")
+        moved = measures[measures["measure"] == f"preference/log_ratio_{side}"].copy()
+        moved.loc[moved["t"] == 0, ["value", "low", "high"]] = 0.0  # of S to itself
         for arm, look in looks(list(moved["arm"].unique())).items():
             _line(axes, collect.by_arm(moved[moved["arm"] == arm], ["t"]), "t", arm, look)
         axes.axhline(0, color="#000000", linewidth=0.8)
@@ -165,24 +170,26 @@ def displacement(measures: pd.DataFrame) -> Figure:
 
 @styled
 def learning_order(trajectory: pd.DataFrame, pairs: pd.DataFrame, num_bins: int = 12) -> Figure:
-    """Which pairs a model ranks right, and when: pairs in order of their score, a panel per chunk.
-
-    The score is the split's own where there is one, and gamma of S where there is none. The line is where the chunk's
-    step begins.
-    """
-    rows = trajectory.sort_values("update", key=lambda update: update.mask(update < 0, np.inf)).sort_values(
-        "t", kind="stable"
+    """Which pairs a model ranks right, and when: a chunk's pairs in order of the split's score (of gamma of S where
+    there is none). The dashed line is where the chunk's step begins."""
+    rows = trajectory[~trajectory["held_out"]]
+    rows = rows.assign(inside=rows["update"].mask(rows["update"] < 0, np.inf)).sort_values(
+        ["t", "inside"], kind="stable"
     )
-    scores = rows[["run", "id"]].merge(pairs, how="left")["score"] if "score" in pairs else pd.Series([np.nan])
-    own = bool(scores.notna().all())
-    rows["score"] = scores.to_numpy() if own else rows.groupby(["run", "id"])["gamma"].transform("first")
-    models, chunks = rows["model"].unique(), sorted(set(rows["chunk"]) - {0})
+    own = "score" in pairs and pairs.loc[~pairs["held_out"], "score"].notna().all()
+    scores = (
+        rows.merge(pairs[["run", "id", "score"]])["score"]
+        if own
+        else rows.groupby(["run", "id"])["gamma"].transform("first")
+    )
+    rows["score"] = scores.to_numpy()
+    models, chunks = rows["model"].unique(), sorted(rows["chunk"].unique())
     figure, panel_rows = panels(len(chunks), 1.9, sharex=True)
     for axes, chunk in zip(panel_rows, chunks, strict=True):
         here = rows[rows["chunk"] == chunk]
         bins = np.ceil(here.groupby("model")["score"].rank(pct=True, method="first") * num_bins)
         right = (here["gamma"] > 0).groupby([bins, here["model"]]).mean().unstack().reindex(columns=models)
-        mesh = axes.pcolormesh(right, cmap=colormaps["cividis"].resampled(10), vmin=0, vmax=1)
+        mesh = axes.pcolormesh(right, cmap=colormaps["cividis"].resampled(10), vmin=0, vmax=1, edgecolors="face")
         axes.axvline(list(models).index(f"M_{chunk - 1}") + 1, color="#000000", linestyle="--")
         axes.set(title=f"chunk {chunk}", ylabel="score" if own else "gamma of S")
         axes.grid(visible=False)
@@ -233,20 +240,21 @@ def _best_of_n(axes: Axes, measures: pd.DataFrame) -> None:
         axes.annotate(f"{n[i]}", (kl[i], rows.iloc[i]), (3, -9), textcoords="offset points", fontsize=7)
 
 
-def _distributions(axes: Axes, groups: dict[int, pd.DataFrame], colour: str, hatch: str | None = None) -> None:
-    """A violin of gamma over all pairs at each key, its mean over seeds and their interval upon it."""
-    if not groups:
-        return
-    parts = axes.violinplot([group["gamma"] for group in groups.values()], list(groups), showextrema=False)
-    for body in parts["bodies"]:
-        body.set(facecolor=colour, alpha=0.3, edgecolor=colour, hatch=hatch)
-    for t, group in groups.items():
-        mean = over_seeds(group.groupby("run")["gamma"].mean())
-        spread = over_seeds(group["gamma"]) if mean.n < 2 else mean
-        axes.errorbar(
-            t, mean.value, [[mean.value - spread.low], [spread.high - mean.value]], fmt="o", color="#000000", capsize=3
-        )
-        axes.annotate(f"{mean.value:.1f}", (t, group["gamma"].max()), (0, 3), textcoords="offset points", ha="center")
+def _violins(axes: Axes, groups: dict[int, pd.Series], colour: str, hatch: str | None = None) -> None:
+    """The middle 95 % of the values at each key; a few very long responses would flatten the rest."""
+    middle = [values[values.between(*values.quantile([0.025, 0.975]))] for values in groups.values()]
+    if middle:
+        parts = axes.violinplot(middle, list(groups), showextrema=False)
+        for body in parts["bodies"]:
+            body.set(facecolor=colour, alpha=0.3, edgecolor=colour, hatch=hatch)
+
+
+def _means(axes: Axes, summary: pd.DataFrame) -> None:
+    """Means with their intervals, of one arm, and their values along the top."""
+    axes.errorbar(summary["t"], summary["value"], _errors(summary), fmt="o", color="#000000", capsize=3)
+    for t, value in zip(summary["t"], summary["value"], strict=True):
+        axes.annotate(f"{value:.1f}", (t, 1), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=9)
+    axes.margins(y=0.15)
     axes.axhline(0, color="#000000", linewidth=0.8)
 
 

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from analysis import checks, collect, tables
 
+AXES = ("model", "data", "arm", "split", "score", "reference", "loss", "tune")  # shown first
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -67,8 +68,8 @@ def _pictures(folder: Path, measures: pd.DataFrame, steps: pd.DataFrame, referen
     drawn: list[tuple[str, Callable, tuple]] = [("Loss", figures.loss_curves, (train,))]
     if {"lab/gold", "lab/kl"} <= set(measures["measure"]):
         drawn.append(("Reward against KL", figures.frontier, (measures,)))
-    if len(references):
-        drawn.append(("The bound of every step", figures.reference_gammas, (references,)))
+    if steps["gamma_ref_mean"].notna().any():
+        drawn.append(("The bound of every step", figures.reference_gammas, (steps, references)))
     if "preference/ranking_accuracy" in set(measures["measure"]):
         drawn.append(("Accuracy by source", figures.accuracy_by_source, (measures,)))
         drawn.append(("Displacement", figures.displacement, (measures,)))
@@ -79,15 +80,14 @@ def _pictures(folder: Path, measures: pd.DataFrame, steps: pd.DataFrame, referen
     else:
         drawn.append(("Cost", figures.sweep_cost, (steps, train)))
     for title, draw, given in drawn:
-        caption = " ".join(draw.__doc__.split("\n\n")[0].split())
-        yield Picture(title, caption, Markup(to_svg(draw(*given), title)))
+        yield Picture(title, " ".join(draw.__doc__.split()), Markup(to_svg(draw(*given), title)))
 
 
 def _choices(runs: pd.DataFrame) -> pd.DataFrame:
     """The option of every axis, by arm where arms differ in it."""
     axes = runs.filter(like="choices.").rename(columns=lambda name: name.removeprefix("choices."))
     rows = {}
-    for axis in axes:
+    for axis in sorted(axes, key=lambda axis: AXES.index(axis) if axis in AXES else len(AXES)):
         by_arm = axes[axis].groupby(runs["arm"], sort=False).first()
         options = [by_arm.iloc[0]] if by_arm.nunique() == 1 else [f"{option} ({arm})" for arm, option in by_arm.items()]
         rows[axis] = ", ".join(options)
@@ -133,7 +133,7 @@ def _origin(folder: Path, runs: pd.DataFrame) -> dict:
     command = json.loads(sweep.read_text(encoding="utf-8"))["command"] if sweep.is_file() else manifest["command"]
     git, versions = manifest["git"], {name: version for name, version in manifest["versions"].items() if version}
     return {
-        "command": shlex.join(["python", *command]),
+        "command": shlex.join(["python", Path(command[0]).name, *command[1:]]),
         "commit": f"{git['commit']}{' with local changes' if git['dirty'] else ''}" if git["commit"] else "unknown",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "machine": ", ".join(f"{name} {part}" for name, part in manifest["machine"].items() if part),
