@@ -99,12 +99,15 @@ class Zero:
             os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
-        exact = {n: p.detach().clone() for n, p in scorer.named_parameters()} if precision == "bf16" else None
-        params = [p for p in scorer.parameters() if p.requires_grad]
+        trained = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
+        exact = {name: p.detach().clone() for name, p in trained.items()} if precision == "bf16" else None
         self.module, wrapped, _, _ = deepspeed.initialize(
-            model=scorer, optimizer=adamw(params, optim), config=_zero_config(optim, precision, settings)
+            model=scorer,
+            optimizer=adamw(list(trained.values()), optim),
+            config=_zero_config(optim, precision, settings),
         )
         self.optimizer, self.scorer = wrapped.optimizer, scorer
+        self.module.training = scorer.training  # its own train() and eval() leave this alone
         if exact:  # DeepSpeed builds its masters from the bf16 cast; ours are the bits that were saved
             self.set_weights(exact)
 

@@ -94,7 +94,7 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 def check(config: Config) -> None:
     """Bind every choice of every step to its function, so that a wrong one is an error before any work."""
-    from sdpo import chunks, evaluate, losses, placebo, references, scores  # here, because losses import torch
+    from sdpo import chunks, evaluate, losses, placebo, references, scores, tune  # here, because losses import torch
 
     choose = configuration.choose
     chunks.bind(config.split)
@@ -106,6 +106,8 @@ def check(config: Config) -> None:
         choose(losses, step.loss)
         choose(references, {key: value for key, value in step.reference.items() if key != "placebo"})
         choose(placebo, {"name": step.reference.get("placebo", "none")})
+        if adapter := choose(tune, step.tune)():
+            adapter.check(step)
 
 
 def finish(config: Config, folder: Path) -> None:

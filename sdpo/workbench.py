@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sdpo import attention, launch, models
-from sdpo.config import Config
+from sdpo import adapters, attention, launch, models, tune
+from sdpo.config import Config, choose
 from sdpo.engine import Engine, open_engine
 from sdpo.logprobs import Scorer, naive_logprobs, score
 from sdpo.record import progress
@@ -33,6 +33,7 @@ class Workbench:
         self.foreign: dict[str, dict[str, TokenPair]] = {}  # by model key: rows in that model's own tokens
         self._engine: Engine | None = None
         self._held: str | None = None  # the key of the weights in memory
+        self._adapted: tuple[tune.Adapter, Artifact] | None = None  # where an adapter is trained: it, and the start
 
     def hold(self, model: Artifact, config: Config | None = None) -> Engine:
         """Take a model up; with `config`, freshly from its bytes, with a new optimiser, to train a step."""
@@ -42,7 +43,12 @@ class Workbench:
         if launch.is_main():
             verify(model)
         launch.barrier()
-        loaded = models.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
+        adapter = choose(tune, config.tune)() if config else None
+        if adapter:
+            self._adapted = adapter, model
+            loaded = adapters.load(adapter, model, config, self.find)
+        else:
+            loaded = models.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
         self._engine = open_engine(Scorer(loaded), config or self.config, self.device)
         self._held = model.key
         return self._engine
@@ -50,17 +56,28 @@ class Workbench:
     def release(self) -> None:
         if self._engine:
             self._engine.close()
-        self._engine = self._held = None
+        self._engine = self._held = self._adapted = None
+
+    def find(self, key: str) -> Artifact:
+        """The model of a key: made here, or S from elsewhere. ValueError where it is neither."""
+        made, given = next(self.store.root.glob(f"*/{key[:16]}/manifest.json"), None), self.config.model
+        folder = made.parent if made else models.locate(given.path, given.revision, given.name == "hub")
+        found = Artifact(key, folder, reused=True)
+        verify(found)
+        return found
 
     def save(self, folder: Path, key: str) -> None:
         """Write the weights in memory as a Hugging Face folder; from here on they are the model of this key."""
-        full = self._engine.weights()
+        model, state = self._engine.scorer.model, self._engine.weights()
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         if launch.is_main():
+            if self._adapted:
+                model = adapters.finish(*self._adapted, state, folder, self.find)
+                state = dict(model.named_parameters())
             dtype = models.DTYPES[self.config.save_dtype]
-            state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in full.items()}
-            models.save(self._engine.scorer.model, state, self.tokenizer, folder)
-        # What was rounded on the way to disk is no longer what memory holds.
-        self._held = key if self.config.save_dtype == "fp32" else None
+            models.save(model, {name: tensor.to(dtype) for name, tensor in state.items()}, self.tokenizer, folder)
+        # What was rounded or merged on the way to disk is not what memory holds.
+        self._held = key if self.config.save_dtype == "fp32" and not self._adapted else None
 
     def logprobs(self, model: Artifact, rows: list[TokenPair]) -> np.ndarray:
         """Summed response log-probs [N, 2] (float32, nats) of rows under a model: read, or computed and kept.

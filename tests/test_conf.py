@@ -19,7 +19,14 @@ from sdpo import config, help, runs
 CHECKOUT = Path(__file__).parents[1]
 CONF = str(CHECKOUT / "conf")
 REAL = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]
-ROOMS = {"split": "splits", "score": "scores", "reference": "references", "loss": "losses", "evaluate": "evaluate"}
+ROOMS = {
+    "split": "splits",
+    "score": "scores",
+    "reference": "references",
+    "loss": "losses",
+    "tune": "tune",
+    "evaluate": "evaluate",
+}
 SHARED = {"split": {"keep", "disjoint_prompts"}, "score": {"model"}, "reference": {"placebo"}}  # keys of every variant
 BLANKS = {"external": "path", "replay": "path"}  # keys that only the user can fill
 OPTIONS = [(group, option) for group in help.groups() for option in help.options(group)]
