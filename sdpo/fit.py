@@ -15,6 +15,7 @@ from sdpo import launch
 from sdpo.checkpoint import Checkpoint
 from sdpo.config import Config, Optim, needs
 from sdpo.engine import Engine
+from sdpo.logprobs import score
 from sdpo.losses import Both
 from sdpo.moving import MovingReference
 from sdpo.packing import micro_batches, pack
@@ -141,6 +142,9 @@ class Fit:
 
     def _gate(self, first_logps: dict[int, tuple], start_N2: np.ndarray) -> None:
         """The margin gate: the first update's policy must give the log-probs recorded for the step's start."""
+        if self.engine.module.training:  # dropout is no part of what was recorded
+            logps_N2 = score(self.engine.module, self._rows(0), self.config.launch.tokens_per_pack)
+            first_logps = dict(zip(self.plan[0].tolist(), logps_N2.tolist(), strict=True))
         worst, where = 0.0, None
         for index, logps in first_logps.items():
             expected = start_N2[index]
