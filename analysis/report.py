@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from analysis import checks, collect, tables
+from analysis import checks, collect, equal_kl, tables
 
 AXES = ("model", "data", "arm", "split", "score", "reference", "loss", "tune")  # shown first
 TEMPLATES = Path(__file__).parent / "templates"
@@ -50,6 +50,7 @@ def _content(folder: Path) -> dict:
     return content | {
         "warnings": checks.warnings(runs, measures, steps, references),
         "contrasts": tables.show(tables.contrasts(folder)),
+        "equal_kl": tables.show(equal_kl.above_plain(folder)),
         "arms": tables.show(tables.arms(folder)),
         "steps": tables.show(tables.steps(folder)),
         "pictures": list(_pictures(folder, measures, steps, references)),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import collect, layout, paper
+from analysis import collect, equal_kl, layout, paper
 from analysis.statistics import INERT, Interval, holm, over_seeds, paired, sign_flip, verdict
 
 COMPANIONS = {
@@ -156,6 +156,7 @@ def _of_runs(paths: list[Path], form: str) -> list[str]:
     tables = {
         f"Arms: {of_seeds}": arms(*paths),
         "Declared contrasts: paired over seeds, exact sign-flip test, Holm's correction": contrasts(*paths),
+        "Gold reward above plain DPO's line at equal KL to S": equal_kl.above_plain(*paths),
         f"Steps: {of_seeds}": steps(*paths),
     }
     return [layout.setting(show(table), title, [], form) for title, table in tables.items() if len(table)]

@@ -21,7 +21,7 @@ def make_run(folder: Path, *, arm="stepwise", seed=0, num_steps=2, gold=0.85, le
         "run": folder.name,
         "sweep": sweep,
         "arm": arm,
-        "choices": {"model": "lab", "split": "by_source", "reference": reference},
+        "choices": {"model": "lab", "split": "by_source", "reference": reference, "loss": "dpo"},
         "seed": seed,
         "model_key": "s" * 64,
         "steps": [_lineage(pairs, t, num_steps, arm, seed) for t in range(1, num_steps + 1)],

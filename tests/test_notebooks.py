@@ -9,6 +9,8 @@ import pytest
 from nbclient import NotebookClient
 from runs import make_sweep
 
+from analysis import tables
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
@@ -29,6 +31,9 @@ def test_notebook_runs(path, folder, monkeypatch):
     assert not [output.text for output in said if output.output_type == "stream" and output.name == "stderr"]
     assert sum("<svg" in output.get("data", {}).get("text/html", "") for output in said) >= 2
     assert _contents(folder) == before
+    if path.stem.startswith("3"):
+        shown = "".join(output.get("data", {}).get("text/html", "") for output in said)
+        assert all(cell in shown for cell in tables.show(tables.arms(folder))["gain over S"])
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
