@@ -113,24 +113,30 @@ def test_formats(sweep):
     assert len({len(line) for line in lines[1:]}) == 1
 
 
+@pytest.fixture
+def say(monkeypatch, capsys):
+    """The command line: what `python -m analysis.tables` prints."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tables", *map(str, arguments)])
+        tables.main()
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize("what", ["sweep", "paper"])
-def test_latex_compiles(sweep, tmp_path, what):
+def test_latex_compiles(sweep, tmp_path, say, what):
     if not shutil.which("pdflatex"):
         pytest.skip("no pdflatex on the path")
-    (tmp_path / "table.tex").write_text(_command(sweep if what == "sweep" else what, "--format", "latex").stdout)
+    (tmp_path / "table.tex").write_text(say(sweep if what == "sweep" else what, "--format", "latex"))
     compiler = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "table.tex"]
     made = subprocess.run(compiler, cwd=tmp_path, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout[-2000:]
     assert "Overfull" not in made.stdout
 
 
-def test_command_line(sweep):
-    assert "0.845 ± 0.020" in _command(sweep).stdout
-    failed = _command(sweep / "nothing")
-    assert failed.returncode == 1 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
-
-
-def _command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "analysis.tables", *map(str, arguments)], capture_output=True, text=True
-    )
+def test_command_line(sweep, say):
+    assert "0.845 ± 0.020" in say(sweep)
+    with pytest.raises(SystemExit, match="^error: .* is no run folder"):
+        say(sweep / "nothing")
