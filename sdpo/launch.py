@@ -89,6 +89,7 @@ def set_threads(threads: int) -> None:
     """Threads of the numerical libraries; exact where it is called before they are imported."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # of pyarrow: a sweep forks from one thread
     if "torch" in sys.modules:
         import torch
 
