@@ -84,6 +84,7 @@ def _lineage(files: RunFiles, t: int) -> str:
     """One row per step up to M_t: what it trained on, where it began, which models bound its loss."""
     steps = files.manifest["steps"][:t]
     names = {files.manifest["model_key"]: "S"} | {step["key"]: f"M_{step['t']}" for step in steps}
+    names |= {handle: handle for handle in ("policy", "reference")}  # as they were when a later window began
 
     def name(key: str) -> str:
         return names.get(key, f"external {key[:8]}")

@@ -1,34 +1,67 @@
-"""A step of a run as a standard Hugging Face folder with a model card.
+"""A step of a run for use elsewhere: as a standard Hugging Face folder with a model card, or as data for TRL.
 
-python -m sdpo.export RUN --step 2                       into RUN/export/M_2
-python -m sdpo.export RUN --step 2 --push NAME           and up to the hub, where it is private at first
+python -m sdpo.export RUN --step 2                        M_2 into RUN/export/M_2
+python -m sdpo.export RUN --step 2 --push NAME            and up to the hub, where it is private at first
+python -m sdpo.export RUN --step 2 --pairs FILE.parquet   what M_2 was trained on, with its reference's log-probs
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
 
-from sdpo import card
-from sdpo.store import Artifact, check
+import pandas as pd
 
-BOOKKEEPING = ("manifest.json", "train.json")  # of the store, not of the model
+from sdpo import card, config
+from sdpo.store import Artifact, Store, check
+
+BOOKKEEPING = ("manifest.json", "train.json", "reference.parquet", "moments-*")  # of the store, not of the model
 
 
-def export(run: Path, t: int, out: Path) -> Path:
-    """Write M_t, its tokenizer and its card into `out`; ValueError where there is no such step or `out` is in use."""
-    files = card.read(run)
-    steps = files.manifest["steps"]
-    if not 1 <= t <= len(steps):
-        raise ValueError(f"{run} has steps 1 to {len(steps)}, and no step {t}")
+def export(run: Path, t: int, out: Path, merge: bool = False) -> Path:
+    """Write M_t, its tokenizer and its card into `out`; with `merge` without the adapter beside the merged weights.
+
+    ValueError where there is no such step, where its files have changed, and where `out` is in use.
+    """
+    files, model = card.read(run), _step(run, t)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; remove it or name another folder with --out")
-    model = Artifact(steps[t - 1]["key"], (run / "steps" / str(t)).resolve(), reused=True)
-    check(model)
-    files_of_store = shutil.ignore_patterns(*BOOKKEEPING)
-    shutil.copytree(model.folder, out, ignore=files_of_store, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    left_out = shutil.ignore_patterns(*BOOKKEEPING, *(["adapter"] if merge else []))
+    shutil.copytree(model.folder, out, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
     (out / "README.md").write_text(card.write(files, t), encoding="utf-8")
     return out
+
+
+def export_pairs(run: Path, t: int, file: Path) -> Path:
+    """Write the chunk of step t as a parquet file with the columns that TRL's DPOTrainer reads.
+
+    They are `prompt`, `chosen`, `rejected` (text without the stop token), `prompt_ids`, `chosen_ids`, `rejected_ids`
+    (what the step was trained on) and `ref_chosen_logps`, `ref_rejected_logps` (summed, in nats, what its loss read).
+    A DPOTrainer made with this data set uses them once `trainer.precompute_ref_logps = True` is set (TRL 1.16).
+    ValueError where the step had no one reference, and where the pairs are no longer those of the run.
+    """
+    from sdpo.inputs import prepare
+    from sdpo.templates import ChatFormat
+    from sdpo.tokens import content_hash
+
+    model = _step(run, t)
+    made_of = json.loads((model.folder / "manifest.json").read_text())
+    if len(made_of["windows"]) != 1:
+        raise ValueError(f"step {t} read {len(made_of['windows'])} references; TRL's columns hold exactly one")
+    settings = config.load(run / "config.yaml")
+    inputs = prepare(settings, Store(model.folder.parents[1]))
+    reference = pd.read_parquet(model.folder / "reference.parquet")
+    by_id = {row.id: row for row in inputs.train}
+    rows = [by_id[id] for id in reference["id"] if id in by_id]
+    if content_hash(rows) != made_of["rows"]:
+        raise ValueError(f"the pairs of {run} have changed since step {t} was trained; restore the files it names")
+    chat = ChatFormat(inputs.bench.tokenizer, settings.data.template)
+    texts = pd.DataFrame(chat.texts(inputs.pairs[row.id]) for row in rows)
+    ids = pd.DataFrame(rows)[["prompt", "chosen", "rejected"]].add_suffix("_ids")
+    logps = reference[["chosen", "rejected"]].add_prefix("ref_").add_suffix("_logps")
+    pd.concat([reference["id"], texts, ids, logps], axis=1).to_parquet(file, index=False)
+    return file
 
 
 def push(folder: Path, name: str) -> str:
@@ -41,15 +74,30 @@ def push(folder: Path, name: str) -> str:
     return repository.url
 
 
+def _step(run: Path, t: int) -> Artifact:
+    """M_t of a finished run, its files verified."""
+    steps = card.read(run).manifest["steps"]
+    if not 1 <= t <= len(steps):
+        raise ValueError(f"{run} has steps 1 to {len(steps)}, and no step {t}")
+    model = Artifact(steps[t - 1]["key"], (run / "steps" / str(t)).resolve(), reused=True)
+    check(model)
+    return model
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m sdpo.export", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--step", type=int, required=True, metavar="t", help="which M_t")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to; default: RUN/export/M_t")
+    parser.add_argument("--merge", action="store_true", help="LoRA: the merged weights alone, without the adapter")
     parser.add_argument("--push", metavar="NAME", help="then upload it to this repository of the hub")
+    parser.add_argument("--pairs", type=Path, metavar="FILE", help="instead write the step's pairs as a parquet file")
     options = parser.parse_args(arguments)
-    folder = export(options.run, options.step, options.out or options.run / "export" / f"M_{options.step}")
-    print(folder)
+    if options.pairs:
+        print(export_pairs(options.run, options.step, options.pairs))
+        return
+    folder = options.out or options.run / "export" / f"M_{options.step}"
+    print(export(options.run, options.step, folder, options.merge))
     if options.push:
         print(push(folder, options.push))
 

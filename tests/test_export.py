@@ -1,11 +1,13 @@
-"""An exported step loads as any Hugging Face folder, and its card says how it was made and how it scored."""
+"""An exported step loads as any Hugging Face folder with a card; its pairs give TRL the losses that we saw."""
 
 import json
+import math
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import byte_tokenizer, random_model
+from conftest import byte_tokenizer, random_model, read_lines
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo import config, export
@@ -21,13 +23,15 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, model):
+def finished(tmp_path_factory, model):
     """A finished run of two steps as it lies on the disk, its last model in several shards."""
 
     def build(folder):
         model.save_pretrained(folder, max_shard_size="40KB")
         byte_tokenizer().save_pretrained(folder)
-        (folder / "train.json").write_text("[]")
+        (folder / "adapter").mkdir()
+        for name in ("train.json", "reference.parquet", "moments-0.safetensors", "adapter/adapter_config.json"):
+            (folder / name).write_text("{}")
 
     root = tmp_path_factory.mktemp("out")
     step = Store(root / "store").make("step", {"of": "a test"}, build)
@@ -62,18 +66,20 @@ def _step(t, key, start, weights, gamma):
     return lineage | {"num_pairs": 7, "sources": {"orca": 7}, "gamma_ref_mean": gamma}
 
 
-def test_the_folder_loads_and_holds_nothing_of_the_store(run, model, tmp_path):
-    folder = export.export(run, 2, tmp_path / "M_2")
+def test_the_folder_loads_and_holds_nothing_of_the_store(finished, model, tmp_path):
+    folder = export.export(finished, 2, tmp_path / "M_2")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert AutoTokenizer.from_pretrained(folder)("hi").input_ids == byte_tokenizer()("hi").input_ids
-    assert not {"manifest.json", "train.json"} & {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()}
+    assert not {"manifest.json", "train.json", "reference.parquet", "moments-0.safetensors"} & names
+    assert "adapter" in names and not (export.export(finished, 2, tmp_path / "merged", merge=True) / "adapter").exists()
 
 
-def test_the_card_tells_lineage_scores_and_settings_but_no_paths(run, tmp_path):
-    card = (export.export(run, 2, tmp_path / "M_2") / "README.md").read_text()
+def test_the_card_tells_lineage_scores_and_settings_but_no_paths(finished, tmp_path):
+    card = (export.export(finished, 2, tmp_path / "M_2") / "README.md").read_text()
     assert "| M_1 | S | S | orca (7) | -38.6 | 0.6931 → 0.5 |" in card
     assert "| M_2 | M_1 | 0.9 M_1 + 0.1 external eeeeeeee | orca (7) | - | 0.6931 → 0.5 |" in card
     assert "| lab/gold | 0.25 [0.5, 1] (n = 8) | 0.75 [0.5, 1] (n = 8) |" in card
@@ -83,16 +89,16 @@ def test_the_card_tells_lineage_scores_and_settings_but_no_paths(run, tmp_path):
     assert "/home/someone" not in card
 
 
-def test_what_cannot_be_exported_is_refused(run, tmp_path):
+def test_what_cannot_be_exported_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match="has steps 1 to 2, and no step 3"):
-        export.export(run, 3, tmp_path / "M_3")
+        export.export(finished, 3, tmp_path / "M_3")
     with pytest.raises(ValueError, match="is not empty"):
-        export.export(run, 2, run)
+        export.export(finished, 2, finished)
     with pytest.raises(ValueError, match="holds no summary.json"):
         export.export(tmp_path, 1, tmp_path / "M_1")
 
 
-def test_nothing_is_pushed_unless_asked_and_then_privately(run, tmp_path, monkeypatch, capsys):
+def test_nothing_is_pushed_unless_asked_and_then_privately(finished, tmp_path, monkeypatch, capsys):
     calls = []
 
     class Hub:
@@ -104,8 +110,43 @@ def test_nothing_is_pushed_unless_asked_and_then_privately(run, tmp_path, monkey
             calls.append((repo_id, (folder_path / "README.md").is_file()))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    export.main([str(run), "--step", "2", "--out", str(tmp_path / "kept")])
+    export.main([str(finished), "--step", "2", "--out", str(tmp_path / "kept")])
     assert calls == []
-    export.main([str(run), "--step", "2", "--out", str(tmp_path / "pushed"), "--push", "me/aligned"])
+    export.main([str(finished), "--step", "2", "--out", str(tmp_path / "pushed"), "--push", "me/aligned"])
     assert calls == [("me/aligned", True), ("me/aligned", True)]
     assert "https://huggingface.co/me/aligned" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")  # of the peer's, about itself
+def test_trl_sees_the_losses_that_we_saw(run, tmp_path):
+    from trl import DPOConfig, DPOTrainer
+
+    folder = run("split=by_source", "reference=initial", "optim.pairs_per_update=100")
+    file = export.export_pairs(folder, 2, tmp_path / "pairs.parquet")
+    data = Dataset.from_parquet(str(file))
+    start = folder / "steps" / "1"
+    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "beta": 0.1, "output_dir": str(tmp_path / "trl")}
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(start),
+        args=DPOConfig(per_device_train_batch_size=len(data), **settings),
+        processing_class=AutoTokenizer.from_pretrained(start),
+        train_dataset=data,
+    )
+    for part in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert list(trainer.train_dataset[part]) == list(data[part])  # its tokens of our texts are our tokens
+    trainer.precompute_ref_logps = True  # read the columns
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = trainer._compute_loss(trainer.model, batch, return_outputs=False).item()
+    ours = read_lines(folder, "step")[1]["first_loss"]
+    assert theirs == pytest.approx(ours, abs=1e-6) and abs(ours - math.log(2)) > 1e-3
+
+
+def test_pairs_of_another_time_or_of_no_one_reference_are_refused(run, toy, tmp_path):
+    folder = run("split=all_at_once", "reference=periodic", "reference.updates=2")
+    with pytest.raises(ValueError, match="step 1 read .* references; TRL's columns hold exactly one"):
+        export.export_pairs(folder, 1, tmp_path / "pairs.parquet")
+    folder = run("split=all_at_once", name="changed")
+    settings = (folder / "config.yaml").read_text().replace("max_tokens: 1024", "max_tokens: 30")
+    (folder / "config.yaml").write_text(settings.replace("on_long: error", "on_long: truncate_response"))
+    with pytest.raises(ValueError, match="the pairs of .* have changed since step 1 was trained"):
+        export.export_pairs(folder, 1, tmp_path / "pairs.parquet")
