@@ -48,7 +48,7 @@ def frontier(measures: pd.DataFrame) -> Figure:
         collect.by_arm(measures[measures["measure"] == name], ["t"]).set_index(["arm", "t"])
         for name in ("lab/gold", "lab/kl")
     )
-    for arm, look in looks(list(measures["arm"].unique())).items():
+    for arm, look in looks(list(gold.index.unique("arm"))).items():
         x, y = kl.loc[arm], gold.loc[arm]
         axes.plot(x["value"], y["value"], label=arm, **look, markerfacecolor="none")
         axes.plot(x["value"].iloc[-1], y["value"].iloc[-1], color=look["color"], marker=look["marker"])
@@ -116,8 +116,7 @@ def trajectories(trajectory: pd.DataFrame, num_pairs: int = 12) -> Figure:
 def memorisation(trajectory: pd.DataFrame) -> Figure:
     """How far gamma rose above that of S: on pairs trained on, on pairs still to come, on held-out ones."""
     ended = trajectory[trajectory["update"] == -1]
-    of_start = ended[ended["t"] == 0].set_index(["run", "id"])["gamma"]
-    rise = ended["gamma"].to_numpy() - of_start.loc[pd.MultiIndex.from_frame(ended[["run", "id"]])].to_numpy()
+    rise = ended["gamma"] - ended.groupby(["run", "chunk", "id"])["gamma"].transform("first")
     groups = ["trained on", "still to come", "held out"]
     kind = np.select([ended["held_out"], ended["seen"]], ["held out", "trained on"], "still to come")
     per_run = ended.assign(rise=rise, kind=kind).groupby(["arm", "seed", "t", "kind"], as_index=False)["rise"].mean()
@@ -173,16 +172,13 @@ def learning_order(trajectory: pd.DataFrame, pairs: pd.DataFrame, num_bins: int 
     """Which pairs a model ranks right, and when: a chunk's pairs in order of the split's score (of gamma of S where
     there is none). The dashed line is where the chunk's step begins."""
     rows = trajectory[~trajectory["held_out"]]
-    rows = rows.assign(inside=rows["update"].mask(rows["update"] < 0, np.inf)).sort_values(
-        ["t", "inside"], kind="stable"
-    )
+    inside = rows["update"].mask(rows["update"] < 0, np.inf)  # a step's end comes last
+    rows = rows.assign(inside=inside).sort_values(["t", "inside"], kind="stable")
     own = "score" in pairs and pairs.loc[~pairs["held_out"], "score"].notna().all()
-    scores = (
-        rows.merge(pairs[["run", "id", "score"]])["score"]
-        if own
-        else rows.groupby(["run", "id"])["gamma"].transform("first")
-    )
-    rows["score"] = scores.to_numpy()
+    if own:
+        rows = rows.merge(pairs[["run", "id", "score"]])
+    else:
+        rows["score"] = rows.groupby(["run", "id"])["gamma"].transform("first")
     models, chunks = rows["model"].unique(), sorted(rows["chunk"].unique())
     figure, panel_rows = panels(len(chunks), 1.9, sharex=True)
     for axes, chunk in zip(panel_rows, chunks, strict=True):

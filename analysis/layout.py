@@ -32,34 +32,23 @@ def document(settings: list[str], form: str) -> str:
     return f"\\documentclass{{article}}\n{packages}\n\\begin{{document}}\n{body}\n\\end{{document}}"
 
 
-def _flat(table: pd.DataFrame) -> list[str]:
-    return [" ".join(part for part in column if part) if isinstance(column, tuple) else column for column in table]
-
-
 def _text(table: pd.DataFrame, title: str, notes: list[str]) -> str:
-    columns = [
-        [head, *cells] for head, cells in zip(_flat(table), table.astype(str).T.to_numpy().tolist(), strict=True)
-    ]
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in zip(*columns, strict=True)
-    ]
+    rows = [list(table), *table.to_numpy().tolist()]
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows]
     rule = "-" * len(lines[0])
     return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, *(f"* {note}" for note in notes)])
 
 
 def _markdown(table: pd.DataFrame, title: str, notes: list[str]) -> str:
-    heads = _flat(table)
-    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *table.astype(str).to_numpy().tolist()]
+    heads = list(table)
+    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *table.to_numpy().tolist()]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([f"**{title}**", "", *lines, *(["", *(f"- {note}" for note in notes)] if notes else [])])
 
 
 def _latex(table: pd.DataFrame, title: str, notes: list[str]) -> str:
-    head, *rows = [_flat(table), *table.astype(str).to_numpy().tolist()]
+    head, *rows = [list(table), *table.to_numpy().tolist()]
     lines = [" & ".join(map(_tex, row)) + r" \\" for row in rows]
     tabular = [
         rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
@@ -73,46 +62,6 @@ def _latex(table: pd.DataFrame, title: str, notes: list[str]) -> str:
     fitted = [r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%", *tabular, "}"]
     below = [rf"\par\smallskip\raggedright\footnotesize {_tex(note)}" for note in notes]
     return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{_tex(title)}}}", *fitted, *below, r"\end{table}"])
-
-
-def _text(table: pd.DataFrame, title: str, notes: list[str]) -> str:
-    columns = [
-        [head, *cells] for head, cells in zip(_flat(table), table.astype(str).T.to_numpy().tolist(), strict=True)
-    ]
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in zip(*columns, strict=True)
-    ]
-    rule = "-" * len(lines[0])
-    return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, *(f"* {note}" for note in notes)])
-
-
-def _markdown(table: pd.DataFrame, title: str, notes: list[str]) -> str:
-    heads = _flat(table)
-    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *table.astype(str).to_numpy().tolist()]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([f"**{title}**", "", *lines, *(["", *(f"- {note}" for note in notes)] if notes else [])])
-
-
-def _latex(table: pd.DataFrame, title: str, notes: list[str]) -> str:
-    head, *rows = [_flat(table), *table.astype(str).to_numpy().tolist()]
-    lines = [" & ".join(map(_tex, row)) + r" \\" for row in rows]
-    tabular = [
-        rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
-        r"\toprule",
-        " & ".join(map(_tex, head)) + r" \\",
-        r"\midrule",
-        *lines,
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    fitted = [r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%", *tabular, "}"]
-    below = [rf"\par\smallskip\footnotesize {_tex(note)}" for note in notes]
-    caption = rf"\caption{{{_tex(title)}}}"
-    return "\n".join([r"\begin{table}", r"\centering", caption, *fitted, *below, r"\end{table}"])
 
 
 def _tex(text: str) -> str:

@@ -3,6 +3,7 @@
 import xml.etree.ElementTree as xml
 
 import matplotlib
+import pandas as pd
 import pytest
 from runs import make_run, make_sweep
 
@@ -104,6 +105,16 @@ def test_memorisation_separates_what_was_seen(drawn, sweep):
     assert coming.get_xdata().tolist() == [0, 1]
     assert held_out.get_ydata().tolist() == pytest.approx([0, 1.5, 3])
     assert trained.get_ydata().tolist() == pytest.approx([5.5, 7])
+
+
+def test_pairs_that_stand_in_two_chunks(sweep):
+    trajectory, pairs = collect.trajectory(sweep / "stepwise-s0"), collect.pairs(sweep / "stepwise-s0")
+    again = trajectory[trajectory["chunk"] == 1].assign(chunk=2)
+    repeated = pd.concat([trajectory, again], ignore_index=True)
+    rise = figures.memorisation(repeated).axes[0].lines[2].get_ydata().tolist()
+    assert rise == pytest.approx([0, 1.5, 3])
+    figures.learning_order(repeated, pairs)
+    figures.trajectories(repeated)
 
 
 def test_cost_counts_a_shared_step_once(tmp_path):
