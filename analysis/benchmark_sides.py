@@ -1,83 +1,41 @@
-"""One side of the benchmark in a process of its own: TRL's DPOTrainer, or this engine's step, over the same pairs.
+"""One side of the benchmark in a process of its own: TRL's DPOTrainer, or this engine's steps, over the same pairs.
 
-    python -m analysis.benchmark_sides SIDE WORK.json RESULT.json
+python -m analysis.benchmark_sides SIDE WORK.json RESULT.json
 """
 
 import json
-import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
+from analysis.benchmark_meter import Meter
 from analysis.benchmark_work import MAX_TOKENS, Work, text
 from sdpo import losses, models, workbench
 from sdpo.config import Config
-from sdpo.fit import Fit
-from sdpo.inputs import as_chunk
-from sdpo.data import Pair
+from sdpo.fit import Chunk, Fit
 from sdpo.logprobs import Scorer
-from sdpo.packing import micro_batches, pack, tokens_of
+from sdpo.losses import Both
+from sdpo.packing import pack, tokens_of
 from sdpo.step import take_step
 from sdpo.store import Artifact, Store
 from sdpo.tokens import TokenPair
-from sdpo.workbench import Workbench
 
 BETA, LR = 0.1, 5e-7
-
-
-class Meter:
-    """CPU and wall seconds of named phases, and the peak of memory above what it was when the meter was made."""
-
-    def __init__(self, device: str):
-        self.cuda, self.phases = device == "cuda", {}
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts again from here
-        self.start = self._peak()
-
-    def _peak(self) -> int:
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        cpu, wall = time.process_time(), time.monotonic()
-        yield
-        if self.cuda:
-            torch.cuda.synchronize()
-        spent = self.phases.setdefault(name, {"cpu": 0.0, "wall": 0.0})
-        spent["cpu"] += time.process_time() - cpu
-        spent["wall"] += time.monotonic() - wall
-
-    def around(self, name: str, function: Callable) -> Callable:
-        """The function, with its calls counted as a phase."""
-
-        def measured(*args, **kwargs):
-            with self.phase(name):
-                return function(*args, **kwargs)
-
-        return measured
-
-    def result(self) -> dict:
-        return {"phases": self.phases, "peak_bytes": self._peak() - self.start}
+TUNED = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
 
 
 def trl_default(work: Work, meter: Meter) -> dict:
-    """DPOTrainer as it comes: reference model in every step, activation checkpointing."""
+    """DPOTrainer as it comes: a reference forward pass in every step, activation checkpointing."""
     return _train_trl(work, meter, {})
 
 
 def trl_tuned(work: Work, meter: Meter) -> dict:
     """DPOTrainer at its best: reference log-probs computed once, no checkpointing."""
-    return _train_trl(work, meter, {"precompute_ref_log_probs": True, "gradient_checkpointing": False})
+    return _train_trl(work, meter, TUNED)
 
 
 def _train_trl(work: Work, meter: Meter, options: dict) -> dict:
@@ -85,14 +43,21 @@ def _train_trl(work: Work, meter: Meter, options: dict) -> dict:
         trainer = _trainer(work, folder, options, meter)
         with meter.phase("updates"):
             trainer.train()
-    losses_seen = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"padding_share": _padding_share(work, trainer), "first_loss": losses_seen[0]}
+    lengths = np.array([[len(ids) for ids in row[1:]] for row in work.rows()])
+    sequences = (lengths[:, :1] + lengths[:, 1:]).reshape(-1, 2 * work.pairs_per_microbatch)
+    return {
+        "first_loss": next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
+        "padding_share": 1 - float(sequences.mean() / sequences.max(axis=1).mean()),
+    }
 
 
-def _trainer(work: Work, folder: str, options: dict, meter: Meter):
+def _trainer(work: Work, folder: str, options: dict, meter: Meter | None = None):
+    """TRL's trainer on the pairs as text; its reference pass, where it makes one, is a phase of its own."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
+    if meter:
+        DPOTrainer._precompute_ref_logps = meter.around("reference", DPOTrainer._precompute_ref_logps)
     args = DPOConfig(
         output_dir=folder,
         per_device_train_batch_size=work.pairs_per_microbatch,
@@ -110,5 +75,93 @@ def _trainer(work: Work, folder: str, options: dict, meter: Meter):
         **options,
     )
     rows = work.rows()
-    names = ("prompt", "chosen", "rejected")
-    data = Dataset.from_list([{name: text(getattr(row, name)).strip() for name in names} for row in rows])
+    texts = [{"prompt": text(r.prompt).strip(), "chosen": text(r.chosen), "rejected": text(r.rejected)} for r in rows]
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32),
+        args=args,
+        train_dataset=Dataset.from_list(texts),
+        processing_class=models.load_tokenizer(work.model),
+    )
+    for row, theirs in zip(rows, trainer.train_dataset, strict=True):
+        assert [theirs[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")] == [ids.tolist() for ids in row[1:]]
+    return trainer
+
+
+def engine(work: Work, meter: Meter) -> dict:
+    """This engine's own step, reference pass included."""
+    return _steps(work, meter, 1)
+
+
+def engine_in_8_steps(work: Work, meter: Meter) -> dict:
+    """The same pairs as 8 steps, each with its own reference, optimiser and saved model."""
+    return _steps(work, meter, 8)
+
+
+def _steps(work: Work, meter: Meter, num_steps: int) -> dict:
+    workbench.score = meter.around("reference", workbench.score)
+    Fit.run = meter.around("updates", Fit.run)
+    rows, config = work.rows(), _config(work)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = workbench.Workbench(config, Store(Path(folder)), models.load_tokenizer(work.model))
+        history = [Artifact(models.fingerprint(work.model), work.model, reused=True)]
+        with meter.phase("everything"):
+            for t, members in enumerate(np.array_split(np.arange(len(rows)), num_steps), start=1):
+                chunk = Chunk([rows[i] for i in members], np.full((len(members), 2), np.nan, np.float32))
+                step = take_step(bench, config, t, history[-1], history, chunk)
+                history.append(step.model)
+    tokens = sum(map(tokens_of, rows))
+    return {
+        "first_loss": step.entries[0]["loss"],
+        "padding_share": 1 - tokens / (len(pack(rows).tokens_T) - len(pack([]).tokens_T)),
+        "tokens": tokens,
+    }
+
+
+def _config(work: Work) -> Config:
+    """The defaults, at TRL's settings; packs hold as many pairs, on average, as TRL's micro-batches."""
+    config = Config(loss={"name": "dpo", "beta": BETA}, tune={"name": "full"}, precision=work.precision)
+    config.reference = {"name": "previous", "placebo": "none"}
+    config.optim.lr, config.optim.pairs_per_update = LR, work.pairs_per_update
+    config.launch.device = work.device
+    rows = work.rows()
+    mean_tokens = sum(map(tokens_of, rows)) / len(rows)
+    config.launch.tokens_per_pack = round(work.pairs_per_microbatch * mean_tokens)
+    return config
+
+
+def agreement(work: Work, meter: Meter) -> dict:
+    """How far loss and gradient of the first update's batch are from TRL's, relative, at margins that are not 0."""
+    rows = work.rows()[: work.pairs_per_update]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(work._replace(pairs_per_microbatch=len(rows)), folder, TUNED)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
+    shift_B2 = torch.randn(len(rows), 2, generator=torch.Generator().manual_seed(0))
+    reference = Both(batch["ref_chosen_logps"] + shift_B2[:, 0], batch["ref_rejected_logps"] + shift_B2[:, 1])
+    batch["ref_chosen_logps"], batch["ref_rejected_logps"] = reference
+    theirs = trainer.model.train()
+    loss = trainer.compute_loss(theirs, batch)
+    loss.backward()
+    ours = models.load(work.model)
+    our_loss = losses.dpo(Scorer(ours)(pack(rows)), reference, beta=BETA).mean()
+    our_loss.backward()
+    gradients = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (ours, theirs)]
+    return {
+        "loss": our_loss.item(),
+        "loss_difference": abs(our_loss.item() - loss.item()) / loss.item(),
+        "gradient_difference": float((gradients[0] - gradients[1]).norm() / gradients[1].norm()),
+    }
+
+
+SIDES = {side.__name__: side for side in (trl_default, trl_tuned, engine, engine_in_8_steps, agreement)}
+
+
+def main(side: str, work_file: str, result_file: str) -> None:
+    torch.set_num_threads(1)
+    work = Work(**json.loads(Path(work_file).read_text()))
+    meter = Meter(work.device)
+    result = SIDES[side](work, meter)
+    Path(result_file).write_text(json.dumps(result | meter.result()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

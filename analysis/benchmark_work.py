@@ -64,7 +64,9 @@ def from_file(path: Path, num_pairs: int) -> np.ndarray:
     """Lengths [N, 3] of the first pairs of a JSONL file with prompt, chosen and rejected, at 4 characters a token."""
     lines = path.read_text().splitlines()[:num_pairs]
     pairs = [json.loads(line) for line in lines]
-    return _cut(np.array([[len(json.dumps(pair[key])) / 4 for key in ("prompt", "chosen", "rejected")] for pair in pairs]))
+    return _cut(
+        np.array([[len(json.dumps(pair[key])) / 4 for key in ("prompt", "chosen", "rejected")] for pair in pairs])
+    )
 
 
 def _cut(lengths: np.ndarray) -> np.ndarray:

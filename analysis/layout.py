@@ -5,6 +5,8 @@ import re
 import pandas as pd
 
 FORMATS = ("text", "markdown", "latex")
+LITERAL = {character: f"\\{character}" for character in "&%$#_{}"} | {"±": r"$\pm$", "<": "$<$", ">": "$>$"}
+LITERAL |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
 def number(value: float | None, low: float | None = None, high: float | None = None, digits: int = 3) -> str:
@@ -65,7 +67,6 @@ def _latex(table: pd.DataFrame, title: str, notes: list[str]) -> str:
 
 
 def _tex(text: str) -> str:
-    """Text with LaTeX's special characters made literal and minus signs and ± as mathematics."""
-    escaped = re.sub(r"[\\~^]", lambda found: rf"\char`\{found[0]}{{}}", text)
-    escaped = re.sub(r"([&%$#_])", r"\\\1", escaped)
-    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", escaped).replace("±", r"$\pm$").replace("<", "$<$").replace(">", "$>$")
+    """Text with LaTeX's special characters made literal, and minus signs and the like as mathematics."""
+    escaped = "".join(LITERAL.get(character, character) for character in text)
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", escaped)

@@ -105,9 +105,9 @@ def test_paper_beside_ours(tmp_path):
 
 
 def test_formats(sweep):
-    table = pd.DataFrame({"arm": ["a_b|c", "50 % & more"], "value": ["-1.5 ± 0.1", ""]})
+    table = pd.DataFrame({"arm": ["a_b|c", "50 % & {more}"], "value": ["-1.5 ± 0.1", ""]})
     assert "| a_b\\|c | -1.5 ± 0.1 |" in layout.setting(table, "Title", ["note"], "markdown")
-    assert r"50 \% \& more &  \\" in layout.setting(table, "Title", [], "latex")
+    assert r"50 \% \& \{more\} &  \\" in layout.setting(table, "Title", [], "latex")
     assert r"a\_b|c & $-$1.5 $\pm$ 0.1 \\" in layout.setting(table, "Title", [], "latex")
     lines = layout.setting(table, "Title", [], "text").splitlines()
     assert len({len(line) for line in lines[1:]}) == 1
