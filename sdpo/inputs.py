@@ -1,6 +1,7 @@
 """What a run starts from: S, its tokenizer, and the pairs as token rows; each made once and kept in the store."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -38,14 +39,14 @@ def as_chunk(rows: list[TokenPair], pairs: dict[str, Pair]) -> Chunk:
     return Chunk(rows, np.array(ratings, dtype=np.float32))  # None becomes nan
 
 
-def prepare(config: Config, store: Store) -> Inputs:
-    """Everything a run needs before its first step; raises ValueError for input that cannot be used."""
+def prepare(config: Config, store: Store, take: Callable = take_step) -> Inputs:
+    """Everything a run needs before its first step, S by `take`; raises ValueError for input that cannot be used."""
     if (config.model.name == "lab") != (config.data.name == "lab"):
         raise ValueError("model=lab and data=lab go together: the laboratory's model speaks nothing else")
     base, tokenizer = _base_model(config, store)
     bench = Workbench(config, store, tokenizer)
     if config.data.name == "lab":
-        initial = _sft(config, bench, base)
+        initial = _sft(config, bench, base, take)
         preferences, exam = _lab_pairs(config, bench, initial)
     else:
         initial, exam = base, None
@@ -86,7 +87,7 @@ def _base_model(config: Config, store: Store):
     return store.make("model", determinants, build), tokenizer
 
 
-def _sft(config: Config, bench: Workbench, base: Artifact) -> Artifact:
+def _sft(config: Config, bench: Workbench, base: Artifact, take: Callable) -> Artifact:
     """S, as step 0 of the ordinary loop: supervised fine-tuning on the laboratory's demonstrations."""
     demonstrations = lab.demonstrations(config.data.lab, config.model.seed)
     rows, _ = encode(demonstrations, bench.tokenizer, template="plain", max_tokens=1024, on_long="error")
@@ -98,7 +99,7 @@ def _sft(config: Config, bench: Workbench, base: Artifact) -> Artifact:
         reference={"name": "none"},
         seed=config.model.seed,
     )
-    return take_step(bench, settings, 0, base, [base], chunk).model
+    return take(bench, settings, 0, base, [base], chunk).model
 
 
 def _lab_pairs(config: Config, bench: Workbench, initial: Artifact) -> tuple[Preferences, lab.Exam]:

@@ -18,6 +18,14 @@ from sdpo.windows import Windows, resolve
 from sdpo.workbench import Workbench, read_table, write_table
 
 
+class Named(NamedTuple):
+    """A step before it is taken: the key of M_t, and what determines it."""
+
+    key: str
+    determinants: dict
+    windows: Windows
+
+
 class Step(NamedTuple):
     """What a step was made of and what it made; `reference` is its first window's model, None where none is read."""
 
@@ -30,7 +38,7 @@ class Step(NamedTuple):
     entries: list[dict]  # one per update
 
 
-def take_step(
+def name_step(
     bench: Workbench,
     config: Config,
     t: int,
@@ -38,8 +46,8 @@ def take_step(
     history: list[Artifact],
     chunk: Chunk,
     span: Span | None = None,
-) -> Step:
-    """M_t: found in the store, or trained from `start` on the chunk against the reference rule's windows.
+) -> Named:
+    """The name of M_t, for which nothing is trained or scored; start and history need not exist yet.
 
     `config` has this step's overrides in it; `history` is M_0 .. M_{t-1}; `span` is None where the schedule is the
     step's own.
@@ -51,7 +59,20 @@ def take_step(
     determinants = _determinants(bench, config, start, windows, chunk, history[0])
     if span:
         determinants["span"] = span
-    key = key_of("step", determinants)
+    return Named(key_of("step", determinants), determinants, windows)
+
+
+def take_step(
+    bench: Workbench,
+    config: Config,
+    t: int,
+    start: Artifact,
+    history: list[Artifact],
+    chunk: Chunk,
+    span: Span | None = None,
+) -> Step:
+    """M_t as name_step names it: found in the store, or trained from `start` on the chunk against its windows."""
+    key, determinants, windows = name_step(bench, config, t, start, history, chunk, span)
 
     def build(folder: Path) -> None:
         checkpoint = Checkpoint(bench.store.folder("partial", key), f"step {t}", config.launch.checkpoint_minutes)
@@ -91,7 +112,7 @@ def _determinants(
         "precision": config.precision,
         "save_dtype": config.save_dtype,
         "seed": config.seed,
-        "ranks": launch.world_size(),
+        "ranks": config.launch.ranks,
         "threads": config.launch.threads,
         "deepspeed": asdict(config.deepspeed),
         "device": bench.device.type,
@@ -109,7 +130,7 @@ def _anchor(
     """What the loss will read, scored before the step trains (by the very weights in memory where they are the
     start's), and the start's own log-probs of the rows of the first update."""
     rows, model = chunk.rows, windows.first
-    reference_N2 = np.full((len(rows), 2), np.nan, dtype=np.float32)
+    reference_N2 = np.zeros((len(rows), 2), dtype=np.float32)  # read by nobody where there is no reference
     if model is not None:
         reference_N2 = bench.logprobs(model, rows)
         bench.audit(model, rows, reference_N2)
