@@ -35,6 +35,9 @@ def share(default: float) -> Any:
     return at_least(0, default, 1)
 
 
+TEMPLATES = (None, "alpaca", "zephyr", "chatml", "plain")  # None: the tokenizer's own
+
+
 @dataclass
 class Optim:
     lr: float = at_least(0, 5e-7)
@@ -62,6 +65,8 @@ class Model:
     path: str | None = None  # a folder (local) or a repository name (hub)
     revision: str | None = None
     trust_remote_code: bool = False
+    template: str | None = one_of(*TEMPLATES)  # what data.template is unless it is set
+    parameters: float | None = None  # how many, for a plan made where the model is not
     seed: int = 0  # governs the laboratory's S
     lab: LabModel = field(default_factory=LabModel)
     sft: Optim | None = None  # where set, S is trained first, as step 0
@@ -88,16 +93,25 @@ class LabData:
 
 
 @dataclass
+class Nominal:
+    """The size of a data set that is not at hand."""
+
+    pairs: int = at_least(1, MISSING)
+    tokens: int = at_least(1, MISSING)  # of a pair that pass through the network
+
+
+@dataclass
 class Data:
     name: str = one_of("lab", "local", "hub", default=MISSING)
     train: list[str] = field(default_factory=list)  # files (local); `name`, `name:split` or `name/config:split` (hub)
     held_out: list[str] = field(default_factory=list)
     held_out_share: float = share(0.05)  # of the prompts, held out where no held_out is given
     revisions: dict[str, str] = field(default_factory=dict)  # hub: data set name -> revision
+    nominal: dict[str, Nominal] = field(default_factory=dict)  # hub: as in train -> size, for a plan made without it
     columns: dict[str, str] = field(default_factory=dict)  # ours -> theirs, for unknown layouts
     source_from: str = one_of("file", "row")
     on_bad_row: str = one_of("error", "skip")
-    template: str | None = one_of(None, "alpaca", "zephyr", "chatml", "plain")  # null: the tokenizer's own
+    template: str | None = one_of(*TEMPLATES)
     max_tokens: int = at_least(2, 1024)
     on_long: str = one_of("error", "drop", "truncate_prompt", "truncate_response")
     seed: int = 0  # governs the held-out share and the laboratory's pairs
