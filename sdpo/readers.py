@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 Numbered = Iterator[tuple[int, Any]]  # counted from 1; a row, or a line of JSON that is still to be parsed
 
 
+class Unreachable(ValueError):
+    """A data set of the Hub that cannot be loaded."""
+
+
 class Table(NamedTuple):
     name: str  # as the user wrote it
     source: str
@@ -41,8 +45,8 @@ def read_file(name: str) -> Table:
 def read_hub(name: str, revisions: dict[str, str]) -> Table:
     """A data set `owner/name`, `owner/name:split` or `owner/name/config:split`.
 
-    The split is `train` unless named; `revisions` maps `owner/name` to a branch, tag or commit. Raises ValueError
-    where the data set cannot be loaded.
+    The split is `train` unless named; `revisions` maps `owner/name` to a branch, tag or commit. Raises Unreachable,
+    a ValueError, where the data set cannot be loaded.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -54,12 +58,17 @@ def read_hub(name: str, revisions: dict[str, str]) -> Table:
         rows = load_dataset(repository, config or None, split=split or "train", revision=revision).to_list()
     except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split())  # on one line
-        raise ValueError(f"{name}: cannot be loaded from the Hub ({reason})") from error
+        raise Unreachable(f"{name}: cannot be loaded from the Hub ({reason})") from error
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    source = "-".join(path.split("/")[1:]) or path
-    return Table(name, source, digest.hexdigest(), list(enumerate(rows, 1)))
+    return Table(name, source_on_hub(name), digest.hexdigest(), list(enumerate(rows, 1)))
+
+
+def source_on_hub(name: str) -> str:
+    """The source that a data set is: its name without owner and split."""
+    path = name.partition(":")[0]
+    return "-".join(path.split("/")[1:]) or path
 
 
 def _text(content: bytes) -> str:

@@ -27,10 +27,16 @@ def initial(step: int, num_updates: int) -> list[Window]:
 
 
 def external(
-    step: int, num_updates: int, *, path: str, revision: str | None = None, template: str | None = None
+    step: int,
+    num_updates: int,
+    *,
+    path: str,
+    revision: str | None = None,
+    template: str | None = None,
+    parameters: float | None = None,
 ) -> list[Window]:
-    """Another model, as in Table 1 of 2403.19270: the keywords say which one and how it reads a prompt, for
-    whoever resolves the handle.
+    """Another model, as in Table 1 of 2403.19270: the keywords say which one, how it reads a prompt and how large
+    it is, for whoever resolves the handle.
     """
     return [Window(num_updates, {"external": 1.0})]
 
