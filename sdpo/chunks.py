@@ -1,10 +1,11 @@
-"""From a split's settings to checked chunks: what every split shares, and what must always hold."""
+"""From the settings of a split and its score to checked chunks: what all splits share, and what always holds."""
 
 import math
 from collections import Counter
 from functools import partial
 from typing import NamedTuple
 
+from sdpo import scores as rulers
 from sdpo import splits
 from sdpo.config import Settings, choose, needs
 from sdpo.splits import Chunks, Row
@@ -21,9 +22,28 @@ class Split(NamedTuple):
     def needs_scores(self) -> bool:
         return self.keep < 1 or "scores" in needs(self.function)
 
+    def kept(self, rows: list[Row], scores: dict[str, float] | None) -> list[Row]:
+        """The share of rows that is kept, those of highest score, in their order (Selective DPO, 2502.09650)."""
+        if self.keep == 1:
+            return rows
+        ranked = sorted(rows, key=lambda row: (-scores[row.id], row.id))
+        easiest = {row.id for row in ranked[: math.ceil(self.keep * len(rows))]}
+        return [row for row in rows if row.id in easiest]
+
     def for_rest(self, num_chunks: int) -> "Split":
         """The split of the rows that remain when chunks were taken and the rest is scored anew."""
         return self._replace(function=partial(self.function, num_chunks=num_chunks), keep=1.0)
+
+
+class Score(NamedTuple):
+    """A score with its settings bound, before any data is seen."""
+
+    function: partial
+    model: str | None  # whose log-probs it reads: initial (S) | current (M_{t-1}); None where it reads no policy's
+
+    @property
+    def name(self) -> str:
+        return self.function.func.__name__
 
 
 def bind(settings: Settings) -> Split:
@@ -40,6 +60,24 @@ def bind(settings: Settings) -> Split:
     return Split(function, keep, disjoint_prompts)
 
 
+def bind_score(settings: Settings, split: Split) -> Score:
+    """The score that the settings name, for this split. ValueError where they do not fit each other."""
+    own = dict(settings)
+    model = own.pop("model", None)
+    score = Score(choose(rulers, own), model)
+    allowed = ("initial", "current") if "logps" in needs(score.function) else (None,)
+    if model not in allowed:
+        what = "initial or current" if model is None or len(allowed) == 2 else "left out: no model of the run is read"
+        raise ValueError(f"score.model is {model!r}; for score={score.name} it must be {what}")
+    ordered = "scores" in needs(split.function) and "num_chunks" in split.function.keywords
+    if model == "current" and split.needs_scores and not ordered:
+        raise ValueError(
+            f"score.model=current scores what remains before every step, but split={split.function.func.__name__} "
+            "does not take one chunk after another by score: use split=easy_to_hard, or score.model=initial"
+        )
+    return score
+
+
 def divide(split: Split, rows: list[Row], scores: dict[str, float] | None, seed: int) -> Chunks:
     """The chunks of the rows, in training order; `scores` are read where `needs_scores` says so.
 
@@ -48,19 +86,11 @@ def divide(split: Split, rows: list[Row], scores: dict[str, float] | None, seed:
     """
     if not split.disjoint_prompts:
         rows = [row._replace(prompt=row.id) for row in rows]
-    if split.keep < 1:
-        rows = _easiest(rows, scores, split.keep)
+    rows = split.kept(rows, scores)
     data = {"rows": rows, "scores": scores, "seed": seed}
     chunks = split.function(**{name: data[name] for name in needs(split.function)})
     _check(chunks, rows, complete=split.function.func is not splits.replay)
     return chunks
-
-
-def _easiest(rows: list[Row], scores: dict[str, float], share: float) -> list[Row]:
-    """The rows of highest score, in their order (Selective DPO, 2502.09650)."""
-    ranked = sorted(rows, key=lambda row: (-scores[row.id], row.id))
-    easiest = {row.id for row in ranked[: math.ceil(share * len(rows))]}
-    return [row for row in rows if row.id in easiest]
 
 
 def _check(chunks: Chunks, rows: list[Row], complete: bool) -> None:

@@ -1,53 +1,102 @@
 """Which pairs each step trains on: the split's chunks, with scores computed only where the split asks for them."""
 
+import sys
 from collections.abc import Iterable, Iterator
 
-import numpy as np
+from tqdm import tqdm
 
-from sdpo import chunks, scores
-from sdpo.config import Config, choose, needs
-from sdpo.data import prompt_key
+from sdpo import chunks, launch, receipts, sources
+from sdpo.chunks import Score, Split
+from sdpo.config import Config
 from sdpo.inputs import Inputs
 from sdpo.packing import tokens_of
-from sdpo.splits import Row
+from sdpo.scoring import rows_of, scored
+from sdpo.splits import Chunks, Row
 from sdpo.store import Artifact
+from sdpo.tokens import TokenPair
+from sdpo.windows import external
 
 
 def in_order(inputs: Inputs, config: Config, history: list[Artifact]) -> Iterable[list[str]]:
-    """The ids of each step's pairs: a list or, where what remains is scored anew, an iterator over a growing history."""
-    split = chunks.bind(config.split)
-    rows = [
-        Row(row.id, inputs.pairs[row.id].source, prompt_key(inputs.pairs[row.id].prompt), tokens_of(row))
-        for row in inputs.train
-    ]
+    """The ids of each step's pairs: a list or, where what remains is scored anew, an iterator over a growing history.
+
+    Reasons to doubt the order are told before the first step trains.
+    """
+    split, rows = chunks.bind(config.split), rows_of(inputs)
     if not split.needs_scores:
         return chunks.divide(split, rows, None, config.seed)
-    if config.score["model"] == "current":
-        return _rescoring(inputs, config, history, split, rows)
-    return chunks.divide(split, rows, score(inputs, config, history[0], rows), config.seed)
+    score = chunks.bind_score(config.score, split)
+    by_id = scored(inputs, config, score.function, history[0], inputs.train)
+    kept = split.kept(rows, by_id)
+    accuracies = sources.accuracies(inputs, config, score, by_id, [row.id for row in kept])
+    for warning in sources.warnings(split, score, accuracies):
+        _tell(f"warning: {warning}")
+    if score.model == "current":
+        return _rescoring(inputs, config, history, split, score, kept)
+    return chunks.divide(split, rows, by_id, config.seed)
 
 
-def score(inputs: Inputs, config: Config, model: Artifact, rows: list[Row]) -> dict[str, float]:
-    """Every row's score by id, read from the store where this model has scored these rows before."""
-    wanted = {row.id for row in rows}
-    token_rows = [row for row in inputs.train if row.id in wanted]
-    function = choose(scores, {k: v for k, v in config.score.items() if k != "model"})
-    data = {
-        "logps": lambda: inputs.bench.logprobs(model, token_rows),
-        "lengths": lambda: np.array([(len(row.chosen), len(row.rejected)) for row in token_rows]),
-    }
-    values = function(*(data[name]() for name in needs(function)))
-    return dict(zip((row.id for row in token_rows), map(float, values), strict=True))
+def describe(inputs: Inputs, config: Config, history: list[Artifact], divided: Chunks) -> tuple[dict, dict[str, float]]:
+    """What split.json holds, and the score by which each pair got its place; all of it read from the store."""
+    split, rows = chunks.bind(config.split), rows_of(inputs)
+    used = {id for chunk in divided for id in chunk}
+    by_id, about = {}, {"score": None, "sources": {}, "warnings": []}
+    if split.needs_scores:
+        score = chunks.bind_score(config.score, split)
+        by_id = scored(inputs, config, score.function, history[0], inputs.train)
+        kept = [row.id for row in rows if row.id in used]
+        accuracies = sources.accuracies(inputs, config, score, by_id, kept)
+        about = {"sources": accuracies, "warnings": sources.warnings(split, score, accuracies)}
+        rounds = _rounds(inputs, score, divided)
+        for model, left in zip(history[1:], rounds[1:], strict=False):
+            by_id |= scored(inputs, config, score.function, model, left)
+        about["score"] = _settings(score, history[: len(rounds)], rounds)
+    lengths = {row.id: (len(row.chosen), len(row.rejected)) for row in inputs.train}
+    return {
+        "chunks": divided,
+        "dropped": [row.id for row in rows if row.id not in used],
+        **about,
+        "receipts": receipts.chunk_receipts(divided, rows, lengths, by_id),
+    }, by_id
 
 
 def _rescoring(
-    inputs: Inputs, config: Config, history: list[Artifact], split: chunks.Split, rows: list[Row]
+    inputs: Inputs, config: Config, history: list[Artifact], split: Split, score: Score, rows: list[Row]
 ) -> Iterator[list[str]]:
-    """The easiest chunk of what remains under the newest model, until nothing remains."""
-    num_chunks = config.split["num_chunks"] or len({row.source for row in rows})
+    """The first chunk of what remains, in the order that the newest model gives it, until nothing remains."""
+    num_chunks = split.function.keywords["num_chunks"] or len({row.source for row in rows})
+    tokens = sum(row.tokens for row in rows)
+    _tell(
+        f"score.model=current scores what remains before each of {num_chunks} steps: about "
+        f"{tokens * (num_chunks - 1) // 2:,} tokens of forward passes more than scoring once"
+    )
     for left in range(num_chunks, 0, -1):
-        scored = score(inputs, config, history[-1], rows)
-        ids = chunks.divide(split.for_rest(left), rows, scored, config.seed)[0]
-        yield ids
-        taken = set(ids)
-        rows = [row for row in rows if row.id not in taken]
+        ids = {row.id for row in rows}
+        here = inputs.train if len(history) == 1 else [row for row in inputs.train if row.id in ids]
+        by_id = scored(inputs, config, score.function, history[-1], here)
+        chunk = chunks.divide(split.for_rest(left), rows, by_id, config.seed)[0]
+        yield chunk
+        rows = [row for row in rows if row.id not in set(chunk)]
+
+
+def _rounds(inputs: Inputs, score: Score, divided: Chunks) -> list[list[TokenPair]]:
+    """What was scored: everything and, with score.model=current, what remained before each later step."""
+    later = range(1, len(divided)) if score.model == "current" else []
+    left = [{id for chunk in divided[t:] for id in chunk} for t in later]
+    return [inputs.train] + [[row for row in inputs.train if row.id in ids] for ids in left]
+
+
+def _settings(score: Score, models: list[Artifact], rounds: list[list[TokenPair]]) -> dict:
+    """The score as it was used: with the keys of the weights that it read, and the tokens that they were run on."""
+    settings = {"name": score.name, **score.function.keywords, "model": score.model}
+    weights = [model.key for model in models] if score.model else []
+    if "path" in settings:
+        weights.append(external(settings).key)
+    tokens = sum(tokens_of(row) for rows in rounds for row in rows) if score.model else 0
+    return settings | {"weights": weights, "tokens": tokens}
+
+
+def _tell(line: str) -> None:
+    """One line on stderr, above any bar."""
+    if launch.is_main():
+        tqdm.write(line, file=sys.stderr)

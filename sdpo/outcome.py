@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sdpo import launch
+from sdpo import launch, ordering
 from sdpo.data import Pair
 from sdpo.environment import environment
 from sdpo.evidence import Evidence
@@ -21,12 +21,14 @@ def write(folder: Path, inputs: Inputs, evidence: Evidence, chunks: Chunks, seco
     """Write everything but metrics.jsonl, and return what summary.json holds."""
     trajectory = _trajectory(inputs, evidence, chunks)
     summary = _summary(evidence, seconds)
+    history = [measured.model for measured in evidence.measured]
+    split, scores = ordering.describe(inputs, evidence.config, history, chunks)
     if not launch.is_main():
         return summary
     write_json(folder / "data_report.json", inputs.report)
-    write_json(folder / "split.json", {"chunks": chunks})
+    write_json(folder / "split.json", split)
     trajectory.to_parquet(folder / "trajectory.parquet", index=False)
-    _pairs(inputs, chunks).to_parquet(folder / "pairs.parquet", index=False)
+    _pairs(inputs, chunks, scores).to_parquet(folder / "pairs.parquet", index=False)
     begun = json.loads((folder / "manifest.json").read_text())
     write_json(folder / "manifest.json", begun | _lineage(inputs, evidence) | environment())
     _link_steps(folder / "steps", evidence)
@@ -87,7 +89,7 @@ def _trajectory(inputs: Inputs, evidence: Evidence, chunks: Chunks) -> pd.DataFr
     return pd.concat(frames, ignore_index=True)
 
 
-def _pairs(inputs: Inputs, chunks: Chunks) -> pd.DataFrame:
+def _pairs(inputs: Inputs, chunks: Chunks, scores: dict[str, float]) -> pd.DataFrame:
     """One row per pair that a run trained on or held out: where it went, and its sizes."""
     chunk_of = {id: t for t, ids in enumerate(chunks, start=1) for id in ids}
 
@@ -98,6 +100,7 @@ def _pairs(inputs: Inputs, chunks: Chunks) -> pd.DataFrame:
             "source": pair.source,
             "held_out": held_out,
             "chunk": 0 if held_out else chunk_of[row.id],
+            "score": scores.get(row.id, float("nan")),
             "prompt_tokens": len(row.prompt),
             "chosen_tokens": len(row.chosen),
             "rejected_tokens": len(row.rejected),

@@ -6,7 +6,8 @@ Shape suffixes: N pairs.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 
@@ -40,51 +41,44 @@ def chunk_receipts(
 
 
 def source_accuracies(
-    sources: Sequence[str],
-    chosen_logp_N: np.ndarray,
-    rejected_logp_N: np.ndarray,
-    chosen_tokens_N: np.ndarray,
-    rejected_tokens_N: np.ndarray,
-    random_gamma_N: np.ndarray | None = None,
+    source: dict[str, str], rulers: dict[str, dict[str, float]]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """{source: {measure: {value, low, high, n}}}, the shares of pairs ranked right, with 95 % intervals.
+    """{source: {ruler: {value, low, high, n}}}: shares of pairs above 0 with 95 % intervals.
 
-    Measures are `gamma`, `gamma_per_token`, `shorter` (the shorter response is taken for the better one) and,
-    where given, `random_model` (gamma under random weights of the same shape).
+    `source` is {id: source}; a ruler is {id: value} for some of these ids. The ruler `score` is also given as its
+    mean, `score_mean`.
     """
-    measures = {
-        "gamma": chosen_logp_N - rejected_logp_N,
-        "gamma_per_token": chosen_logp_N / chosen_tokens_N - rejected_logp_N / rejected_tokens_N,
-        "shorter": rejected_tokens_N - chosen_tokens_N,
-    }
-    if random_gamma_N is not None:
-        measures["random_model"] = random_gamma_N
-    source_N = np.array(sources)
-    return {
-        source: {name: wilson(value_N[source_N == source]) for name, value_N in measures.items()}
-        for source in dict.fromkeys(sources)
-    }
+    accuracies: dict[str, dict[str, dict[str, float]]] = {}
+    for name in dict.fromkeys(source.values()):
+        values = {
+            ruler: np.array([value for id, value in by_id.items() if source.get(id) == name])
+            for ruler, by_id in rulers.items()
+        }
+        accuracies[name] = {ruler: wilson(value_N) for ruler, value_N in values.items()}
+        accuracies[name]["score_mean"] = _mean(values["score"])
+    return accuracies
 
 
-def order_warnings(accuracies: dict[str, dict[str, dict[str, float]]], measure: str = "gamma") -> list[str]:
-    """Reasons to doubt an order of sources by `measure`: length alone or random weights give the same one, or
-    neighbours cannot be told apart.
+def order_warnings(accuracies: dict[str, dict[str, dict[str, float]]], name: str, by_mean: bool = False) -> list[str]:
+    """Reasons to doubt the order of sources by the accuracy, or mean, of the score called `name`: length alone or
+    random weights give the same one, or neighbours cannot be told apart.
     """
+    measure, what = ("score_mean", f"mean {name}") if by_mean else ("score", name)
 
-    def order(name: str) -> list[str]:
-        return sorted(accuracies, key=lambda source: (-accuracies[source][name]["value"], source))
+    def order(ruler: str) -> list[str]:
+        return sorted(
+            accuracies, key=lambda s: (-accuracies[s][ruler]["value"], -accuracies[s]["score_mean"]["value"], s)
+        )
 
     ranked, found = order(measure), []
     if len(ranked) < 2:
         return found
     for other, why in (("shorter", "length alone"), ("random_model", "a randomly initialised model")):
-        if other in accuracies[ranked[0]] and order(other) == ranked:
-            found.append(f"the order by {measure} ({', '.join(ranked)}) is also what {why} gives")
-    for easier, harder in zip(ranked, ranked[1:], strict=False):
+        if order(other) == ranked:
+            found.append(f"the order by {what} ({', '.join(ranked)}) is also what {why} gives")
+    for easier, harder in pairwise(ranked):
         if accuracies[easier][measure]["low"] <= accuracies[harder][measure]["high"]:
-            found.append(
-                f"the intervals of {easier} and {harder} overlap: their order by {measure} may be chance"
-            )
+            found.append(f"the intervals of {easier} and {harder} overlap: their order by {what} may be chance")
     return found
 
 
@@ -94,6 +88,13 @@ def wilson(value_N: np.ndarray) -> dict[str, float]:
     middle = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
     half = Z_95 / (1 + Z_95**2 / n) * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
     return {"value": share, "low": max(middle - half, 0.0), "high": min(middle + half, 1.0), "n": n}
+
+
+def _mean(value_N: np.ndarray) -> dict[str, float]:
+    """The mean and its 95 % interval."""
+    mean, n = float(value_N.mean()), len(value_N)
+    half = Z_95 * math.sqrt(float(value_N.var()) / max(n - 1, 1))
+    return {"value": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
 def _share_above_zero(value_N: np.ndarray) -> float:

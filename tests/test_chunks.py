@@ -12,6 +12,7 @@ from sdpo.splits import Row
 ROWS = [Row("a", "s", "p", 9), Row("b", "s", "p", 9), Row("c", "s", "q", 9), Row("d", "s", "r", 9)]
 SCORES = {"a": 4.0, "b": 1.0, "c": 2.0, "d": 3.0}
 BY_PAIR = {"name": "easy_to_hard", "level": "pair", "num_chunks": 3}
+CURRENT = {"name": "gamma", "model": "current"}
 
 
 def test_pairs_of_one_prompt_share_a_chunk_unless_told_otherwise():
@@ -49,6 +50,26 @@ def test_the_rest_is_cut_into_the_chunks_that_remain():
 def test_wrong_settings_are_refused_before_data_is_seen(settings, message):
     with pytest.raises(ValueError, match=message):
         chunks.bind(BY_PAIR | settings)
+
+
+@pytest.mark.parametrize(
+    ("score", "split", "message"),
+    [
+        ({"name": "gama"}, BY_PAIR, "sdpo.scores has no 'gama'; it has gamma"),
+        ({"name": "gamma"}, BY_PAIR, "score.model is None; for score=gamma it must be initial or current"),
+        ({"name": "gamma", "model": "first"}, BY_PAIR, "score.model is 'first'; for score=gamma it must be initial"),
+        ({"name": "length_gap", "model": "current"}, BY_PAIR, "for score=length_gap it must be left out"),
+        (CURRENT, {"name": "by_source", "keep": 0.5}, "split=by_source does not take one chunk after another by score"),
+        (CURRENT, {"name": "random", "num_chunks": 2, "keep": 0.5}, "split=random does not take one chunk after"),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused_before_data_is_seen(score, split, message):
+    with pytest.raises(ValueError, match=message):
+        chunks.bind_score(score, chunks.bind(split))
+
+
+def test_a_score_that_no_split_reads_is_never_in_the_way():
+    chunks.bind_score(CURRENT, chunks.bind({"name": "by_source"}))
 
 
 @pytest.mark.parametrize(

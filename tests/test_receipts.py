@@ -12,9 +12,7 @@ from sdpo.splits import Row
 def test_chunk_receipts():
     rows = [Row("a", "s", "p", 10), Row("b", "u", "q", 20), Row("c", "s", "r", 60)]
     lengths = {"a": (3, 5), "b": (4, 4), "c": (9, 2)}
-    first, second = receipts.chunk_receipts(
-        [["b", "c"], ["a"]], rows, lengths, {"a": 1.0, "b": 2.0, "c": 4.0}
-    )
+    first, second = receipts.chunk_receipts([["b", "c"], ["a"]], rows, lengths, {"a": 1.0, "b": 2.0, "c": 4.0})
     assert first == {
         "chunk": 1,
         "num_pairs": 2,
@@ -42,51 +40,64 @@ def test_wilson_by_hand():
     assert receipts.wilson(np.array([0, 0]))["value"] == 0.5
 
 
-def test_accuracies_of_four_rulers():
+def test_accuracies_by_source():
     accuracies = receipts.source_accuracies(
-        ["s", "s", "u"],
-        chosen_logp_N=np.array([-4.0, -9.0, -6.0]),
-        rejected_logp_N=np.array([-6.0, -8.0, -6.0]),
-        chosen_tokens_N=np.array([2, 9, 3]),
-        rejected_tokens_N=np.array([6, 4, 3]),
-        random_gamma_N=np.array([-1.0, -1.0, 1.0]),
+        {"a": "s", "b": "s", "c": "u"},
+        {"score": {"a": 4.0, "b": -1.0, "c": 0.0}, "shorter": {"a": 2.0, "c": -1.0, "elsewhere": 1.0}},
     )
-    values = {source: {k: v["value"] for k, v in measures.items()} for source, measures in accuracies.items()}
+    values = {source: {k: (v["value"], v["n"]) for k, v in rulers.items()} for source, rulers in accuracies.items()}
     assert values == {
-        "s": {"gamma": 0.5, "gamma_per_token": 0.5, "shorter": 0.5, "random_model": 0.0},
-        "u": {"gamma": 0.5, "gamma_per_token": 0.5, "shorter": 0.5, "random_model": 1.0},
+        "s": {"score": (0.5, 2), "score_mean": (1.5, 2), "shorter": (1.0, 1)},
+        "u": {"score": (0.5, 1), "score_mean": (0.0, 1), "shorter": (0.0, 1)},
     }
+    half = 1.959964 * 2.5  # sqrt(((4 - 1.5)^2 + (-1 - 1.5)^2) / 1 / 2) = 2.5
+    assert accuracies["s"]["score_mean"]["high"] == pytest.approx(1.5 + half)
 
 
-def ruler(share, n=1000):
-    right = round(share * n)
-    return receipts.wilson(np.array([1] * right + [-1] * (n - right)))
+def source(score, shorter, random_model, mean=0.0, n=1000):
+    def ruler(share):
+        right = round(share * n)
+        return receipts.wilson(np.array([1] * right + [-1] * (n - right)))
+
+    mean = {"value": mean, "low": mean - 1, "high": mean + 1, "n": n}
+    rulers = {"score": score, "shorter": shorter, "random_model": random_model}
+    return {name: ruler(share) for name, share in rulers.items()} | {"score_mean": mean}
 
 
 def test_an_order_that_length_gives_too_is_doubted():
-    accuracies = {
-        "easy": {"gamma": ruler(0.6), "shorter": ruler(0.55)},
-        "hard": {"gamma": ruler(0.4), "shorter": ruler(0.35)},
-    }
-    assert receipts.order_warnings(accuracies) == [
+    accuracies = {"hard": source(0.4, 0.35, 0.5), "easy": source(0.6, 0.55, 0.4)}
+    assert receipts.order_warnings(accuracies, "gamma") == [
         "the order by gamma (easy, hard) is also what length alone gives"
     ]
 
 
+def test_an_order_that_random_weights_give_too_is_doubted():
+    accuracies = {"hard": source(0.4, 0.55, 0.4), "easy": source(0.6, 0.35, 0.5)}
+    assert receipts.order_warnings(accuracies, "gamma") == [
+        "the order by gamma (easy, hard) is also what a randomly initialised model gives"
+    ]
+
+
 def test_an_order_within_the_noise_is_doubted():
-    accuracies = {
-        "a": {"gamma": ruler(0.51), "shorter": ruler(0.3)},
-        "b": {"gamma": ruler(0.52), "shorter": ruler(0.1)},
-    }
-    assert receipts.order_warnings(accuracies) == [
+    accuracies = {"a": source(0.51, 0.3, 0.3), "b": source(0.52, 0.1, 0.1)}
+    assert receipts.order_warnings(accuracies, "gamma") == [
         "the intervals of b and a overlap: their order by gamma may be chance"
     ]
 
 
 def test_an_order_of_its_own_is_not_doubted():
-    accuracies = {
-        "a": {"gamma": ruler(0.7), "shorter": ruler(0.3), "random_model": ruler(0.4)},
-        "b": {"gamma": ruler(0.5), "shorter": ruler(0.4), "random_model": ruler(0.5)},
-    }
-    assert receipts.order_warnings(accuracies) == []
-    assert receipts.order_warnings({"a": accuracies["a"]}) == []
+    accuracies = {"a": source(0.7, 0.3, 0.4, mean=-9), "b": source(0.5, 0.4, 0.5, mean=9)}
+    assert receipts.order_warnings(accuracies, "gamma") == []
+    assert receipts.order_warnings({"a": accuracies["a"]}, "gamma") == []
+    by_mean = receipts.order_warnings(accuracies, "gamma", by_mean=True)
+    assert by_mean == [
+        "the order by mean gamma (b, a) is also what length alone gives",
+        "the order by mean gamma (b, a) is also what a randomly initialised model gives",
+    ]
+
+
+def test_sources_of_equal_accuracy_are_told_apart_by_the_mean():
+    accuracies = {"a": source(0.0, 0.3, 0.6, mean=-5), "b": source(0.0, 0.4, 0.5, mean=-3)}
+    first, second = receipts.order_warnings(accuracies, "prompt_length")
+    assert first == "the order by prompt_length (b, a) is also what length alone gives"
+    assert second.startswith("the intervals of b and a overlap")

@@ -1,0 +1,44 @@
+"""What scores read, supplied by name and only where it is read: models run once, their numbers lie in the store."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sdpo import crossfit, judges
+from sdpo.config import Config, needs
+from sdpo.data import prompt_key
+from sdpo.inputs import Inputs
+from sdpo.packing import tokens_of
+from sdpo.splits import Row
+from sdpo.store import Artifact
+from sdpo.tokens import TokenPair
+
+
+def rows_of(inputs: Inputs) -> list[Row]:
+    """What a split may know of the training pairs, in their order."""
+    prompts = {row.id: prompt_key(inputs.pairs[row.id].prompt) for row in inputs.train}
+    return [Row(row.id, inputs.pairs[row.id].source, prompts[row.id], tokens_of(row)) for row in inputs.train]
+
+
+def scored(
+    inputs: Inputs, config: Config, function: Callable, model: Artifact, rows: list[TokenPair]
+) -> dict[str, float]:
+    """The score of each of these training pairs by id; `model` is the one whose log-probs are read, if any are.
+
+    ValueError where a score is not a finite number.
+    """
+    bench, pairs, settings = inputs.bench, [inputs.pairs[row.id] for row in rows], getattr(function, "keywords", {})
+    data = {
+        "logps": lambda: bench.logprobs(model, rows),
+        "base_logps": lambda: judges.base_logps(settings, rows, bench),
+        "rewards": lambda: judges.rewards(settings, pairs, bench),
+        "ratings": lambda: inputs.chunk([row.id for row in rows]).ratings_N2,
+        "lengths": lambda: np.array([(len(row.chosen), len(row.rejected)) for row in rows]),
+        "prompt_lengths": lambda: np.array([len(row.prompt) for row in rows]),
+        "margins": lambda: crossfit.margins(inputs, config, rows_of(inputs), **settings),
+    }
+    values = np.asarray(function(*(data[name]() for name in needs(function))), dtype=np.float64)
+    if not np.isfinite(values).all():
+        where = rows[int(np.argmin(np.isfinite(values)))].id
+        raise ValueError(f"the score of training pair {where} is not a finite number: repair the score or the pair")
+    return dict(zip((row.id for row in rows), values.tolist(), strict=True))

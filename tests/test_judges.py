@@ -1,0 +1,101 @@
+"""Reward models and base models as judges, against the obvious way to ask them."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, byte_tokenizer, random_model
+from toys import prepare
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from sdpo import judges, scores
+from sdpo.logprobs import naive_logprobs
+from sdpo.scoring import scored
+
+CHAT = "{% for turn in messages %}<s>{{ turn['role'] }}: {{ turn['content'] }}</s>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def made(toy, tmp_path_factory):
+    return prepare(toy, tmp_path_factory.mktemp("store"), "launch.tokens_per_pack=200")
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A tiny reward model with a chat template of its own and no padding token, in a folder."""
+    folder = tmp_path_factory.mktemp("rewards")
+    torch.manual_seed(1)
+    shape = AutoConfig.for_model("llama", **{**TINY, "pad_token_id": None}, num_labels=1)
+    AutoModelForSequenceClassification.from_config(shape).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_rewards_are_those_of_one_conversation_at_a_time(made, reward_model):
+    _, inputs = made
+    pairs = [inputs.pairs[row.id] for row in inputs.train][:9]
+    settings = {"path": str(reward_model), "revision": None, "template": None}
+    rewards = judges.rewards(settings, pairs, inputs.bench)
+    network, tokenizer = AutoModelForSequenceClassification.from_pretrained(reward_model), byte_tokenizer()
+    for pair, ours in zip(pairs, rewards, strict=True):
+        for answer, reward in zip((pair.chosen, pair.rejected), ours, strict=True):
+            text = f"<s>user: {pair.prompt[0]['content']}</s><s>assistant: {answer}</s>"
+            with torch.no_grad():
+                expected = network(tokenizer(text, return_tensors="pt").input_ids).logits.item()
+            assert reward == pytest.approx(expected, abs=1e-5)
+    assert np.ptp(rewards) > 1e-3
+
+
+def test_rewards_are_kept(made, reward_model, monkeypatch):
+    _, inputs = made
+    pairs = [inputs.pairs[row.id] for row in inputs.train][:5]
+    settings = {"path": str(reward_model), "revision": None, "template": "chatml"}
+    first = judges.rewards(settings, pairs, inputs.bench)
+    monkeypatch.setattr(judges, "_load", lambda *_: pytest.fail("run again"))
+    assert np.array_equal(judges.rewards(settings, pairs, inputs.bench), first)
+
+
+def test_a_language_model_is_no_reward_model(made, toy):
+    _, inputs = made
+    settings = {"path": str(toy / "model"), "revision": None, "template": "plain"}
+    with pytest.raises(ValueError, match="is no reward model: it has no score.weight"):
+        judges.rewards(settings, list(inputs.pairs.values())[:2], inputs.bench)
+
+
+def test_batches_hold_equal_lengths_within_the_budget():
+    sequences = [np.zeros(n) for n in (3, 5, 3, 3, 9)]
+    assert judges._batches(sequences, 6) == [[0, 2], [3], [1], [4]]
+
+
+def test_implicit_reward_reads_the_same_tokens_under_the_base(made, tmp_path):
+    settings, inputs = made
+    base = random_model(seed=5)
+    base.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    rows = inputs.train[:6]
+    values = judges.base_logps({"path": str(tmp_path), "revision": None}, rows, inputs.bench)
+    with torch.no_grad():
+        expected = [naive_logprobs(base, row) for row in rows]
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
+def test_a_base_with_other_tokens_is_refused(made, tmp_path):
+    _, inputs = made
+    random_model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text.replace('"a": ', '"other": '))
+    with pytest.raises(ValueError, match="is another token than to the run's model"):
+        judges.base_logps({"path": str(tmp_path), "revision": None}, inputs.train, inputs.bench)
+
+
+def test_a_score_that_is_no_number_names_its_pair(made):
+    settings, inputs = made
+
+    def broken(lengths):
+        return np.where(np.arange(len(lengths)) == 3, np.nan, 1.0)
+
+    with pytest.raises(ValueError, match=f"training pair {inputs.train[3].id} is not a finite number"):
+        scored(inputs, settings, broken, inputs.initial, inputs.train)
+    assert len(scored(inputs, settings, scores.length_gap, inputs.initial, inputs.train)) == len(inputs.train)
