@@ -22,8 +22,8 @@ class MovingReference:
 
     def __init__(self, windows: list[dict], logps_N2: np.ndarray):
         self.logps_N2 = logps_N2.copy()
-        starts = np.cumsum([0] + [window["num_updates"] for window in windows[:-1]])
-        self.begins = {int(start): window for start, window in zip(starts, windows, strict=True) if start}
+        ends = np.cumsum([window["num_updates"] for window in windows])
+        self.begins = dict(zip(ends.tolist(), windows[1:], strict=False))  # update -> the window that begins there
         self.mixes = any("reference" in window["weights"] for window in windows)
         self.weights: Weights = {}
         self.report = [self._seen(logps_N2)] if windows else []  # per window: the height of its bound
