@@ -126,7 +126,7 @@ def _work(settings: Config, folder: Path) -> dict:
     """This rank's part of a run."""
     set_threads(settings.launch.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    if device(config.launch.device).type == "cpu":
+    if device(settings.launch.device).type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving a model asks DeepSpeed, which would look for a GPU
     import torch
 
