@@ -6,6 +6,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from sdpo.readers import Unreachable
 from sdpo.store import hash_files, key_of
 
 transformers.utils.logging.disable_progress_bar()  # one a shard; this project shows its own
@@ -25,7 +26,10 @@ def locate(path: str | None, revision: str | None, on_hub: bool) -> Path:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        path = snapshot_download(path, revision=revision, allow_patterns=patterns)
+        try:
+            path = snapshot_download(path, revision=revision, allow_patterns=patterns)
+        except OSError as error:
+            raise Unreachable(path, error) from error
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.path: {folder} holds no config.json; name a Hugging Face model folder")

@@ -12,7 +12,11 @@ Numbered = Iterator[tuple[int, Any]]  # counted from 1; a row, or a line of JSON
 
 
 class Unreachable(ValueError):
-    """A data set of the Hub that cannot be loaded."""
+    """What is neither on this machine nor can be loaded from the Hub."""
+
+    def __init__(self, name: str, reason: Exception):
+        super().__init__(f"{name}: cannot be loaded from the Hub ({' '.join(str(reason).split())})")
+        self.name = name
 
 
 class Table(NamedTuple):
@@ -57,8 +61,7 @@ def read_hub(name: str, revisions: dict[str, str]) -> Table:
     try:
         rows = load_dataset(repository, config or None, split=split or "train", revision=revision).to_list()
     except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())  # on one line
-        raise Unreachable(f"{name}: cannot be loaded from the Hub ({reason})") from error
+        raise Unreachable(name, error) from error
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
