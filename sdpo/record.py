@@ -117,7 +117,10 @@ class _Mirror:
         self._run.log(axes | {name: value for name, value in flat.items() if value is not None})
 
     def finish(self, exit_code: int) -> None:
+        import wandb
+
         self._run.finish(exit_code=exit_code)
+        wandb.teardown()  # waits for its service, which writes the last records after `finish` has returned
 
 
 def _replace_mirror(folder: Path) -> str:
