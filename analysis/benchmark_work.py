@@ -10,19 +10,30 @@ from scipy.stats import lognorm
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sdpo import config, data
 from sdpo.tokens import TokenPair
 
-VOCABULARY, MAX_TOKENS = 8192, 1024
-EOS = 2
+WORDS, EOS, MAX_TOKENS = 8192, 2, 1024
 # Mean tokens of prompt, chosen and rejected, of lognormals with as much spread as mean: they reproduce the published
 # medians of ultrafeedback_binarized and orca_dpo_pairs (arXiv 2410.20305, table of data sets).
 PROFILES = {"ultrafeedback": (160, 300, 265), "orca": (235, 195, 195)}
+
+
+# Llama configurations. The toy has 4.7 million parameters in its layers and as many in embeddings and head: what one
+# core trains in seconds. The others have the shapes of Llama 3.2 1B and 3B and of Mistral 7B.
+SHAPES = {
+    "toy": (WORDS, 256, 688, 6, 4, 4),
+    "1b": (128_256, 2048, 8192, 16, 32, 8),
+    "3b": (128_256, 3072, 8192, 28, 24, 8),
+    "7b": (32_000, 4096, 14_336, 32, 32, 8),
+}
 
 
 class Work(NamedTuple):
     """What a side needs to know; `folder` holds model, tokenizer and pairs."""
 
     folder: str
+    shape: str
     pairs_per_update: int
     pairs_per_microbatch: int
     precision: str
@@ -42,13 +53,13 @@ def prepare(work: Work, lengths: np.ndarray) -> None:
     rng = np.random.default_rng(0)
     pairs = []
     for prompt, chosen, rejected in lengths.tolist():
-        ids = [rng.integers(3, VOCABULARY, n).tolist() for n in (prompt, chosen - 1, rejected - 1)]
+        ids = [rng.integers(3, WORDS, n).tolist() for n in (prompt, chosen - 1, rejected - 1)]
         pairs.append([ids[0], [*ids[1], EOS], [*ids[2], EOS]])
     work.model.mkdir(parents=True)
     (Path(work.folder) / "pairs.json").write_text(json.dumps(pairs))
     tokenizer().save_pretrained(work.model)
     torch.manual_seed(0)
-    toy().save_pretrained(work.model)
+    LlamaForCausalLM(shape(work.shape)).save_pretrained(work.model)
 
 
 def from_profile(profile: str, num_pairs: int) -> np.ndarray:
@@ -61,12 +72,14 @@ def from_profile(profile: str, num_pairs: int) -> np.ndarray:
 
 
 def from_file(path: Path, num_pairs: int) -> np.ndarray:
-    """Lengths [N, 3] of the first pairs of a JSONL file with prompt, chosen and rejected, at 4 characters a token."""
-    lines = path.read_text().splitlines()[:num_pairs]
-    pairs = [json.loads(line) for line in lines]
-    return _cut(
-        np.array([[len(json.dumps(pair[key])) / 4 for key in ("prompt", "chosen", "rejected")] for pair in pairs])
-    )
+    """Lengths [N, 3] of the first pairs of a data file, at 4 characters a token; ValueError where it has fewer."""
+    pairs = data.load(config.Data(name="local", train=[str(path)], held_out_share=0.0)).train[:num_pairs]
+    if len(pairs) < num_pairs:
+        raise ValueError(f"{path} has {len(pairs)} pairs, and the benchmark needs {num_pairs}: set --pairs")
+    characters = [
+        (sum(len(turn["content"]) for turn in pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs
+    ]
+    return _cut(np.array(characters) / 4)
 
 
 def _cut(lengths: np.ndarray) -> np.ndarray:
@@ -77,26 +90,26 @@ def _cut(lengths: np.ndarray) -> np.ndarray:
     return whole
 
 
-def toy() -> LlamaForCausalLM:
-    """4.7 million parameters in the layers, 4.2 in embeddings and head: what one core trains in seconds."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+def shape(name: str) -> LlamaConfig:
+    """The configuration of a shape, for random weights."""
+    vocabulary, hidden, intermediate, layers, heads, key_value_heads = SHAPES[name]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
         max_position_embeddings=MAX_TOKENS,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=EOS,
     )
-    return LlamaForCausalLM(config)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One word a token, so that text and ids say the same on both sides."""
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCABULARY))]
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, WORDS))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
