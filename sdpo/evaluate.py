@@ -4,7 +4,11 @@ The positional parameters say what a suite reads. Log-probs are [N, 2] in nats: 
 of N held-out pairs. A measure is {"value", "low", "high", "n"}: a mean with its 95 % interval, null where undefined.
 """
 
+from dataclasses import asdict
+
 import numpy as np
+import torch
+import transformers
 from scipy import stats
 
 from sdpo import lab as laboratory
@@ -51,10 +55,16 @@ def preference(
 
 
 def lab(model: Artifact, initial_model: Artifact, exam: laboratory.Exam | None, bench: Workbench) -> Measures:
-    """The laboratory's exact gold reward, KL to S and multiple-choice accuracy; the same noise for every model."""
+    """The laboratory's exact gold reward, KL to S and multiple-choice accuracy, with the same noise for every model;
+    nothing on other data. Kept in the store by model, S and exam."""
     if exam is None:
-        raise ValueError("evaluate=lab needs data=lab; leave it out of evaluate")
-    return laboratory.measure(host_model(model), host_model(initial_model), bench.tokenizer, exam, seed=0)
+        return {}
+    determinants = {"suite": "lab", "weights": model.key, "initial": initial_model.key, "exam": asdict(exam)}
+    return bench.store.make_json(
+        "evaluation",
+        determinants | {"torch": torch.__version__, "transformers": transformers.__version__},
+        lambda: laboratory.measure(host_model(model), host_model(initial_model), bench.tokenizer, exam, seed=0),
+    )
 
 
 def _share(values: np.ndarray) -> np.ndarray:
