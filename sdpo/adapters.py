@@ -8,6 +8,7 @@ are the merged ones; the adapter lies in the folder `adapter` beside them, in pe
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,48 +26,69 @@ WEIGHTS = "adapter_model.safetensors"
 LINEAGE = "lineage.json"
 FRESH, EARLIER = "fresh", "earlier"  # peft's names of the trained and the frozen adapter
 
-Find = Callable[[str], Artifact]  # from a key to the model
+
+class Place(NamedTuple):
+    """Where a step's adapter stands: `base` is the model under it, `num_earlier` how many adapters made the start."""
+
+    adapter: Adapter
+    start: Artifact
+    base: Artifact
+    num_earlier: int
+
+    @property
+    def stacked(self) -> bool:
+        """Whether a frozen adapter stands beside the fresh one."""
+        return self.adapter.between == "stack" and self.num_earlier > 0
 
 
-def load(adapter: Adapter, start: Artifact, config: Config, find: Find) -> PreTrainedModel:
+def place(adapter: Adapter, start: Artifact, find: Callable[[str], Artifact]) -> Place:
+    """The place of the adapter of a step from `start`; `find` gives the model of a key."""
+    lineage = start.folder / FOLDER / LINEAGE
+    if not lineage.is_file() or not (start.folder / "manifest.json").is_file():  # S, whatever else its folder holds
+        return Place(adapter, start, start, 0)
+    kept = json.loads(lineage.read_text())
+    base = find(kept["base"]) if adapter.between == "stack" else start
+    return Place(adapter, start, base, kept["num_adapters"])
+
+
+def load(place: Place, config: Config) -> PreTrainedModel:
     """The start of a step with a fresh adapter, which alone is trained; as a function it is the start still.
 
     Raises ValueError where the targets are not linear layers of the model's body.
     """
     from peft import LoraModel
 
-    base, num_earlier = _lineage(adapter, start, find)
-    model = _frozen(adapter, base, config)
-    torch.manual_seed(config.seed * 1_000_003 - 1 - num_earlier)  # the updates' seeds count up from there
-    tuner = LoraModel(model, _peft_config(adapter, base, 1, adapter.dropout), FRESH)
-    if adapter.between == "stack" and num_earlier:
-        tuner.peft_config[EARLIER] = _peft_config(adapter, base, num_earlier)
+    adapter = place.adapter
+    model = _base(place, config) if adapter.quantize == "none" else _quantised(place.base, config)
+    torch.manual_seed(config.seed * 1_000_003 - 1 - place.num_earlier)  # the updates' seeds count up from there
+    tuner = LoraModel(model, _settings(place, 1, adapter.dropout), FRESH)
+    if place.stacked:
+        tuner.peft_config[EARLIER] = _settings(place, place.num_earlier)
         tuner.inject_adapter(model, EARLIER)
-        _fill(model, EARLIER, load_file(start.folder / FOLDER / WEIGHTS))
+        _fill(model, EARLIER, _earlier(place))
         tuner.set_adapter([EARLIER, FRESH])
         tuner.set_requires_grad(EARLIER, False)
     _check_targets(model)
     return model.train(adapter.dropout > 0)
 
 
-def finish(adapter: Adapter, start: Artifact, trained: dict[str, torch.Tensor], folder: Path, find: Find):
-    """Write the trained adapter, by parameter name, into a step's folder; returns the model with it merged, in fp32."""
+def finish(place: Place, trained: dict[str, torch.Tensor], folder: Path, config: Config) -> PreTrainedModel:
+    """Write the trained adapter (by parameter name) into a step's folder; returns the base with it merged, fp32."""
     from peft import LoraModel
 
-    base, num_earlier = _lineage(adapter, start, find)
-    weights, num_steps = {_peft_name(name, FRESH): tensor for name, tensor in trained.items()}, 1
-    if adapter.between == "stack" and num_earlier:
-        earlier, num_steps = load_file(start.folder / FOLDER / WEIGHTS), num_earlier + 1
+    weights, num_steps = {_file_name(name, FRESH): tensor for name, tensor in trained.items()}, 1
+    if place.stacked:
+        earlier, num_steps = _earlier(place), place.num_earlier + 1
         weights = {name: concatenated(name, earlier[name], tensor) for name, tensor in weights.items()}
-    settings = _peft_config(adapter, base, num_steps)
+    settings = _settings(place, num_steps)
     settings.target_modules = sorted({name.split(".lora_")[0] for name in trained})
     settings.save_pretrained(folder / FOLDER)
     save_file(weights, folder / FOLDER / WEIGHTS, metadata={"format": "pt"})
-    lineage = {"base": base.key, "start": start.key, "num_adapters": num_earlier + 1}
+    lineage = {"base": place.base.key, "start": place.start.key, "num_adapters": place.num_earlier + 1}
     (folder / FOLDER / LINEAGE).write_text(json.dumps(lineage, indent=1))
-    unmerged = LoraModel(models.load(base.folder), settings, FRESH)
-    _fill(unmerged.model, FRESH, weights)
-    return unmerged.merge_and_unload()
+    tuner = LoraModel(_base(place, config), settings, FRESH)
+    _fill(tuner.model, FRESH, weights)
+    return tuner.merge_and_unload()
 
 
 def concatenated(name: str, earlier: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
@@ -79,48 +101,49 @@ def rounded(given: Artifact, config: Config, store: Store, tokenizer: PreTrained
 
     def build(folder: Path) -> None:
         if launch.is_main():
-            model = _quantised(given, config, torch.float32).dequantize(torch.float32)
+            model = _quantised(given, config).dequantize(torch.float32)
             models.save(model, dict(model.named_parameters()), tokenizer, folder)
 
     return store.make("rounded", {"model": given.key, "format": "nf4"}, build)
 
 
-def _lineage(adapter: Adapter, start: Artifact, find: Find) -> tuple[Artifact, int]:
-    """The model that an adapter of a step from `start` stands on, and how many steps' adapters made `start`."""
-    kept = start.folder / FOLDER / LINEAGE
-    if not kept.is_file() or not (start.folder / "manifest.json").is_file():  # S, whatever else its folder holds
-        return start, 0
-    lineage = json.loads(kept.read_text())
-    return find(lineage["base"]) if adapter.between == "stack" else start, lineage["num_adapters"]
+def _base(place: Place, config: Config) -> PreTrainedModel:
+    return models.load(place.base.folder, trust_remote_code=config.model.trust_remote_code)
 
 
-def _frozen(adapter: Adapter, base: Artifact, config: Config) -> PreTrainedModel:
-    if adapter.quantize == "4bit":
-        return _quantised(base, config, models.DTYPES[config.precision])
-    return models.load(base.folder, trust_remote_code=config.model.trust_remote_code)
+def _earlier(place: Place) -> dict[str, torch.Tensor]:
+    """The adapters of all earlier steps, as one."""
+    return load_file(place.start.folder / FOLDER / WEIGHTS)
 
 
-def _quantised(model: Artifact, config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    """In blocks of 4-bit normal floats, but for the output head. Their scales stay fp32: then rounding what was
+def _quantised(model: Artifact, config: Config) -> PreTrainedModel:
+    """In blocks of 4-bit normal floats, but for the output head. The blocks' scales stay fp32: then rounding what was
     rounded before changes nothing."""
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=models.DTYPES[config.precision]
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(
         model.folder,
-        dtype=dtype,
+        dtype=torch.float32,
         quantization_config=settings,
         device_map={"": launch.device(config.launch.device)},
         use_safetensors=True,
         trust_remote_code=config.model.trust_remote_code,
     )
+    for layer in loaded.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # that kernel has no backward pass
+    return loaded
 
 
-def _peft_config(adapter: Adapter, base: Artifact, num_steps: int, dropout: float = 0.0):
-    """peft's settings of `num_steps` adapters as one: rank and alpha grow together, so that their ratio stays."""
+def _settings(place: Place, num_steps: int, dropout: float = 0.0):
+    """peft's, of `num_steps` adapters as one: rank and alpha grow together, so that their ratio stays."""
     from peft import LoraConfig
 
+    adapter = place.adapter
     return LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base.key,
+        base_model_name_or_path=place.base.key,
         r=num_steps * adapter.rank,
         lora_alpha=num_steps * adapter.alpha,
         lora_dropout=dropout,
@@ -132,10 +155,10 @@ def _fill(model: PreTrainedModel, name: str, weights: dict[str, torch.Tensor]) -
     """Give an adapter the weights of an adapter file."""
     for parameter, tensor in model.named_parameters():
         if f".{name}." in parameter:
-            tensor.data.copy_(weights[_peft_name(parameter, name)])
+            tensor.data.copy_(weights[_file_name(parameter, name)])
 
 
-def _peft_name(name: str, adapter: str) -> str:
+def _file_name(name: str, adapter: str) -> str:
     """A parameter's name in an adapter file."""
     return "base_model.model." + name.replace(f".{adapter}.", ".")
 

@@ -33,7 +33,7 @@ class Workbench:
         self.foreign: dict[str, dict[str, TokenPair]] = {}  # by model key: rows in that model's own tokens
         self._engine: Engine | None = None
         self._held: str | None = None  # the key of the weights in memory
-        self._adapted: tuple[tune.Adapter, Artifact] | None = None  # where an adapter is trained: it, and the start
+        self._place: adapters.Place | None = None  # of the adapter, where one is trained
 
     def hold(self, model: Artifact, config: Config | None = None) -> Engine:
         """Take a model up; with `config`, freshly from its bytes, with a new optimiser, to train a step."""
@@ -45,8 +45,8 @@ class Workbench:
         launch.barrier()
         adapter = choose(tune, config.tune)() if config else None
         if adapter:
-            self._adapted = adapter, model
-            loaded = adapters.load(adapter, model, config, self.find)
+            self._place = adapters.place(adapter, model, self.find)
+            loaded = adapters.load(self._place, config)
         else:
             loaded = models.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
         self._engine = open_engine(Scorer(loaded), config or self.config, self.device)
@@ -56,7 +56,7 @@ class Workbench:
     def release(self) -> None:
         if self._engine:
             self._engine.close()
-        self._engine = self._held = self._adapted = None
+        self._engine = self._held = self._place = None
 
     def find(self, key: str) -> Artifact:
         """The model of a key: made here, or S from elsewhere. ValueError where it is neither."""
@@ -71,13 +71,13 @@ class Workbench:
         model, state = self._engine.scorer.model, self._engine.weights()
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         if launch.is_main():
-            if self._adapted:
-                model = adapters.finish(*self._adapted, state, folder, self.find)
+            if self._place:
+                model = adapters.finish(self._place, state, folder, self.config)
                 state = dict(model.named_parameters())
             dtype = models.DTYPES[self.config.save_dtype]
             models.save(model, {name: tensor.to(dtype) for name, tensor in state.items()}, self.tokenizer, folder)
         # What was rounded or merged on the way to disk is not what memory holds.
-        self._held = key if self.config.save_dtype == "fp32" and not self._adapted else None
+        self._held = key if self.config.save_dtype == "fp32" and not self._place else None
 
     def logprobs(self, model: Artifact, rows: list[TokenPair]) -> np.ndarray:
         """Summed response log-probs [N, 2] (float32, nats) of rows under a model: read, or computed and kept.

@@ -1,0 +1,194 @@
+"""LoRA in chains of steps: starts, merged weights, adapters as peft reads them, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import compose, random_model, read_lines
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+
+from sdpo import adapters, engine, inputs, models, runs, tune
+from sdpo.logprobs import naive_logprobs
+from sdpo.step import take_step
+from sdpo.store import Store
+
+RANK, ALPHA = 4, 8.0
+LORA = ["tune=lora", f"tune.rank={RANK}", f"tune.alpha={ALPHA}", "optim.lr=1e-2", "optim.epochs=2"]
+# peft asks transformers for a property that has a new name.
+as_peft_reads_it = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+class Chain:
+    """Three steps on the toy's three sources, and the log-probs of all rows under every model."""
+
+    def __init__(self, toy, store, between):
+        files = ",".join(str(toy / f"{source}.jsonl") for source in "abc")
+        overrides = ["model=local", f"model.path={toy / 'model'}", "data=local", f"data.train=[{files}]"]
+        overrides += ["data.template=plain", "data.held_out_share=0.1", "optim.pairs_per_update=8"]
+        self.config = compose(*overrides, *LORA, f"tune.between={between}")
+        start = inputs.prepare(self.config, store)
+        self.models, self.steps = [start.initial], []
+        for t, source in enumerate("abc", start=1):
+            chunk = start.chunk([row.id for row in start.train if start.pairs[row.id].source == source])
+            self.steps.append(take_step(start.bench, self.config, t, self.models[-1], self.models, chunk))
+            self.models.append(self.steps[-1].model)
+        self.rows = start.held_out
+        self.logps_N2 = [start.bench.logprobs(model, self.rows) for model in self.models]
+
+    def adapter(self, t):
+        """A step's adapter: its settings and its weights."""
+        folder = self.models[t].folder / "adapter"
+        return LoraConfig.from_pretrained(folder), load_file(folder / "adapter_model.safetensors")
+
+    def weights(self, t):
+        return load_file(self.models[t].folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def chains(toy, tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("store"))
+    return {between: Chain(toy, store, between) for between in ("merge", "stack")}
+
+
+@pytest.mark.parametrize(("between", "tolerance"), [("merge", 0.0), ("stack", 1e-5)])
+def test_margins_are_zero_at_every_start(chains, between, tolerance):
+    for step in chains[between].steps:
+        first, *later = step.entries
+        assert abs(first["margin"]) <= tolerance and first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+        assert max(abs(entry["margin"]) for entry in later) > 0.1
+
+
+def test_merging_and_stacking_are_one_function(chains):
+    merged, stacked = (chains[between].logps_N2 for between in ("merge", "stack"))
+    for ours, theirs in zip(merged, stacked, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    for earlier, later in zip(merged, merged[1:], strict=False):
+        assert np.abs(later - earlier).max() > 0.5
+
+
+@as_peft_reads_it
+@pytest.mark.parametrize("between", ["merge", "stack"])
+def test_an_adapter_gives_the_step_s_model_on_the_base_it_names(chains, between):
+    chain = chains[between]
+    by_key = {model.key: model for model in chain.models}
+    for t in (1, 2, 3):
+        base = by_key[chain.adapter(t)[0].base_model_name_or_path]
+        assert base is chain.models[t - 1 if between == "merge" else 0]
+        adapted = PeftModel.from_pretrained(models.load(base.folder), chain.models[t].folder / "adapter")
+        expected = chain.logps_N2[t]
+        with torch.no_grad():
+            found = [list(naive_logprobs(adapted.base_model.model, row)) for row in chain.rows]
+        np.testing.assert_allclose(np.array(found), expected, atol=1e-4, rtol=0)
+
+
+def test_the_steps_weights_are_plain_models_changed_in_the_targets_alone(chains):
+    before, after = chains["merge"].weights(0), chains["merge"].weights(3)
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_two_adapters_side_by_side_add_up():
+    first_a, first_b = torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0], [6.0]])
+    second_a, second_b = torch.tensor([[3.0, 4.0]]), torch.tensor([[7.0], [8.0]])
+    both_a = adapters.concatenated("q_proj.lora_A.weight", first_a, second_a)
+    both_b = adapters.concatenated("q_proj.lora_B.weight", first_b, second_b)
+    assert (both_b @ both_a).tolist() == [[5 + 21, 10 + 28], [6 + 24, 12 + 32]]
+
+
+def test_the_stacked_adapter_is_all_steps_adapters_at_their_own_scale(chains):
+    chain, name = chains["stack"], "model.layers.1.mlp.up_proj"
+    settings, weights = chain.adapter(3)
+    assert (settings.r, settings.lora_alpha) == (3 * RANK, 3 * ALPHA)
+    a, b = (weights[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+    parts = [b[:, rows] @ a[rows] for rows in (slice(RANK * i, RANK * (i + 1)) for i in range(3))]
+    added = chain.weights(3)[f"{name}.weight"] - chain.weights(0)[f"{name}.weight"]
+    torch.testing.assert_close(added, ALPHA / RANK * sum(parts), atol=1e-6, rtol=0)
+    earlier = chain.adapter(2)[1]
+    assert torch.equal(a[: 2 * RANK], earlier[f"base_model.model.{name}.lora_A.weight"])
+    assert not torch.allclose(a[:RANK], a[RANK : 2 * RANK], atol=0.1)  # each step draws its own
+
+
+def test_the_lineage_names_base_and_start(chains):
+    chain = chains["stack"]
+    lineage = json.loads((chain.models[2].folder / "adapter" / "lineage.json").read_text())
+    assert lineage == {"base": chain.models[0].key, "start": chain.models[1].key, "num_adapters": 2}
+
+
+def test_the_rank_is_part_of_the_key(run):
+    folders = [run(*LORA[:1], f"tune.rank={rank}", "split=all_at_once", name=f"r{rank}") for rank in (1, 2)]
+    keys = {json.loads((folder / "manifest.json").read_text())["steps"][0]["key"] for folder in folders}
+    assert len(keys) == 2
+
+
+def test_a_reference_that_moves_every_update_is_the_policy(run):
+    folder = run(*LORA, "split=all_at_once", "reference=periodic", "reference.updates=1")
+    assert {entry["margin"] for entry in read_lines(folder, "train")} == {0.0}
+
+
+def test_dropout_is_out_of_the_gate_and_survives_an_interruption(run, toy, monkeypatch, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    model = tmp_path / "model"  # with dropout of its own, which is on where the adapter's is
+    shutil.copytree(toy / "model", model)
+    random_model(attention_dropout=0.3).save_pretrained(model)
+    overrides = [*LORA, "tune.dropout=0.5", "tune.between=stack", "split=random", "split.num_chunks=2"]
+    overrides += ["launch.checkpoint_minutes=0", f"model.path={model}"]
+    update, done = engine.Plain.update, []
+
+    def interrupted(self, lr):
+        done.append(lr)
+        if len(done) == 12:
+            raise Killed
+        return update(self, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Plain, "update", interrupted)
+        with pytest.raises(Killed):
+            run(*overrides)
+    resumed = run(*overrides)
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "another"))
+    whole = run(*overrides, name="whole")
+    first = [entry["margin"] for entry in read_lines(whole, "train") if entry["update"] == 1]
+    assert len(first) == 2 and all(abs(margin) > 1e-3 for margin in first)
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (resumed / "steps/2" / name).read_bytes() == (whole / "steps/2" / name).read_bytes()
+
+
+REFUSED = {
+    "mean of two adapters": ["reference=mixed", "reference.alpha=0.6"],
+    "would score rounded ones": ["tune.between=stack", "save_dtype=bf16"],
+    "nothing to carry": ["optim.moments=carry"],
+    "4bit needs tune.between=stack": ["tune.quantize=4bit"],
+    "4bit needs bitsandbytes": ["tune.quantize=4bit", "tune.between=stack"],
+    "it can be merge, stack": ["tune.between=sum"],
+    "it can be none, 4bit": ["tune.quantize=8bit"],
+    "rank must be at least 1": ["tune.rank=0"],
+    "alpha must be above 0": ["tune.alpha=0"],
+    "dropout must be at least 0 and below 1": ["tune.dropout=1.0"],
+    "targets is empty": ["tune.targets=[]"],
+    "unknown key ranks": ["+tune.ranks=3"],
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_does_not_go_with_adapters_is_refused_at_composition(message, monkeypatch):
+    monkeypatch.setattr(tune, "find_spec", lambda name: None)
+    files = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]
+    with pytest.raises(ValueError, match=message):
+        runs.check(compose(*files, "tune=lora", *REFUSED[message]))
+
+
+def test_mixing_all_of_the_policy_is_no_mixing():
+    files = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]
+    runs.check(compose(*files, "tune=lora", "reference=mixed", "reference.alpha=1.0"))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_only_linear_layers_of_the_body_are_targets(run, target):
+    with pytest.raises(ValueError, match=rf"tune.targets names (model\.)?{target}"):
+        run("tune=lora", f"tune.targets=[q_proj,{target}]")
