@@ -13,7 +13,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sdpo import help, launch, runs
@@ -34,8 +34,6 @@ def main(arguments: list[str]) -> None:
         return
     launch.refuse_ranks()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what is wrong, instead of printing it
-    OmegaConf.register_new_resolver("run_name", runs.run_name)
-    OmegaConf.register_new_resolver("sweep_name", runs.sweep_name)
     compose()
     for job, settings in composed:
         folder = Path(settings.runtime.output_dir)

@@ -1,16 +1,33 @@
-"""The door through which Hydra finds the launcher of sweeps: it loads plugins from this namespace only.
+"""What Hydra finds of this project when it starts, because it looks for plugins in this namespace only.
 
-Everything behind the door is sdpo/sweep.py, which knows nothing of Hydra.
+The schema that every configuration is composed onto, the names of run and sweep folders, and the launcher of sweeps.
+What the launcher does is sdpo/sweep.py, which knows nothing of Hydra.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+from sdpo import runs
+from sdpo.config import Config
+
+
+@dataclass
+class Schema(Config):
+    steps: dict[Any, Any] = field(default_factory=dict)  # a command line writes the number of a step as a word
+
+
+ConfigStore.instance().store("schema", Schema)
+OmegaConf.register_new_resolver("run_name", runs.run_name, replace=True)
+OmegaConf.register_new_resolver("sweep_name", runs.sweep_name, replace=True)
 
 
 class Arms(Launcher):
@@ -29,7 +46,7 @@ class Arms(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose every run, then do them all; errors rise to train.py."""
-        from sdpo import runs, sweep
+        from sdpo import sweep
 
         folder = Path(self.config.hydra.sweep.dir).absolute()
         asked = {}  # by folder: what is asked for twice is done once

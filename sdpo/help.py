@@ -81,6 +81,7 @@ def _overview() -> str:
 
 def _option(path: Path) -> str:
     """An option's sentence, and its keys with their comments."""
-    first, *rest = path.read_text().splitlines()
-    keys = [f"    {line}" for line in rest if line and not line.startswith(("name:", "#", "defaults:", "  - "))]
-    return "\n".join([f"{path.stem:<16}{first.lstrip('# ')}", *keys])
+    lines = path.read_text().splitlines()
+    comments = [line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line]
+    keys = [f"    {line}" for line in lines if line and not line.startswith(("#", "name:", "defaults:", "  - "))]
+    return "\n".join([f"{path.stem:<16} {comments[0]}", *keys])

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from sdpo import config as configuration
@@ -74,6 +73,8 @@ def run_name(*, _root_: DictConfig) -> str:
 
 def sweep_name(*, _root_: DictConfig) -> str:
     """The resolver ${sweep_name:}: the experiment, or the swept keys; and a short hash of all that is overridden."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # here, because ranks do without Hydra
+
     names_only = ("experiment=", "plan=", "hydra.", "hydra/")  # of these nothing depends but how runs are done
     overrides = [o for o in _root_.hydra.overrides.task if not o.lstrip("+~").startswith(names_only)]
     experiment = _root_.hydra.runtime.choices.get("experiment")

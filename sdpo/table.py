@@ -14,7 +14,7 @@ def of(runs: list[Run], now: set[Path]) -> str:
     ended = [run for run in runs if run.folder not in now or run.finished]
     summaries = {run.folder: _summary(run, run.folder in now) for run in ended}
     rows = [_row(arm, members, summaries) for arm, members in arms.items()]
-    lines = _columns([("arm", "seeds", "headline", "seconds", "steps trained", "reused"), *rows])
+    lines = columns([("arm", "seeds", "headline", "seconds", "steps trained", "reused"), *rows])
     lines += [f"failed: {run.folder.name}: {run.error}" for run in runs if run.error]
     trained, reused = (sum(s[key] for s in summaries.values()) for key in ("trained_steps", "reused_steps"))
     lines.append(f"{len(summaries)} of {len(runs)} runs finished; {trained} steps trained, {reused} reused")
@@ -48,6 +48,7 @@ def _headline(summaries: list[dict]) -> str:
     return f"{headlines[0]['name']} {mean.value:.4f}{interval}"
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows of text as lines in which every column is as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
