@@ -38,12 +38,10 @@ def main(arguments: list[str]) -> None:
     for job, settings in composed:
         folder = Path(settings.runtime.output_dir)
         try:
-            run = runs.of(job, settings, folder)
-            single(run)
-        except ValueError:
+            single(runs.of(job, settings, folder))
+        finally:
             with suppress(OSError):
-                folder.rmdir()  # Hydra made it; an error before any work leaves it empty
-            raise
+                folder.rmdir()  # Hydra made it; what was refused or only planned leaves it empty
 
 
 def single(run: Run) -> None:

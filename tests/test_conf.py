@@ -42,13 +42,16 @@ def bound(*overrides):
     return settings
 
 
+def hydra_settings(*overrides):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose("config", list(overrides), return_hydra_config=True).hydra
+
+
 def arms(overrides, sweep=()):
     """The overrides of every run that a command asks for, seeds aside."""
-    with initialize_config_dir(CONF, version_base="1.3"):
-        settings = compose("config", list(overrides), return_hydra_config=True).hydra
-    params = {key: value for key, value in (settings.sweeper.params or {}).items() if key != "seed"}
-    parsed = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in params.items()), *overrides, *sweep])
-    return BasicSweeper.split_arguments(parsed, None)[0]
+    params = hydra_settings(*overrides).sweeper.params or {}
+    parsed = [*(f"{key}={value}" for key, value in params.items() if key != "seed"), *overrides, *sweep]
+    return BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(parsed), None)[0]
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] != "experiment"])
@@ -65,8 +68,11 @@ def test_every_option_composes_and_binds(group, option):
 
 @pytest.mark.parametrize("experiment", help.options("experiment"))
 def test_every_run_of_every_experiment_composes_and_binds(experiment):
-    for run in arms([f"experiment={experiment}"]):
+    asked = arms([f"experiment={experiment}"])
+    for run in asked:
         bound(*run)
+    contrasts = hydra_settings(f"experiment={experiment}").launcher.contrasts
+    assert {arm for contrast in contrasts for arm in contrast} <= set(runs.labels(asked))
 
 
 @pytest.mark.parametrize("axis", ROOMS)
