@@ -74,7 +74,7 @@ class Model:
 
 @dataclass
 class LabSource:
-    sampler: str = "teacher"  # teacher | on_policy | edits
+    sampler: str = one_of("teacher", "on_policy", "edits")
     num_pairs: int = at_least(1, 1000)
     temperature: float = at_least(0, 0.0)  # of the Bradley-Terry judge; 0 is the exact judge
     filler_bonus: float = 0.0  # what the judge adds per filler character
@@ -86,9 +86,10 @@ class LabSource:
 class LabData:
     num_demonstrations: int = at_least(1, 20000)
     num_held_out: int = at_least(1, 300)  # pairs per source
-    num_prompts: int = at_least(1, 256)  # prompts of the gold evaluation
+    num_prompts: int = at_least(4, 256)  # prompts of the gold evaluation
     num_samples: int = at_least(1, 4)  # answers per prompt
-    prompts: str = one_of("test", "dev")  # which gold prompts the headline is measured on
+    num_items: int = at_least(1, 250)  # multiple-choice items per family
+    prompts: str = one_of("test", "dev")  # on which prompts a model is measured
     sources: dict[str, LabSource] = field(default_factory=dict)
 
 
