@@ -1,0 +1,99 @@
+"""What the laboratory measures: gold reward, right answers, fillers, exact KL to S, multiple choice, best of n.
+
+A measure is {"value", "low", "high", "n"}: a mean with its 95 % Student interval over prompts, or over items.
+Shapes: P prompts, K answers per prompt, I items, C choices (the right one first).
+"""
+
+from math import comb
+
+import numpy as np
+from scipy import stats
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sdpo.lab import world
+from sdpo.lab.exam import Exam
+from sdpo.lab.sampling import given, kl, response_logp, sample
+
+Measures = dict[str, dict]
+BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+ANSWERS_AT_ONCE = 8  # of every prompt, because the cache of a longer batch takes too much memory
+
+
+def measure(
+    model: PreTrainedModel,
+    initial_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    exam: Exam,
+    seed: int,
+) -> Measures:
+    """Every measure of a model, where `initial_model` is S; a seed gives every model the same random numbers."""
+    answers = sample(model, tokenizer, exam.prompts, exam.num_samples, seed)
+    greedy_P = sample(model, tokenizer, exam.prompts, 1, seed=None).text
+    text_PK = np.array(answers.text).reshape(-1, exam.num_samples)
+    right_P = np.array([world.answer(prompt) for prompt in exam.prompts])
+    gold_P = _gold(exam.prompts, answers.text).mean(axis=1)
+    kl_PK = kl(model, initial_model, answers).double().cpu().numpy().reshape(text_PK.shape)
+    right_I = _multiple_choice(model, tokenizer, exam.items)
+    return {
+        "lab/gold": mean(gold_P),
+        "lab/exact": mean((text_PK == right_P[:, None]).mean(axis=1)),
+        "lab/greedy_exact": mean(right_P == greedy_P),
+        "lab/fillers": mean(np.char.count(text_PK, world.FILLER).mean(axis=1)),
+        "lab/kl": mean(kl_PK.mean(axis=1)),
+        "lab/h4": mean(right_I),
+        **_by_family("lab/gold", exam.prompts, gold_P),
+        **_by_family("lab/h4", [item[0] for item in exam.items], right_I),
+    }
+
+
+def best_of_n(initial_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, seed: int) -> Measures:
+    """`lab/best_of/<n>`: the gold reward of the best of n answers of S, whose KL to S is at most log n - (n - 1)/n.
+
+    From K answers the expected best of n <= K is known without bias: the i-th smallest of them is the best of
+    (i - 1 choose n - 1) of the (K choose n) draws.
+    """
+    rounds = range(BEST_OF[-1] // ANSWERS_AT_ONCE)
+    gold_PK = np.concatenate(
+        [
+            _gold(exam.prompts, sample(initial_model, tokenizer, exam.prompts, ANSWERS_AT_ONCE, seed + i).text)
+            for i in rounds
+        ],
+        axis=1,
+    )
+    return {f"lab/best_of/{n}": mean(_expected_best(gold_PK, n)) for n in BEST_OF}
+
+
+def mean(values: np.ndarray) -> dict:
+    """The mean with its 95 % Student interval (null for a single value)."""
+    n, value = len(values), float(np.mean(values))
+    if n == 1:
+        return {"value": value, "low": None, "high": None, "n": n}
+    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
+    return {"value": value, "low": value - half, "high": value + half, "n": n}
+
+
+def _expected_best(gold_PK: np.ndarray, n: int) -> np.ndarray:
+    """The expected largest of n of the K values of each prompt: [P]."""
+    num = gold_PK.shape[1]
+    chance_K = np.array([comb(i, n - 1) / comb(num, n) for i in range(num)])
+    return np.sort(gold_PK, axis=1) @ chance_K
+
+
+def _gold(prompts: list[str], texts: list[str]) -> np.ndarray:
+    """The gold reward of every answer, where a prompt's answers stand together: [P, K]."""
+    each = len(texts) // len(prompts)
+    return np.array([world.gold(prompts[i // each], text) for i, text in enumerate(texts)]).reshape(-1, each)
+
+
+def _multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[list[str]]) -> np.ndarray:
+    """Whether the model finds the right choice of every item likelier than each wrong one: [I]."""
+    prompts = [prompt for prompt, *choices in items for _ in choices]
+    texts = [choice for _, *choices in items for choice in choices]
+    logp = response_logp(model, given(tokenizer, prompts, texts, model.device))
+    logp_IC = logp.view(len(items), -1)
+    return (logp_IC[:, 0] > logp_IC[:, 1:].amax(dim=1)).cpu().numpy()
+
+
+def _by_family(name: str, prompts: list[str], values: np.ndarray) -> Measures:
+    families = np.array([world.family_of(prompt) for prompt in prompts])
+    return {f"{name}/{family}": mean(values[families == family]) for family in world.FAMILIES}

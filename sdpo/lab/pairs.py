@@ -1,0 +1,113 @@
+"""The laboratory's demonstrations and its preference pairs: a source is a sampler of answers and a judge of two."""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sdpo import config
+from sdpo.data import Pair, Preferences, describe
+from sdpo.lab import world
+from sdpo.lab.sampling import sample
+from sdpo.layouts import Message
+
+NUM_ANSWERS = 4  # of S to a prompt, of which two make a pair
+PROMPTS_AT_ONCE = 250
+
+Rated = tuple[float, str]  # what the judge gives an answer, and the answer
+Sampler = Callable[[list[str], random.Random], list[list[str]]]  # prompts -> answers to each
+
+
+def demonstrations(settings: config.LabData, seed: int) -> list[Pair]:
+    """What S learns from: right answers, popular misconceptions and slips, with fillers; `rejected` is empty."""
+    rng = random.Random(f"demonstrations {seed}")
+    prompts = world.draw(settings.num_demonstrations, "train", rng, taken=set())
+    return [
+        Pair(f"demonstrations-{i:05d}", "demonstrations", _turns(prompt), world.demonstrate(prompt, rng), "")
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def preferences(
+    settings: config.Data, initial_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Preferences:
+    """The pairs of every source, for training and held out; no two pairs share a prompt.
+
+    Raises ValueError for a family that does not exist, and for an S that has one answer only.
+    """
+
+    def on_policy(prompts: list[str], rng: random.Random) -> list[list[str]]:
+        text = sample(initial_model, tokenizer, prompts, NUM_ANSWERS, seed=rng.getrandbits(32)).text
+        return [text[i : i + NUM_ANSWERS] for i in range(0, len(text), NUM_ANSWERS)]
+
+    samplers: dict[str, Sampler] = {"teacher": _teacher, "edits": _edits, "on_policy": on_policy}
+    sides: dict[str, list[Pair]] = {"train": [], "held_out": []}
+    taken: set[str] = set()
+    for name, source in settings.lab.sources.items():
+        _check_families(name, source.families)
+        for role, num in ("train", source.num_pairs), ("held_out", settings.lab.num_held_out):
+            rng = random.Random(f"{name} {role} {settings.seed}")
+            judged = islice(_judged(source, samplers[source.sampler], role, rng, taken), num)
+            sides[role] += [_pair(f"{name}-{role}-{i:05d}", name, *row) for i, row in enumerate(judged)]
+    return Preferences(**sides, report={"sources": {role: describe(pairs) for role, pairs in sides.items()}})
+
+
+def _teacher(prompts: list[str], rng: random.Random) -> list[list[str]]:
+    """The right answer, and what the rules of all families, in any order, make of the letters."""
+    rules = list(world.FAMILIES)
+    return [
+        [world.answer(prompt), *(world.answer(prompt, family) for family in rng.sample(rules, len(rules)))]
+        for prompt in prompts
+    ]
+
+
+def _edits(prompts: list[str], rng: random.Random) -> list[list[str]]:
+    """The right answer, and the same with one wrong letter."""
+    return [[world.answer(prompt), world.slip(world.answer(prompt), rng)] for prompt in prompts]
+
+
+def _judged(
+    source: config.LabSource, sampler: Sampler, role: str, rng: random.Random, taken: set[str]
+) -> Iterator[tuple[str, Rated, Rated]]:
+    """New prompts without end, each with a preferred answer and another one."""
+    while True:
+        prompts = world.draw(PROMPTS_AT_ONCE, role, rng, taken, source.families)
+        answers = [list(dict.fromkeys(filter(None, texts))) for texts in sampler(prompts, rng)]
+        asked = [(prompt, texts) for prompt, texts in zip(prompts, answers, strict=True) if len(texts) > 1]
+        if not asked:
+            raise ValueError(f"S has one answer only to each of {len(prompts)} prompts: train it less (model.sft)")
+        for prompt, texts in asked:
+            yield prompt, *_judge(source, prompt, texts, rng)
+
+
+def _judge(source: config.LabSource, prompt: str, texts: list[str], rng: random.Random) -> list[Rated]:
+    """The preferred and the other one of two answers: the first, and the next one of another value, if there is any.
+
+    Gumbel noise on the values makes this Bradley-Terry: the better one is preferred with sigmoid(gap / temperature).
+    """
+
+    def value(text: str) -> float:
+        return world.gold(prompt, text) + source.filler_bonus * text.count(world.FILLER)
+
+    other = min(texts[1:], key=lambda text: value(text) == value(texts[0]))
+    rated = [(value(text) - source.temperature * math.log(rng.expovariate(1)), text) for text in (texts[0], other)]
+    (high, better), (low, worse) = sorted(rated, key=lambda one: one[0], reverse=True)
+    if rng.random() < source.flipped:
+        better, worse = worse, better
+    return [(high, better), (low, worse)]
+
+
+def _pair(id: str, source: str, prompt: str, chosen: Rated, rejected: Rated) -> Pair:
+    return Pair(id, source, _turns(prompt), chosen[1], rejected[1], chosen[0], rejected[0])
+
+
+def _turns(prompt: str) -> tuple[Message]:
+    return ({"role": "user", "content": prompt},)
+
+
+def _check_families(name: str, families: list[str]) -> None:
+    if unknown := set(families) - set(world.FAMILIES):
+        known = ", ".join(world.FAMILIES)
+        raise ValueError(f"data.lab.sources.{name}.families: there is no {min(unknown)!r}; there are {known}")
