@@ -1,5 +1,6 @@
 """What a careful reader would object to in a run or a sweep, each with the cases where it holds."""
 
+from textwrap import shorten
 from typing import NamedTuple
 
 import pandas as pd
@@ -36,7 +37,7 @@ def unfinished(runs: pd.DataFrame) -> Warning:
     return Warning(
         "Runs that did not end",
         "They are left out of every number here; the same command tries them again.",
-        [f"{row.run}: {row.error or 'not finished'}" for row in left.itertuples()],
+        [f"{row.run}: {shorten(row.error or 'not finished', 240, placeholder=' ...')}" for row in left.itertuples()],
     )
 
 

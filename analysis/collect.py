@@ -38,10 +38,15 @@ Paths = tuple[Path | str, ...]
 
 
 def folders(*paths: Path | str) -> list[Path]:
-    """The run folders that `paths` are or hold, each once; `ValueError` where a path holds none."""
+    """The run folders that `paths` are or hold, each once; `ValueError` where a path holds none.
+
+    Of a sweep those that its sweep.json names: what other settings left in the same folder is no part of it.
+    """
     found = {}
     for path in map(Path, paths):
-        inside = [path] if _is_run(path) else [folder for folder in sorted(path.glob("*/")) if _is_run(folder)]
+        sweep = path / "sweep.json"
+        held = [path / name for name in _read(sweep)["runs"]] if sweep.is_file() else sorted(path.glob("*/"))
+        inside = [folder for folder in ([path] if _is_run(path) else held) if _is_run(folder)]
         if not inside:
             raise ValueError(f"{path} is no run folder and holds none (a run folder has a manifest.json)")
         found |= {folder.resolve(): folder for folder in inside}

@@ -55,6 +55,7 @@ def frontier(measures: pd.DataFrame) -> Figure:
         axes.errorbar(x["value"], y["value"], _errors(y), _errors(x), ecolor=look["color"], fmt="none", elinewidth=0.8)
     _best_of_n(axes, measures)
     axes.set(xlabel="KL(M_t, S) (nats a response)", ylabel="gold reward (0 to 1)")
+    axes.set_xlim(left=-0.02 * axes.get_xlim()[1])  # KL has no other side
     legend(figure, axes)
     return figure
 

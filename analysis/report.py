@@ -89,7 +89,7 @@ def _choices(runs: pd.DataFrame) -> pd.DataFrame:
     axes = runs.filter(like="choices.").rename(columns=lambda name: name.removeprefix("choices."))
     rows = {}
     for axis in sorted(axes, key=lambda axis: AXES.index(axis) if axis in AXES else len(AXES)):
-        by_arm = axes[axis].groupby(runs["arm"], sort=False).first()
+        by_arm = axes[axis].fillna("none").groupby(runs["arm"], sort=False).first()
         options = [by_arm.iloc[0]] if by_arm.nunique() == 1 else [f"{option} ({arm})" for arm, option in by_arm.items()]
         rows[axis] = ", ".join(options)
     return pd.DataFrame(rows.items(), columns=["axis", "option"])

@@ -20,6 +20,8 @@ def test_finds_runs_once(sweep, tmp_path):
     inside = sweep / "stepwise-s0"
     assert [folder.name for folder in collect.folders(alone, inside)] == ["alone", "stepwise-s0"]
     assert len(collect.folders(sweep, inside)) == 6
+    make_run(sweep / "left-by-other-settings")
+    assert len(collect.folders(sweep)) == 6
     with pytest.raises(ValueError, match="no run folder and holds none"):
         collect.folders(tmp_path / "nothing")
 
