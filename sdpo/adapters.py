@@ -6,13 +6,15 @@ are the merged ones; the adapter lies in the folder `adapter` beside them, in pe
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from sdpo import launch, models
 from sdpo.config import Config
@@ -60,10 +62,11 @@ def load(place: Place, config: Config) -> PreTrainedModel:
 
     adapter = place.adapter
     model = _base(place, config) if adapter.quantize == "none" else _quantised(place.base, config)
+    targets = _all_linear(model) if adapter.targets == ["all-linear"] else adapter.targets
     torch.manual_seed(config.seed * 1_000_003 - 1 - place.num_earlier)  # the updates' seeds count up from there
-    tuner = LoraModel(model, _settings(place, 1, adapter.dropout), FRESH)
+    tuner = LoraModel(model, _settings(place, 1, targets, adapter.dropout), FRESH)
     if place.stacked:
-        tuner.peft_config[EARLIER] = _settings(place, place.num_earlier)
+        tuner.peft_config[EARLIER] = _settings(place, place.num_earlier, targets)
         tuner.inject_adapter(model, EARLIER)
         _fill(model, EARLIER, _earlier(place))
         tuner.set_adapter([EARLIER, FRESH])
@@ -80,8 +83,9 @@ def finish(place: Place, trained: dict[str, torch.Tensor], folder: Path, config:
     if place.stacked:
         earlier, num_steps = _earlier(place), place.num_earlier + 1
         weights = {name: concatenated(name, earlier[name], tensor) for name, tensor in weights.items()}
-    settings = _settings(place, num_steps)
-    settings.target_modules = sorted({name.split(".lora_")[0] for name in trained})
+    targets = {name.split(".lora_")[0] for name in trained}
+    settings = _settings(place, num_steps, targets)
+    settings.target_modules = sorted(targets)  # peft makes a set of them, whose order varies
     settings.save_pretrained(folder / FOLDER)
     save_file(weights, folder / FOLDER / WEIGHTS, metadata={"format": "pt"})
     lineage = {"base": place.base.key, "start": place.start.key, "num_adapters": place.num_earlier + 1}
@@ -136,7 +140,7 @@ def _quantised(model: Artifact, config: Config) -> PreTrainedModel:
     return loaded
 
 
-def _settings(place: Place, num_steps: int, dropout: float = 0.0):
+def _settings(place: Place, num_steps: int, targets: Iterable[str], dropout: float = 0.0):
     """peft's, of `num_steps` adapters as one: rank and alpha grow together, so that their ratio stays."""
     from peft import LoraConfig
 
@@ -147,7 +151,7 @@ def _settings(place: Place, num_steps: int, dropout: float = 0.0):
         r=num_steps * adapter.rank,
         lora_alpha=num_steps * adapter.alpha,
         lora_dropout=dropout,
-        target_modules="all-linear" if adapter.targets == ["all-linear"] else adapter.targets,
+        target_modules=list(targets),
     )
 
 
@@ -161,6 +165,14 @@ def _fill(model: PreTrainedModel, name: str, weights: dict[str, torch.Tensor]) -
 def _file_name(name: str, adapter: str) -> str:
     """A parameter's name in an adapter file."""
     return "base_model.model." + name.replace(f".{adapter}.", ".")
+
+
+def _all_linear(model: PreTrainedModel) -> list[str]:
+    """The names of the linear layers but the output head; experts that are kept as one stack are none."""
+    head = model.get_output_embeddings()
+    return [
+        name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head
+    ]
 
 
 def _check_targets(model: PreTrainedModel) -> None:
