@@ -27,7 +27,7 @@ def base_logps(settings: Settings, rows: list[TokenPair], bench: Workbench) -> n
     """
     base = external(settings)
     theirs, ours = models.load_tokenizer(base.folder).get_vocab(), bench.tokenizer.get_vocab()
-    ids = {id for row in rows for part in (row.prompt, row.chosen, row.rejected) for id in part.tolist()}
+    ids = set(np.unique(np.concatenate([part for row in rows for part in row[1:]])).tolist())
     differ = sorted(token for token, id in ours.items() if id in ids and theirs.get(token) != id)
     if differ:
         raise ValueError(

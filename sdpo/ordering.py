@@ -87,12 +87,12 @@ def _rounds(inputs: Inputs, score: Score, divided: Chunks) -> list[list[TokenPai
 
 
 def _settings(score: Score, models: list[Artifact], rounds: list[list[TokenPair]]) -> dict:
-    """The score as it was used: with the keys of the weights that it read, and the tokens that they were run on."""
+    """The score as it was used, with the keys of the weights that it read and the tokens that S and M_t read for it."""
     settings = {"name": score.name, **score.function.keywords, "model": score.model}
     weights = [model.key for model in models] if score.model else []
     if "path" in settings:
         weights.append(external(settings).key)
-    tokens = sum(tokens_of(row) for rows in rounds for row in rows) if score.model else 0
+    tokens = sum(tokens_of(row) for rows in rounds for row in rows) if score.model else None
     return settings | {"weights": weights, "tokens": tokens}
 
 

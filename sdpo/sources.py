@@ -69,7 +69,7 @@ def _random_gamma(inputs: Inputs, rows: list[TokenPair]) -> dict[str, float]:
         bench.release()
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=remote)
         dtype = models.DTYPES[bench.config.precision]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=remote)
         scorer = Scorer(model.eval().to(bench.device))
