@@ -9,6 +9,7 @@ import pytest
 
 from sdpo import lab
 from sdpo.config import Data, LabData, LabModel, LabSource
+from sdpo.lab import exam as questions
 from sdpo.lab import measures, pairs, world
 
 
@@ -97,6 +98,7 @@ def test_items_hold_the_right_answer_first_and_then_wrong_ones(built):
     for prompt, right, *wrong in exam.items:
         assert right == world.answer(prompt) and len(set(wrong)) == 3
         assert right not in {text.replace(world.FILLER, "") for text in wrong}
+    assert [questions._is_wrong("Rabcdef", text) for text in ("fedcba", "fedcba..", ".", "fedcbb.")] == [0, 0, 0, 1]
 
 
 def test_measures(built, model, tokenizer):
