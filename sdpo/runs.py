@@ -95,11 +95,10 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 def check(config: Config) -> None:
     """Bind every choice of every step to its function, so that a wrong one is an error before any work."""
-    from sdpo import chunks, evaluate, losses, placebo, references, scores, tune  # here, because losses import torch
+    from sdpo import chunks, evaluate, losses, placebo, references, tune  # here, because losses import torch
 
     choose = configuration.choose
-    chunks.bind(config.split)
-    choose(scores, {key: value for key, value in config.score.items() if key != "model"})
+    chunks.bind_score(config.score, chunks.bind(config.split))
     for measure in config.evaluate.values():
         choose(evaluate, measure)
     for t in (0, *config.steps):

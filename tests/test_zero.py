@@ -1,0 +1,46 @@
+"""Two ranks, with and without DeepSpeed ZeRO, through train.py: the same loss curve, and weights that load."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_lines
+from transformers import AutoModelForCausalLM
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+def train(toy, folder, *overrides):
+    """A run of two steps in a store of its own; returns its folder."""
+    command = [sys.executable, CHECKOUT / "train.py", "data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]"]
+    command += ["model=local", f"model.path={toy / 'model'}", "data.template=plain", "optim.pairs_per_update=8"]
+    command += ["optim.lr=3e-3", "evaluate=[preference]", f"hydra.run.dir={folder}", *overrides]
+    environment = os.environ | {"SDPO_STORE": str(folder.with_suffix(".store"))}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def losses(folder):
+    return [entry["loss"] for entry in read_lines(folder, "train")]
+
+
+@pytest.fixture(scope="module")
+def alone(toy, tmp_path_factory):
+    return train(toy, tmp_path_factory.mktemp("alone") / "run")
+
+
+@pytest.mark.parametrize("stage", ["off", "zero1", "zero2", "zero3"])
+def test_two_ranks_at_every_stage_give_the_curve_and_weights_of_one(alone, toy, tmp_path, stage):
+    together = train(toy, tmp_path / "run", "launch.ranks=2", f"deepspeed={stage}")
+    assert np.abs(np.subtract(losses(together), losses(alone))).max() < 1e-4
+    first = [entry["margin"] for entry in read_lines(together, "train") if entry["update"] == 1]
+    assert first == [0.0, 0.0]
+    for t in ("1", "2"):
+        ours, theirs = (AutoModelForCausalLM.from_pretrained(folder / "steps" / t) for folder in (together, alone))
+        for name, tensor in ours.state_dict().items():
+            torch.testing.assert_close(tensor, theirs.state_dict()[name], atol=2e-4, rtol=0)
