@@ -208,4 +208,5 @@ def _local_splits(folder: Path, task: str, part: str | None) -> datasets.Dataset
 
 @cache
 def _read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
