@@ -179,6 +179,10 @@ def from_composed(composed: DictConfig | dict) -> Config:
     except OmegaConfBaseException as error:
         raise ValueError(sentence(error)) from error
     _check(config)
+    if config.model.name != "lab" and config.model.path is None:
+        raise ValueError("model.path has no value; set model.path=...")
+    if config.data.name != "lab" and not config.data.train:
+        raise ValueError("data.train has no value; set data.train=[...]")
     for t in config.steps:
         for_step(config, t)
     return config

@@ -113,17 +113,18 @@ def multirun(toy, tmp_path, monkeypatch):
 
 
 def test_a_run_that_fails_is_named_and_it_alone_is_done_again(multirun, toy, tmp_path):
-    arms = ["data.train=[a.jsonl]", "data.train=[later.jsonl]"]
-    overrides = ["data.train=[a.jsonl],[later.jsonl]", f"hydra.launcher.contrasts={json.dumps([arms])}"]
+    arms = ["data.train=[a.jsonl]", "data.train=[later/a.jsonl]"]
+    overrides = ["data.train=[a.jsonl],[later/a.jsonl]", f"hydra.launcher.contrasts={json.dumps([arms])}"]
     first = multirun(*overrides)
     output, error = first.communicate()
     assert first.returncode == 1 and error.splitlines()[-1].startswith("error: 1 of 2 runs failed")
     assert "1 of 2 runs finished; 1 steps trained, 0 reused" in output
     (failed,) = (tmp_path / "sweep").glob("*/error.txt")
     sentence = failed.read_text().splitlines()[0]
-    assert "later.jsonl" in sentence and f"failed: {failed.parent.name}: {sentence}" in output
+    assert "later/a.jsonl" in sentence and f"failed: {failed.parent.name}: {sentence}" in output
 
-    shutil.copy(toy / "b.jsonl", tmp_path / "later.jsonl")
+    (tmp_path / "later").mkdir()
+    shutil.copy(toy / "b.jsonl", tmp_path / "later" / "a.jsonl")
     (done,) = (tmp_path / "sweep").glob("*/done")
     before = done.stat().st_mtime_ns
     second = multirun(*overrides)

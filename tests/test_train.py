@@ -27,7 +27,7 @@ def refused(folder, *arguments, **environment):
         ("++typo=1", "error: unknown key typo; the configuration has model, data"),
         ("loss.betta=1", "error: unknown key loss.betta; loss has name, beta, label_smoothing"),
         ("loss=foo", "error: loss has no 'foo'; it has apo_down, apo_zero"),
-        ("lss=dpo", "error: unknown key lss; the configuration has hydra, start"),
+        ("lss=dpo", "error: unknown key lss; the configuration has hydra, model"),
         ("seed", "error: Error parsing override 'seed' missing EQUAL"),
         ("--local_rank=0", "error: train.py starts its own ranks, but --local_rank=0 says that it is one"),
     ],
@@ -41,4 +41,4 @@ def test_a_rank_launcher_is_refused(tmp_path):
 
 
 def test_what_only_the_user_knows_is_asked_for(tmp_path):
-    assert refused(tmp_path, "data=hub") == "error: data.train has no value; set data.train=...\n"
+    assert refused(tmp_path, "data=hub") == "error: data.train has no value; set data.train=[...]\n"
