@@ -39,6 +39,8 @@ def test_contrast(sweep):
 def test_inert_reference(tmp_path):
     table = tables.contrasts(make_sweep(tmp_path / "inert", gains=(0.0, 0.0), leverage=0.019))
     assert table["verdict"].tolist() == ["the reference was inert"]
+    same_rule = make_sweep(tmp_path / "order", arms=("easy first", "hard first"), gains=(0.0, 0.0), leverage=0.019)
+    assert tables.contrasts(same_rule)["verdict"].tolist() == ["within noise"]
 
 
 def test_one_run_keeps_its_own_interval(sweep):
