@@ -95,7 +95,7 @@ class LabData:
 
 @dataclass
 class Nominal:
-    """The size of a data set that is not at hand."""
+    """The size of a source that is not at hand."""
 
     pairs: int = at_least(1, MISSING)
     tokens: int = at_least(1, MISSING)  # of a pair that pass through the network
@@ -108,7 +108,7 @@ class Data:
     held_out: list[str] = field(default_factory=list)
     held_out_share: float = share(0.05)  # of the prompts, held out where no held_out is given
     revisions: dict[str, str] = field(default_factory=dict)  # hub: data set name -> revision
-    nominal: dict[str, Nominal] = field(default_factory=dict)  # hub: as in train -> size, for a plan made without it
+    nominal: dict[str, Nominal] = field(default_factory=dict)  # hub: source -> size, for a plan made without it
     columns: dict[str, str] = field(default_factory=dict)  # ours -> theirs, for unknown layouts
     source_from: str = one_of("file", "row")
     on_bad_row: str = one_of("error", "skip")
