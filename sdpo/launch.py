@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -155,8 +154,11 @@ def _join(settings: Config) -> None:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     store = dist.HashStore() if world_size() == 1 else None  # None: torchrun's own
-    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
+    ranks = {"store": store, "rank": rank(), "world_size": world_size()}
+    if place.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=place, **ranks)
+    else:
+        dist.init_process_group("gloo", **ranks)
 
 
 def job(folder: Path) -> list[str]:
@@ -222,7 +224,6 @@ def main() -> None:
         _work(settings, path.parent)
     except Exception as error:
         runs.fail(path.parent, error)
-        traceback.print_exc()
         sys.exit(1)
 
 

@@ -4,8 +4,9 @@ import hashlib
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +46,9 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether the folder holds this very run: of these settings, numerics and input files."""
-        done = self.folder / "done"
-        return done.is_file() and done.read_text() == _stamp(self.config)
+        """Whether the folder holds this very run, of these settings, numerics and input files, with all its models."""
+        done, steps = self.folder / "done", self.folder.glob("steps/*")
+        return done.is_file() and done.read_text() == _stamp(self.config) and all(step.exists() for step in steps)
 
     @property
     def error(self) -> str | None:
@@ -133,11 +134,19 @@ def one_line(error: BaseException) -> str:
 
 
 def _stamp(config: Config) -> str:
-    """A hash of all that a finished run stands for; input files enter with their size and time of change."""
-    paths = [Path(path) for path in (*config.data.train, *config.data.held_out, config.model.path) if path]
-    files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
+    """A hash of all that a finished run stands for; files and folders enter with their sizes and times of change."""
+    files = [file for path in _paths(asdict(config)) for file in (path.iterdir() if path.is_dir() else [path])]
     states = sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
     return _hash(repr((configuration.to_yaml(config), store.NUMERICS_VERSION, states)))
+
+
+def _paths(settings: dict) -> Iterator[Path]:
+    """All files and folders that the settings name."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _paths(value)
+        elif key in ("path", "train", "held_out") and value:
+            yield from map(Path, [value] if isinstance(value, str) else value)
 
 
 def _axes(choices: DictConfig | dict[str, str]) -> list[str]:

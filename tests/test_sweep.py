@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from test_launch import CHECKOUT, alive, children, wait_until
@@ -66,19 +67,38 @@ def test_the_table_counts_seeds_steps_and_failures(tmp_path):
     ]
 
 
-def test_a_finished_run_counts_only_as_what_it_was(tmp_path):
-    data = tmp_path / "a.jsonl"
-    data.write_text("{}")
-    settings = {"model": {"name": "lab"}, "data": {"name": "local", "train": [str(data)]}}
-    run = Run(config.from_composed(settings), tmp_path / "run", choices={}, arm="")
+@pytest.fixture
+def finished(tmp_path):
+    """A finished run that read two files."""
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "chunks.json").write_text("{}")
+    data = {"name": "local", "train": [str(tmp_path / "a.jsonl")]}
+    split = {"name": "replay", "path": str(tmp_path / "chunks.json")}
+    settings = config.from_composed({"model": {"name": "lab"}, "data": data, "split": split})
+    run = Run(settings, tmp_path / "run", choices={}, arm="")
     run.prepare()
-    assert not run.finished
+    (run.folder / "steps").mkdir()
+    (run.folder / "steps" / "1").symlink_to(tmp_path)
     runs.finish(run.config, run.folder)
-    assert run.finished and not run._replace(config=config.from_composed(settings | {"seed": 1})).finished
-    data.write_text("{} ")
-    assert not run.finished
-    run.prepare()
-    assert not (run.folder / "done").exists()
+    assert run.finished
+    return run
+
+
+@pytest.mark.parametrize("file", ["a.jsonl", "chunks.json"])
+def test_a_run_whose_files_changed_is_not_finished(finished, tmp_path, file):
+    (tmp_path / file).write_text("{} ")
+    assert not finished.finished
+
+
+def test_a_run_of_other_settings_or_without_its_models_is_not_finished(finished, tmp_path):
+    assert not finished._replace(config=replace(finished.config, seed=1)).finished
+    (finished.folder / "steps" / "2").symlink_to(tmp_path / "removed")
+    assert not finished.finished
+
+
+def test_a_run_that_is_prepared_is_not_finished(finished):
+    finished.prepare()
+    assert not finished.finished
 
 
 @pytest.mark.parametrize(
