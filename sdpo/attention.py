@@ -128,7 +128,7 @@ class Varlen:
 
     def __call__(self, query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, rule: Rule) -> Tensor:
         if rule.softcap is not None or rule.sinks_H is not None or rule.dropout:
-            raise ValueError("varlen attention has no soft cap, sinks or dropout: choose attention=flex or sdpa")
+            raise ValueError("varlen attention has no soft cap, sinks or dropout: choose attention=sdpa")
         window = -1 if rule.window is None else rule.window - 1
         options = {"enable_gqa": query_THD.shape[1] != key_THD.shape[1], "num_splits": 1}
         return varlen.varlen_attn(
@@ -212,16 +212,20 @@ def _flex(device_type: str):
 BACKENDS = {"sdpa": Sdpa, "varlen": Varlen, "flex": Flex}
 
 
-def choose(model: PreTrainedModel, attention: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend's name: as asked for, or what suits the device, the precision and the model."""
+def choose(attention: str, device: torch.device, dtype: torch.dtype, reshaped: bool) -> str:
+    """The backend's name: as asked for, or what suits device, precision and a model that reshapes its scores."""
     if attention not in CHOICES:
         raise ValueError(f"attention={attention} is unknown; choose one of {', '.join(CHOICES)}")
     if attention != "auto":
         return attention
     if device.type != "cuda" or dtype == torch.float32:
         return "sdpa"
-    has_sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
-    return "flex" if has_sinks or _is_capped(model) else "varlen"
+    return "flex" if reshaped else "varlen"
+
+
+def reshapes_scores(model: PreTrainedModel) -> bool:
+    """Whether a layer caps its scores or adds sinks to them, which FlashAttention cannot."""
+    return _is_capped(model) or any(name.endswith("sinks") for name, _ in model.named_parameters())
 
 
 def _is_capped(model: PreTrainedModel) -> bool:

@@ -124,15 +124,18 @@ class Scorer(nn.Module):
 
     def __init__(self, model: PreTrainedModel, attention: str = "auto"):
         super().__init__()
+        if model.get_decoder() is model:
+            raise ValueError(f"{type(model).__name__} has no decoder apart from its head, and cannot be scored here")
         self.model, self.head, self.attention = model, Head(model), attention
         if attention != "plain":
             backends.share_prompts(model)
+        self.reshaped = backends.reshapes_scores(model)
         self.train(model.training)
         _check(self)
 
     def backend(self, pack: Pack) -> str:
         """The attention backend that runs this pack."""
-        return backends.choose(self.model, self.attention, pack.tokens_T.device, self.head.weight.dtype)
+        return backends.choose(self.attention, pack.tokens_T.device, self.head.weight.dtype, self.reshaped)
 
     def forward(self, pack: Pack) -> Both:
         """Summed log-probs [B], fp32, in nats, of the chosen and the rejected responses (0 where one is empty)."""

@@ -6,8 +6,8 @@ from conftest import random_model
 from test_packing import rows_of
 
 from sdpo import attention
-from sdpo.attention import Flex, Rule, Sdpa, Varlen, choose, own_attention
-from sdpo.logprobs import Scorer
+from sdpo.attention import Flex, Rule, Sdpa, Varlen, choose, own_attention, reshapes_scores
+from sdpo.logprobs import Scorer, naive_logprobs
 from sdpo.packing import pack
 
 PACK = pack(rows_of([(1, 1, 1), (5, 9, 3), (5, 9, 3), (1, 7, 1), (12, 1, 30), (70, 65, 3), (4, 3, 0)]))
@@ -70,7 +70,7 @@ def test_backends_equal_a_dense_softmax(backend, name, monkeypatch):
     monkeypatch.setattr(attention.varlen, "varlen_attn", slow_varlen)
     rule, inputs = RULES[name], streams()
     if backend is Varlen and (rule.softcap or rule.sinks_H is not None):
-        with pytest.raises(ValueError, match="choose attention=flex or sdpa"):
+        with pytest.raises(ValueError, match="choose attention=sdpa"):
             Varlen(PACK)(*inputs, rule)
         return
     expected = dense(*inputs, rule, seen(rule.window))
@@ -92,15 +92,17 @@ def test_models_that_cannot_share_prompts_are_refused_by_name_and_run_plain(arch
         Scorer(model)
 
 
-def test_the_choice_follows_device_precision_and_model(tiny_model):
+@pytest.mark.filterwarnings("ignore:.*RoPE")
+def test_the_choice_follows_device_precision_and_model():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert choose(tiny_model, "auto", cpu, torch.bfloat16) == "sdpa"
-    assert choose(tiny_model, "auto", cuda, torch.float32) == "sdpa"
-    assert choose(tiny_model, "auto", cuda, torch.bfloat16) == "varlen"
-    assert choose(tiny_model, "flex", cuda, torch.bfloat16) == "flex"
-    assert choose(random_model("gemma2"), "auto", cuda, torch.bfloat16) == "flex"
+    assert choose("auto", cpu, torch.bfloat16, False) == "sdpa"
+    assert choose("auto", cuda, torch.float32, False) == "sdpa"
+    assert choose("auto", cuda, torch.bfloat16, False) == "varlen"
+    assert choose("auto", cuda, torch.bfloat16, True) == "flex"
+    assert choose("flex", cuda, torch.bfloat16, False) == "flex"
+    assert [reshapes_scores(random_model(name)) for name in ("llama", "gemma2", "gpt_oss")] == [False, True, True]
     with pytest.raises(ValueError, match="choose one of auto, sdpa"):
-        choose(tiny_model, "fastest", cpu, torch.float32)
+        choose("fastest", cpu, torch.float32, False)
 
 
 def test_a_model_attends_by_itself_where_asked_and_says_so_where_it_was_forgotten(tiny_model):
@@ -111,3 +113,18 @@ def test_a_model_attends_by_itself_where_asked_and_says_so_where_it_was_forgotte
         assert torch.equal(tiny_model(tokens).logits, before)
     with pytest.raises(ValueError, match="own_attention"):
         tiny_model(tokens)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(("backend", "dtype"), [("sdpa", "float32"), ("flex", "float32"), ("auto", "bfloat16")])
+def test_gpu_backends_equal_the_naive_forward_pass(backend, dtype, architecture):
+    rows = rows_of([(1, 1, 1), (5, 9, 3), (12, 1, 30), (70, 65, 3), (4, 3, 0)])
+    model = random_model(architecture, head_dim=16, sliding_window=8).to("cuda", getattr(torch, dtype))
+    got = torch.stack(Scorer(model, attention=backend)(pack(rows).to("cuda")), 1)
+    want = torch.stack([torch.stack(naive_logprobs(model, row)) for row in rows])
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-5)
+    got, want = (torch.autograd.grad(logps.sum(), list(model.parameters())) for logps in (got, want))
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours - theirs).norm() <= 5 * tolerance * theirs.norm() + 1e-6
