@@ -100,10 +100,8 @@ class Zero:
             os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
-        warnings.filterwarnings(
-            "ignore", "`torch.distributed", FutureWarning
-        )  # DeepSpeed 0.19 calls what torch 2.13 renamed
-        # Compiled at first use on CPU for inference alone; a rank killed meanwhile leaves a lock that hangs every later run.
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # renamed in 2.13; DeepSpeed's to mend
+        # Compiled at first use on CPU, for inference alone; a rank killed meanwhile leaves a lock that hangs the next.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         trained = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
         exact = {name: p.detach().clone() for name, p in trained.items()} if precision == "bf16" else None

@@ -83,9 +83,8 @@ class Fit:
         budget = self.config.launch.tokens_per_pack
         bar = progress(sum(map(len, self.plan)), checkpoint.name, quiet=not launch.is_main())
         bar.advance(sum(len(update) for update in self.plan[: len(entries)]))
-        pending, every = [], self.config.record.every
+        pending, every, began = [], self.config.record.every, time.monotonic()
         for number in range(len(entries), len(self.plan)):
-            began = time.monotonic()
             torch.manual_seed(self.config.seed * 1_000_003 + number)  # dropout, the same after a resume
             reference.move(number, self.engine, self.chunk.rows, self.plan, budget)
             stats, first_logps = self._update(number, reference.logps_N2)
@@ -96,8 +95,8 @@ class Fit:
             bar.advance(len(self.plan[number]), self._tokens(number))
             if len(pending) == every or number == len(self.plan) - 1:
                 entries += self._entries(pending, time.monotonic() - began)
-                pending = []
                 checkpoint.save(self.engine, reference, entries)
+                pending, began = [], time.monotonic()
         bar.close()
         return entries
 
@@ -174,10 +173,10 @@ class Fit:
             means = (sums[:-1] / len(self.plan[number])).tolist()
             entry = dict(zip(STATS, means, strict=True))
             if not all(map(math.isfinite, [norm, *means])):
-                ids = ", ".join(row.id for row in self._rows(number))
+                ids = ", ".join([row.id for row in self._rows(number)][:8])
                 raise ValueError(
                     f"update {number + 1}: the loss ({entry['loss']}) or the gradient norm ({norm}) is not finite; "
-                    f"its pairs are {ids}; lower optim.lr or look at these rows, the last checkpoint is kept"
+                    f"its pairs are {ids} (the first 8); lower optim.lr or look at these rows, the last checkpoint is kept"
                 )
             spread = max(0.0, entry.pop("lambda_square") - entry["lambda_mean"] ** 2) ** 0.5
             entry |= {"lambda_std": spread, "grad_norm": norm, "lr": lr}

@@ -65,7 +65,7 @@ def _lineage(inputs: Inputs, evidence: Evidence) -> dict:
 def _trajectory(inputs: Inputs, evidence: Evidence, chunks: Chunks) -> pd.DataFrame:
     """Chosen and rejected log-probs of the probe set under S and every M_t; `seen` where M_t was trained on the row."""
     probes = [(0, inputs.held_out)] + [(t, evidence.probes(ids)) for t, ids in enumerate(chunks, start=1)]
-    frames = []
+    seen, frames = _seen(evidence, chunks), []
     for t, measured in enumerate(evidence.measured):
         for chunk, rows in probes:
             logps = inputs.bench.logprobs(measured.model, rows)
@@ -82,11 +82,20 @@ def _trajectory(inputs: Inputs, evidence: Evidence, chunks: Chunks) -> pd.DataFr
                         "role": "policy",
                         "chosen_logp": logps[:, 0],
                         "rejected_logp": logps[:, 1],
-                        "seen": 0 < chunk <= t,
+                        "seen": [row.id in seen[measured.model.key] for row in rows],
                     }
                 )
             )
     return pd.concat(frames, ignore_index=True)
+
+
+def _seen(evidence: Evidence, chunks: Chunks) -> dict[str, set[str]]:
+    """The ids that each model was trained on, by its key: its own chunk's, and all that its start had seen."""
+    initial, *steps = evidence.measured
+    seen: dict[str, set[str]] = {initial.model.key: set()}
+    for measured, ids in zip(steps, chunks, strict=True):
+        seen[measured.model.key] = seen[measured.step.start.key] | set(ids)
+    return seen
 
 
 def _pairs(inputs: Inputs, chunks: Chunks, scores: dict[str, float]) -> pd.DataFrame:
