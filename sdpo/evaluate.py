@@ -5,6 +5,8 @@ of N held-out pairs. A measure is {"value", "low", "high", "n"}: a mean with its
 """
 
 from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ import transformers
 from scipy import stats
 
 from sdpo import lab as laboratory
-from sdpo.store import Artifact
+from sdpo.store import Artifact, hash_files
 from sdpo.workbench import Workbench, host_model
 
 Measures = dict[str, dict]
@@ -64,6 +66,45 @@ def lab(model: Artifact, initial_model: Artifact, exam: laboratory.Exam | None, 
         "evaluation",
         determinants | {"torch": torch.__version__, "transformers": transformers.__version__},
         lambda: laboratory.measure(host_model(model), host_model(initial_model), bench.tokenizer, exam, seed=0),
+    )
+
+
+def h4(
+    model: Artifact, bench: Workbench, *, local: str | None = None, batch_size: int = 8, limit: int | None = None
+) -> Measures:
+    """ARC, HellaSwag, MMLU, TruthfulQA and their mean by lm-eval's own task definitions, with the leaderboard's shots.
+
+    `local` is a folder with copies of the data; `limit` takes only so many items a task.
+    """
+    return _benchmark(model, bench, {"suite": "h4", "local": local, "batch_size": batch_size, "limit": limit})
+
+
+def lm_eval(
+    model: Artifact,
+    bench: Workbench,
+    *,
+    tasks: list[str],
+    num_fewshot: int | None = None,
+    local: str | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+) -> Measures:
+    """Any tasks of lm-eval, by name."""
+    settings = {"tasks": tasks, "num_fewshot": num_fewshot, "local": local, "batch_size": batch_size, "limit": limit}
+    return _benchmark(model, bench, {"suite": "benchmark", **settings})
+
+
+def _benchmark(model: Artifact, bench: Workbench, settings: dict) -> Measures:
+    """A suite of sdpo.benchmarks, kept in the store by model, settings, the local data's content and versions."""
+    from sdpo import benchmarks  # lm-eval takes seconds to import
+
+    call = dict(settings)
+    suite = getattr(benchmarks, call.pop("suite"))
+    folder = Path(settings["local"]) if settings["local"] else None
+    data = {"data": hash_files(folder, folder.iterdir())} if folder else {}
+    determinants = {"weights": model.key, "lm_eval": version("lm_eval"), **settings, **data}
+    return bench.store.make_json(
+        "evaluation", determinants, lambda: suite(host_model(model).to(bench.device), bench.tokenizer, **call)
     )
 
 
