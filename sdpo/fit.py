@@ -176,7 +176,7 @@ class Fit:
                 ids = ", ".join([row.id for row in self._rows(number)][:8])
                 raise ValueError(
                     f"update {number + 1}: the loss ({entry['loss']}) or the gradient norm ({norm}) is not finite; "
-                    f"its pairs are {ids} (at most 8 shown); lower optim.lr or look at them; the last checkpoint is kept"
+                    f"its pairs are {ids} (at most 8); lower optim.lr or look at them; the last checkpoint is kept"
                 )
             spread = max(0.0, entry.pop("lambda_square") - entry["lambda_mean"] ** 2) ** 0.5
             entry |= {"lambda_std": spread, "grad_norm": norm, "lr": lr}
