@@ -28,7 +28,7 @@ def show(names: list[str]) -> str:
     if not names:
         return _overview()
     if names[0] in groups():
-        return "\n".join(_option(CONF / names[0] / f"{option}.yaml") for option in options(names[0]))
+        return "\n".join(_option(names[0], option) for option in options(names[0]))
     if names[0] in _sections():
         return _sections()[names[0]]
     raise ValueError(f"no help on {names[0]!r}; there is help on {', '.join([*groups(), *_sections()])}")
@@ -79,9 +79,9 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _option(path: Path) -> str:
+def _option(group: str, option: str) -> str:
     """An option's sentence, and its keys with their comments."""
-    lines = path.read_text().splitlines()
+    lines = (CONF / group / f"{option}.yaml").read_text().splitlines()
     comments = [line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line]
     keys = [f"    {line}" for line in lines if line and not line.startswith(("#", "name:", "defaults:", "  - "))]
-    return "\n".join([f"{path.stem:<16} {comments[0]}", *keys])
+    return "\n".join([f"{option:<16} {comments[0]}", *keys])

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sdpo import launch, record, runs, table
-from sdpo.config import Config, Settings
+from sdpo.config import Settings
 from sdpo.runs import Run
 
 MOST_CONTRASTS = 8  # more declared ones leave Holm's correction no power
@@ -51,11 +51,7 @@ def run(sweep: Sweep) -> None:
 
         plan.show(sweep.runs)
         return
-    names = {"name": sweep.folder.name, "command": sys.argv, "overrides": sweep.overrides}
-    folders = [one.folder.name for one in sweep.runs]
-    record.write_json(sweep.folder / "sweep.json", {**names, "runs": folders, "contrasts": sweep.contrasts})
-    for one in todo:
-        one.prepare()
+    _prepare(sweep, todo)
     try:
         with record.progress(len(sweep.runs), sweep.folder.name, "runs") as bar:
             bar.update(len(sweep.runs) - len(todo))
@@ -65,11 +61,20 @@ def run(sweep: Sweep) -> None:
         print(table.of(sweep.runs, {one.folder for one in todo}))
         raise
     print(table.of(sweep.runs, {one.folder for one in todo}))
-    from analysis import report
+    from analysis import report  # here, because it imports what the runs do without
 
     print(f"report: {report.write_report(sweep.folder)}")
     if failed := [one for one in sweep.runs if one.error]:
         raise ValueError(f"{len(failed)} of {len(sweep.runs)} runs failed; the same command retries them alone")
+
+
+def _prepare(sweep: Sweep, todo: list[Run]) -> None:
+    """Make the folders ready, and write down what the sweep is."""
+    for one in todo:
+        one.prepare()
+    names = {"name": sweep.folder.name, "command": sys.argv, "overrides": sweep.overrides}
+    folders = [one.folder.name for one in sweep.runs]
+    record.write_json(sweep.folder / "sweep.json", {**names, "runs": folders, "contrasts": sweep.contrasts})
 
 
 def _check(sweep: Sweep) -> None:
@@ -144,16 +149,16 @@ def _exit_sentence(code: int) -> str | None:
 
 def _slots(n: int | str, todo: list[Run]) -> list[str]:
     """For each run at a time, the GPUs that it sees (none: "")."""
-    largest: Config = max((one.config for one in todo), key=lambda c: c.launch.ranks * c.launch.threads)
-    ranks = largest.launch.ranks
-    gpus = [] if largest.launch.device == "cpu" else _gpus()
+    launches = [one.config.launch for one in todo]
+    ranks = max(asked.ranks for asked in launches)
+    gpus = [] if all(asked.device == "cpu" for asked in launches) else _gpus()
     if gpus and len(gpus) < ranks:
         raise ValueError(f"launch.ranks={ranks}, but there are {len(gpus)} GPUs")
     if gpus:
         slots = [",".join(gpus[i : i + ranks]) for i in range(0, len(gpus) - ranks + 1, ranks)]
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        slots = [""] * max(1, cores // (ranks * largest.launch.threads))
+        slots = [""] * max(1, cores // max(asked.ranks * asked.threads for asked in launches))
     return slots if n == "auto" else list(islice(cycle(slots), n))
 
 
