@@ -19,7 +19,7 @@ from sdpo.config import Config
 from sdpo.fit import Chunk, Fit
 from sdpo.logprobs import Scorer
 from sdpo.losses import Both
-from sdpo.packing import pack, tokens_of
+from sdpo.packing import in_order, pack, tokens_of
 from sdpo.step import take_step
 from sdpo.store import Artifact, Store
 
@@ -100,19 +100,21 @@ def engine_in_8_steps(work: Work, meter: Meter) -> dict:
 def _steps(work: Work, meter: Meter, num_steps: int) -> dict:
     workbench.score = meter.around("reference", workbench.score)
     Fit.run = meter.around("updates", Fit.run)
-    rows, config = work.rows(), _config(work)
+    rows, config, steps = work.rows(), _config(work), []
     with tempfile.TemporaryDirectory() as folder:
         bench = workbench.Workbench(config, Store(Path(folder)), models.load_tokenizer(work.model))
         history = [Artifact(models.fingerprint(work.model), work.model, reused=True)]
         with meter.phase("everything"):
             for t, members in enumerate(np.array_split(np.arange(len(rows)), num_steps), start=1):
                 chunk = Chunk([rows[i] for i in members], np.full((len(members), 2), np.nan, np.float32))
-                step = take_step(bench, config, t, history[-1], history, chunk)
-                history.append(step.model)
+                steps.append(take_step(bench, config, t, history[-1], history, chunk))
+                history.append(steps[-1].model)
     tokens = sum(map(tokens_of, rows))
+    packs = [pack([rows[i] for i in members]) for members in in_order(rows, config.launch.tokens_per_pack)]
     return {
-        "first_loss": step.entries[0]["loss"],
-        "padding_share": 1 - tokens / (len(pack(rows).tokens_T) - len(pack([]).tokens_T)),
+        "first_loss": steps[0].entries[0]["loss"],
+        # Of positions that make up for unequal lengths; the one token that closes a pack is none of them.
+        "padding_share": 1 - tokens / sum(len(packed.tokens_T) - 1 for packed in packs),
         "tokens": tokens,
     }
 

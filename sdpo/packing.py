@@ -15,11 +15,8 @@ from torch import Tensor
 
 from sdpo.tokens import TokenPair
 
-# Every pack ends with four tokens that nobody reads, so that a pair's log-probs never depend on its company: on CPU
-# a matrix product gives a row the same bits whatever the other rows are only from four rows on, and vectorised
-# functions round the last few elements of a tensor in their own way.
+# On CPU a matrix product gives a row the same bits whatever the other rows are, but only from four rows on.
 MIN_ROWS = 4
-_LAST = TokenPair("", np.zeros(1, np.int32), np.zeros(MIN_ROWS, np.int32), np.zeros(0, np.int32))
 
 
 class Pack(NamedTuple):
@@ -33,7 +30,7 @@ class Pack(NamedTuple):
     rows_R: Tensor  # where the token before each response token stands in the stream
     targets_R: Tensor  # the response tokens
     branches_R: Tensor  # which sum a response token belongs to: 2i for chosen, 2i + 1 for rejected of pair i
-    num_pairs: int  # the tokens at the end count as one pair more
+    num_pairs: int  # what closes the stream counts as one pair more
 
     def to(self, device: torch.device | str) -> "Pack":
         """The same pack with its tensors on a device."""
@@ -53,7 +50,7 @@ def pack(rows: Sequence[TokenPair]) -> Pack:
     """
     streams, positions, keys, lengths, own, before, targets, branches = ([] for _ in range(8))
     end = 0
-    for i, row in enumerate([*rows, _LAST]):
+    for i, row in enumerate([*rows, _closing(rows)]):
         prompt = np.arange(end, end + len(row.prompt))
         end += len(prompt)
         streams.append(row.prompt)
@@ -79,6 +76,15 @@ def pack(rows: Sequence[TokenPair]) -> Pack:
         *map(_tensor, (before, targets, branches)),
         len(rows),
     )
+
+
+def _closing(rows: Sequence[TokenPair]) -> TokenPair:
+    """What ends every stream, read by nobody, so that a pair's log-probs never depend on its company: one token,
+    because vectorised functions round the last few elements of a tensor in their own way, or as many as make the
+    stream and its responses MIN_ROWS long."""
+    num_responses = sum(len(row.chosen) + len(row.rejected) for row in rows)
+    missing = MIN_ROWS - min(num_responses, sum(map(tokens_of, rows)))
+    return TokenPair("", *(np.zeros(n, np.int32) for n in (1, max(1, missing), 0)))
 
 
 def _tensor(parts: list[np.ndarray]) -> Tensor:

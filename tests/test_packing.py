@@ -6,7 +6,7 @@ import pytest
 from sdpo.packing import in_order, micro_batches, pack, tokens_of
 from sdpo.tokens import TokenPair
 
-END = [0, 0, 0, 0]  # the tokens at the end of every stream, which nobody reads
+END = [0]  # closes every stream, and is read by nobody
 
 
 def row(prompt, chosen, rejected, name=""):
@@ -21,26 +21,29 @@ def rows_of(lengths):
 def test_a_prompt_stands_once_and_rejected_positions_restart_after_it():
     packed = pack([row([5, 6, 7], [10, 11], [20, 21, 22])])
     assert packed.tokens_T.tolist() == [5, 6, 7, 10, 20, 21] + END
-    assert packed.positions_T.tolist() == [0, 1, 2, 3, 3, 4] + [0, 1, 2, 3]
-    assert packed.keys_K.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5] + [6, 7, 8, 9]
-    assert (packed.lengths_S, packed.own_S) == ([4, 5, 4], [4, 2, 4])
+    assert packed.positions_T.tolist() == [0, 1, 2, 3, 3, 4] + [0]
+    assert packed.keys_K.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5] + [6]
+    assert (packed.lengths_S, packed.own_S) == ([4, 5, 1], [4, 2, 1])
     # The last prompt token predicts the first token of both responses.
-    assert packed.rows_R.tolist() == [2, 3, 2, 4, 5] + [6, 7, 8, 9]
+    assert packed.rows_R.tolist() == [2, 3, 2, 4, 5] + [6]
     assert packed.targets_R.tolist() == [10, 11, 20, 21, 22] + END
-    assert packed.branches_R.tolist() == [0, 0, 1, 1, 1] + [2, 2, 2, 2]
+    assert packed.branches_R.tolist() == [0, 0, 1, 1, 1] + [2]
 
 
 def test_responses_of_one_token_and_demonstrations_need_no_sequence_of_their_own():
     packed = pack([row([5, 6, 7, 8], [10], [20]), row([9], [11, 12], [])])
     assert packed.tokens_T.tolist() == [5, 6, 7, 8, 9, 11] + END
-    assert (packed.lengths_S, packed.own_S) == ([4, 2, 4], [4, 2, 4])
-    assert packed.rows_R.tolist() == [3, 3, 4, 5] + [6, 7, 8, 9]
-    assert packed.branches_R.tolist() == [0, 1, 2, 2] + [4, 4, 4, 4]
+    assert (packed.lengths_S, packed.own_S) == ([4, 2, 1], [4, 2, 1])
+    assert packed.rows_R.tolist() == [3, 3, 4, 5] + [6]
+    assert packed.branches_R.tolist() == [0, 1, 2, 2] + [4]
 
 
-def test_no_pairs_still_make_a_stream():
-    packed = pack([])
-    assert (packed.tokens_T.tolist(), packed.num_pairs) == (END, 0)
+@pytest.mark.parametrize(("rows", "num_closing"), [([], 4), ([row([5], [10], [20])], 3), ([row([5] * 9, [6], [7])], 2)])
+def test_streams_and_responses_are_at_least_four_tokens_long(rows, num_closing):
+    packed = pack(rows)
+    assert packed.num_pairs == len(rows)
+    assert packed.branches_R.tolist().count(2 * len(rows)) == num_closing
+    assert min(len(packed.tokens_T), len(packed.rows_R)) == 4
 
 
 def test_no_padding():
