@@ -177,3 +177,15 @@ def test_two_carried_halves_of_one_schedule_are_one_step(run):
             number += 1
     found = [loss for t in (1, 2, 3) for loss in losses(folder, t)]
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no bf16 arithmetic")
+def test_bf16_has_fp32_masters_so_that_small_learning_rates_move_weights(run, toy):
+    folder = run("split=all_at_once", "precision=bf16", "optim.lr=5e-7")
+    first = read_lines(folder, "train")[0]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-3)
+    before, after = load_file(toy / "model" / "model.safetensors"), weights(folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved = (before[name] != after[name]).float().mean()
+    assert after[name].dtype == torch.float32 and moved > 0.99
+    assert (before[name].bfloat16() != after[name].bfloat16()).float().mean() < 0.1  # what bf16 alone would lose
