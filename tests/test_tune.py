@@ -6,14 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import toys
 from conftest import compose, random_model, read_lines
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-from sdpo import adapters, engine, inputs, models, runs, tune
+from sdpo import adapters, config, engine, launch, models, runs, tune
 from sdpo.logprobs import naive_logprobs
 from sdpo.step import take_step
-from sdpo.store import Store
 
 RANK, ALPHA = 4, 8.0
 LORA = ["tune=lora", f"tune.rank={RANK}", f"tune.alpha={ALPHA}", "optim.lr=1e-2", "optim.epochs=2"]
@@ -24,16 +24,14 @@ as_peft_reads_it = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointin
 class Chain:
     """Three steps on the toy's three sources, and the log-probs of all rows under every model."""
 
-    def __init__(self, toy, store, between):
-        files = ",".join(str(toy / f"{source}.jsonl") for source in "abc")
-        overrides = ["model=local", f"model.path={toy / 'model'}", "data=local", f"data.train=[{files}]"]
-        overrides += ["data.template=plain", "data.held_out_share=0.1", "optim.pairs_per_update=8"]
-        self.config = compose(*overrides, *LORA, f"tune.between={between}")
-        start = inputs.prepare(self.config, store)
+    def __init__(self, toy, store, *overrides):
+        settings, start = toys.prepare(toy, store, *LORA, "data.held_out_share=0.1", *overrides)
         self.models, self.steps = [start.initial], []
+        if settings.tune["quantize"] != "none":
+            self.models = [adapters.rounded(start.initial, settings, start.bench.store, start.bench.tokenizer)]
         for t, source in enumerate("abc", start=1):
             chunk = start.chunk([row.id for row in start.train if start.pairs[row.id].source == source])
-            self.steps.append(take_step(start.bench, self.config, t, self.models[-1], self.models, chunk))
+            self.steps.append(take_step(start.bench, settings, t, self.models[-1], self.models, chunk))
             self.models.append(self.steps[-1].model)
         self.rows = start.held_out
         self.logps_N2 = [start.bench.logprobs(model, self.rows) for model in self.models]
@@ -49,8 +47,8 @@ class Chain:
 
 @pytest.fixture(scope="module")
 def chains(toy, tmp_path_factory):
-    store = Store(tmp_path_factory.mktemp("store"))
-    return {between: Chain(toy, store, between) for between in ("merge", "stack")}
+    store = tmp_path_factory.mktemp("store")
+    return {between: Chain(toy, store, f"tune.between={between}") for between in ("merge", "stack")}
 
 
 @pytest.mark.parametrize(("between", "tolerance"), [("merge", 0.0), ("stack", 1e-5)])
@@ -119,9 +117,38 @@ def test_the_lineage_names_base_and_start(chains):
 
 
 def test_the_rank_is_part_of_the_key(run):
-    folders = [run(*LORA[:1], f"tune.rank={rank}", "split=all_at_once", name=f"r{rank}") for rank in (1, 2)]
+    quick = ["tune=lora", "split=all_at_once", "optim.pairs_per_update=99"]
+    folders = [run(*quick, f"tune.rank={rank}", name=f"rank {rank}") for rank in (1, 2)]
     keys = {json.loads((folder / "manifest.json").read_text())["steps"][0]["key"] for folder in folders}
     assert len(keys) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, 1, 2, 3])
+def test_two_ranks_train_adapters_alike_at_every_zero_stage(run, tmp_path, stage):
+    overrides = [*LORA, "tune.between=stack", "split=random", "split.num_chunks=2", "launch.device=cpu"]
+    one = run(*overrides)
+    settings = config.load(one / "config.yaml")
+    settings.launch.ranks, settings.deepspeed.stage = 2, stage
+    two = tmp_path / "two"
+    runs.Run(settings, two, choices={}, arm="two").prepare()
+    launch.run(settings, two)
+    losses = [[entry["loss"] for entry in read_lines(folder, "train")] for folder in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    adapter = load_file(two / "steps/2/adapter/adapter_model.safetensors")
+    assert {min(tensor.shape) for tensor in adapter.values()} == {2 * RANK}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_chain_starts_from_what_4_bits_hold(toy, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    chain = Chain(toy, tmp_path / "store", "tune.between=stack", "tune.quantize=4bit")
+    for step in chain.steps:
+        assert abs(step.entries[0]["margin"]) <= 1e-5
+    again, inner = toys.prepare(toy, tmp_path / "store", *LORA)
+    twice = adapters.rounded(chain.models[0], again, inner.bench.store, inner.bench.tokenizer)
+    for name, tensor in load_file(twice.folder / "model.safetensors").items():
+        assert torch.equal(tensor, chain.weights(0)[name])
 
 
 def test_a_reference_that_moves_every_update_is_the_policy(run):
