@@ -143,6 +143,9 @@ def accuracy_by_source(measures: pd.DataFrame, name: str = "preference/ranking_a
         mine = by_source[by_source["arm"] == arm]
         for source, look in styles.items():
             here = mine[mine["source"] == source]
+            if here.empty:  # another arm's source, named in the legend alone
+                axes.plot([], [], label=source, **look)
+                continue
             _line(axes, collect.by_arm(here[here["name"] == name], ["t"]), "t", source, look)
             shorter = here.loc[here["name"] == "preference/shorter_accuracy", "value"].mean()
             axes.axhline(shorter, color=look["color"], linewidth=0.9, linestyle=":")
