@@ -87,10 +87,10 @@ def sweep_name(*, _root_: DictConfig) -> str:
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """For each job's overrides what tells its arm from the others: all that varies but the seed."""
+    """For each job's overrides what tells its arm from the others: its `arm`, and what varies but the seed."""
     settings = [dict(override.lstrip("+").partition("=")[::2] for override in job) for job in jobs]
     keys = dict.fromkeys(key for job in settings for key in job if key != "seed")
-    varying = [key for key in keys if len({job.get(key) for job in settings}) > 1]
+    varying = [key for key in keys if key == "arm" or len({job.get(key) for job in settings}) > 1]
     return [" ".join(job[key] if key == "arm" else f"{key}={job[key]}" for key in varying) for job in settings]
 
 

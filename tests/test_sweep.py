@@ -19,6 +19,7 @@ def test_an_arm_is_named_by_all_that_varies_but_the_seed():
     jobs = [["loss=dpo", f"seed={seed}", f"optim.lr={lr}", f"arm={arm}"] for seed in "01" for lr, arm in ("1a", "2b")]
     assert runs.labels(jobs) == ["optim.lr=1 a", "optim.lr=2 b"] * 2
     assert runs.labels([["seed=0"], ["seed=1"]]) == ["", ""]
+    assert runs.labels([["arm=a", "seed=0"], ["arm=a", "seed=1"]]) == ["a", "a"]
     assert runs.labels([["+steps.2.loss.beta=1"], ["+steps.2.loss.beta=2"]])[0] == "steps.2.loss.beta=1"
 
 

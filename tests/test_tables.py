@@ -95,11 +95,11 @@ def test_paper_without_runs_invents_nothing(tmp_path):
 
 
 def test_paper_beside_ours(tmp_path):
-    make_sweep(tmp_path / "paper_figure2", arms=("all at once", "sdpo"))
+    make_sweep(tmp_path / "paper_figure2", arms=("all at once", "by_source"))
     figure2 = paper.facts()[-1]
     ours = paper.side_by_side(figure2, tmp_path).set_index("model")
     gammas = collect.trajectory(tmp_path / "paper_figure2").query(
-        "arm == 'sdpo' and role == 'policy' and update == -1 and chunk == 2 and t == 1"
+        "arm == 'by_source' and role == 'policy' and update == -1 and chunk == 2 and t == 1"
     )
     expected = gammas.groupby("seed")["gamma"].mean().mean()
     assert ours.loc["M_1", "ours"].value == expected and ours.loc["M_1", "ours"].n == 3
