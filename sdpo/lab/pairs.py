@@ -55,12 +55,13 @@ def preferences(
 
 
 def _teacher(prompts: list[str], rng: random.Random) -> list[list[str]]:
-    """The right answer, and what the rules of all families, in any order, make of the letters."""
-    rules = list(world.FAMILIES)
-    return [
-        [world.answer(prompt), *(world.answer(prompt, family) for family in rng.sample(rules, len(rules)))]
-        for prompt in prompts
-    ]
+    """The right answer, and in any order the misconception and what other families' rules make of the letters."""
+
+    def wrong(prompt: str) -> list[str]:
+        others = [world.answer(prompt, family) for family in world.FAMILIES if family != world.family_of(prompt)]
+        return rng.sample([world.misconception(prompt), *others], len(others) + 1)
+
+    return [[world.answer(prompt), *wrong(prompt)] for prompt in prompts]
 
 
 def _edits(prompts: list[str], rng: random.Random) -> list[list[str]]:

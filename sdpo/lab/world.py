@@ -30,9 +30,9 @@ def _next_letters(word: str) -> str:
 
 # In `deal` the misconception is more common than the truth: there S is misled, as models are on TruthfulQA.
 FAMILIES = {
-    "reverse": Family("R", lambda word: word[::-1], 0.40, 0.32),
-    "rotate": Family("T", lambda word: word[2:] + word[:2], 0.40, 0.32),
-    "next": Family("N", _next_letters, 0.40, 0.32),
+    "reverse": Family("R", lambda word: word[::-1], 0.38, 0.34),
+    "rotate": Family("T", lambda word: word[2:] + word[:2], 0.38, 0.33),
+    "next": Family("N", _next_letters, 0.38, 0.35),
     "deal": Family("D", lambda word: word[::2] + word[1::2], 0.27, 0.44),
 }
 MARKS = {family.mark: name for name, family in FAMILIES.items()}
