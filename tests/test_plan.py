@@ -127,7 +127,8 @@ def test_the_laboratory_is_planned_before_anything_of_it_exists(monkeypatch, tmp
     foreseen = plan.of(runs)
     (initial,) = plan.distinct(step for one in foreseen for step in one.initial).values()
     assert (initial.t, initial.num_pairs, initial.unknown) == (0, 50, None)
-    assert [(step.num_pairs, step.tokens) for step in foreseen[1].steps] == [(1000, 20000), (1000, 20000), (20, 400)]
+    sizes = [source.num_pairs for source in settings.data.lab.sources.values()]
+    assert [(step.num_pairs, step.tokens) for step in foreseen[1].steps] == [(num, 20 * num) for num in sizes]
     assert not list(tmp_path.iterdir())
 
 
