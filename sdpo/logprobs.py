@@ -81,7 +81,7 @@ class _LogProbs(torch.autograd.Function):
             if ctx.softcap is not None:
                 slope_RV *= 1 - (logits_RV / ctx.softcap) ** 2
             if grad_V is not None:
-                grad_V += slope_RV.sum(0) / ctx.scale
+                grad_V += slope_RV.sum(0)
             slope_RV = slope_RV.to(weight_VH.dtype)
             grads_H.append(slope_RV @ weight_VH)
             if grad_VH is not None:
