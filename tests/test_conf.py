@@ -70,7 +70,10 @@ def test_every_option_composes_and_binds(group, option):
 def test_every_run_of_every_experiment_composes_and_binds(experiment):
     asked = arms([f"experiment={experiment}"])
     for run in asked:
-        bound(*run)
+        settings = composed(*run)
+        for blank in OmegaConf.missing_keys(settings):  # what only the user knows
+            OmegaConf.update(settings, blank, "x")
+        runs.check(config.from_composed(settings))
     contrasts = hydra_settings(f"experiment={experiment}").launcher.contrasts
     assert {arm for contrast in contrasts for arm in contrast} <= set(runs.labels(asked))
 
