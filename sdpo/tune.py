@@ -45,9 +45,7 @@ def full() -> None:
     """All weights are trained."""
 
 
-def lora(
-    *, rank: int, alpha: float, dropout: float, targets: list[str], between: str, quantize: str
-) -> Adapter:  # fmt: skip
+def lora(*, rank: int, alpha: float, dropout: float, targets: list[str], between: str, quantize: str) -> Adapter:
     """LoRA, Hu et al. 2106.09685; with `quantize`, QLoRA, Dettmers et al. 2305.14314.
 
     `between` steps: `merge` the adapter into the weights, or `stack` the next one on it, frozen. ValueError for a
