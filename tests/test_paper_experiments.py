@@ -89,6 +89,7 @@ def test_the_settings_say_what_the_paper_s_figure_3_shows():
     assert (tokens, round(hours, 2)) == (50_726_718, 3.03)
 
 
-def test_what_only_the_user_knows_is_asked_for():
+@pytest.mark.parametrize("experiment", ["paper_sdpo", "paper_table2", "pre_dpo_table3"])
+def test_a_model_that_was_never_released_is_asked_for(experiment):
     with pytest.raises(ValueError, match="model.path has no value; set model.path="):
-        compose("experiment=paper_sdpo")
+        compose(f"experiment={experiment}")
