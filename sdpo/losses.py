@@ -136,9 +136,7 @@ def odpo(policy: Both, reference: Both, ratings: Both, *, beta: float, alpha: fl
     """
     gap_B = ratings.chosen - ratings.rejected
     if not bool((gap_B > 0).all()):
-        raise ValueError(
-            "loss=odpo needs chosen responses rated above their rejected ones: drop the other pairs"
-        )
+        raise ValueError("loss=odpo needs chosen responses rated above their rejected ones: drop the other pairs")
     return -F.logsigmoid(beta * _margin(policy, reference) - alpha * gap_B.log())
 
 
@@ -150,9 +148,7 @@ def simpo(policy: Both, lengths: Both, *, beta: float, target_margin: float) -> 
     return -F.logsigmoid(beta * per_token_B - target_margin)
 
 
-def cpo(
-    policy: Both, lengths: Both, *, beta: float, alpha: float, over_tokens: OverTokens = OverTokens.mean
-) -> Tensor:
+def cpo(policy: Both, lengths: Both, *, beta: float, alpha: float, over_tokens: OverTokens = OverTokens.mean) -> Tensor:
     """DPO against a uniform reference plus alpha times the chosen response's NLL, Xu et al. 2401.08417.
 
     The paper sums the NLL over tokens (`over_tokens=sum`); the authors' code and TRL's CPO average it

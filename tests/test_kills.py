@@ -1,4 +1,4 @@
-"""kill -9 in the middle of a step of two ranks, then the same command: no orphan, and the bytes of an uninterrupted run."""
+"""kill -9 in the middle of a step of two ranks, then the same command: no orphan, and the bytes of a run left alone."""
 
 import os
 import signal
@@ -16,7 +16,8 @@ CHECKOUT = Path(__file__).parents[1]
 def command(toy):
     """The command of a run of two ranks, one step and 18 updates, with a checkpoint after every update."""
     return [
-        *(sys.executable, str(CHECKOUT / "train.py"), "data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]"),
+        *(sys.executable, str(CHECKOUT / "train.py")),
+        *("data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]"),
         *("model=local", f"model.path={toy / 'model'}", "data.template=plain", "split=all_at_once", "launch.ranks=2"),
         *("optim.pairs_per_update=8", "optim.epochs=3", "launch.checkpoint_minutes=0", "deepspeed=zero2"),
     ]

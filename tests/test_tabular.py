@@ -37,9 +37,7 @@ def converged(reference_K, beta):
     for _ in range(50):
         gradient_K = jacobian(expected_loss, logits_K)
         curvature_KK = hessian(expected_loss, logits_K)
-        step_K = (
-            torch.linalg.pinv(curvature_KK, hermitian=True, rtol=1e-10) @ gradient_K
-        )  # logits plus c are one
+        step_K = torch.linalg.pinv(curvature_KK, hermitian=True, rtol=1e-10) @ gradient_K  # logits plus c are one
         logits_K = logits_K - step_K.clamp(-1, 1)
     assert gradient_K.abs().max() < 1e-12
     return logits_K.log_softmax(-1)
