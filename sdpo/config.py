@@ -200,7 +200,9 @@ def to_yaml(config: Config) -> str:
 
 def for_step(config: Config, t: int) -> Config:
     """The configuration with the overrides of step `t` merged in."""
-    changes = config.steps.get(t, {})
+    changes = config.steps.get(t)
+    if not changes:
+        return config
     if extra := set(changes) - set(PER_STEP):
         raise ValueError(f"steps.{t}.{min(extra)}: a step can change {', '.join(PER_STEP)}, nothing else")
     try:
