@@ -30,10 +30,10 @@ def _next_letters(word: str) -> str:
 
 # In `deal` the misconception is more common than the truth: there S is misled, as models are on TruthfulQA.
 FAMILIES = {
-    "reverse": Family("R", lambda word: word[::-1], 0.38, 0.34),
-    "rotate": Family("T", lambda word: word[2:] + word[:2], 0.38, 0.33),
-    "next": Family("N", _next_letters, 0.38, 0.35),
-    "deal": Family("D", lambda word: word[::2] + word[1::2], 0.27, 0.44),
+    "reverse": Family("R", lambda word: word[::-1], 0.37, 0.36),
+    "rotate": Family("T", lambda word: word[2:] + word[:2], 0.37, 0.36),
+    "next": Family("N", _next_letters, 0.38, 0.37),
+    "deal": Family("D", lambda word: word[::2] + word[1::2], 0.23, 0.49),
 }
 MARKS = {family.mark: name for name, family in FAMILIES.items()}
 
