@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sdpo import cost, naming
-from sdpo.config import Config, Optim, Record, to_yaml
+from sdpo.config import Config, Optim, Record
 from sdpo.naming import Planned
 from sdpo.record import progress
 from sdpo.runs import Run
@@ -140,7 +140,7 @@ def _read_by_prepare(config: Config) -> str:
     ignored |= {"record": Record(), "seed": 0, "steps": {}}
     if config.reference["name"] != "external":
         ignored["reference"] = {}
-    return to_yaml(replace(config, **ignored))
+    return repr(replace(config, **ignored))
 
 
 @contextmanager

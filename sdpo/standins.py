@@ -27,8 +27,8 @@ CHARACTERS = 4  # of a token, about
 
 def inputs_for(config: Config, store: Store, initial: Artifact) -> Inputs:
     """Inputs of the size that a run will have; `initial` need not exist. ValueError where nothing tells their size."""
-    sized = _sized(config)
-    rows = [TokenPair(pair.id, np.zeros(tokens), np.zeros(1), np.zeros(1)) for pair, tokens in sized]
+    sized, token = _sized(config), np.zeros(1, dtype=np.int32)
+    rows = [TokenPair(pair.id, np.broadcast_to(token, tokens), token, token) for pair, tokens in sized]
     other = config.reference if config.reference["name"] == "external" else None
     rows = marked(rows, data=asdict(config.data), initial=initial.key, reference=other)
     bench = Workbench(config, store, tokenizer=None)
