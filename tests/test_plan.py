@@ -103,13 +103,13 @@ def test_the_first_step_is_one_whatever_moves_later(asked):
 def test_stand_ins_are_shared_like_real_pairs_without_a_download(asked, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a plan uses no network"))
     arms = [["split=random"], ["split=random", "reference=initial"], ["split=repeat", "start=initial"]]
-    arms += [["split=all_at_once"], ["split=stratified", "split.num_chunks=1"], ["split=by_source", "loss=ipo"]]
+    arms += [["split=stratified", "split.num_chunks=1"]]
     known = [run for arm in arms for run in asked("known", *arm, seeds=2)]
     unknown = [run for arm in arms for run in asked("unknown", *arm, *NOWHERE, seeds=2)]
     assert pattern(known) == pattern(unknown) and not constants.HF_HUB_OFFLINE
     words = last_words(unknown)
     assert words[1].startswith("a model's size is not known: set model.parameters")
-    assert words[2].endswith("12 of 12 runs are not known yet, because nobody/nothing is not on this machine:")
+    assert words[2].endswith("8 of 8 runs are not known yet, because nobody/nothing is not on this machine:")
 
 
 def test_orders_that_are_not_known_are_shared_where_they_must_be_and_nowhere_else(asked):
@@ -121,15 +121,19 @@ def test_orders_that_are_not_known_are_shared_where_they_must_be_and_nowhere_els
 
 
 def test_the_laboratory_is_planned_before_anything_of_it_exists(monkeypatch, tmp_path):
-    monkeypatch.setenv("SDPO_STORE", str(tmp_path))
-    settings = compose("data.lab.num_demonstrations=50", "data.lab.sources.edits.num_pairs=20", "split=by_source")
-    runs = [Run(replace(settings, seed=seed), tmp_path / str(seed), choices={}, arm="") for seed in (0, 1)]
-    foreseen = plan.of(runs)
-    (initial,) = plan.distinct(step for one in foreseen for step in one.initial).values()
-    assert (initial.t, initial.num_pairs, initial.unknown) == (0, 50, None)
-    sizes = [source.num_pairs for source in settings.data.lab.sources.values()]
-    assert [(step.num_pairs, step.tokens) for step in foreseen[1].steps] == [(num, 20 * num) for num in sizes]
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
+    settings = [compose("experiment=smoke", "split=by_source", f"reference={name}") for name in ("previous", "initial")]
+    runs = [Run(one, tmp_path / one.reference["name"], choices={}, arm=one.reference["name"]) for one in settings]
+    (initial,) = plan.distinct(step for one in plan.of(runs) for step in one.initial).values()
+    lab = settings[0].data.lab
+    assert (initial.t, initial.num_pairs, initial.unknown) == (0, lab.num_demonstrations, None)
+    sizes = [(t, source.num_pairs) for t, source in enumerate(lab.sources.values(), start=1)]
+    planned = pattern(runs)
+    assert planned == ([0, 1, 2, 0, 4, 5], 2 * sizes) and not (tmp_path / "store").exists()
+    names = [key for run in runs for key in train(run)]
+    assert [names.index(name) for name in names] == planned[0]
+    assert json.loads((runs[0].folder / "manifest.json").read_text())["model_key"] == initial.model.key
+    assert last_words(runs) == ["5 of 5 steps exist; 0 will be trained"]
 
 
 def test_a_data_set_that_is_not_here_has_the_size_that_the_settings_give_it(asked):
