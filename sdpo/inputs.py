@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sdpo import data, lab, launch, models
+from sdpo import adapters, data, lab, launch, models
 from sdpo.config import Config
 from sdpo.data import Pair, Preferences
 from sdpo.fit import Chunk
@@ -51,6 +51,8 @@ def prepare(config: Config, store: Store, take: Callable = take_step) -> Inputs:
     else:
         initial, exam = base, None
         preferences = data.load(config.data)
+    if config.tune.get("quantize", "none") != "none":
+        initial = adapters.rounded(initial, config, store, tokenizer)
     settings = {k: getattr(config.data, k) for k in ("template", "max_tokens", "on_long")}
     train, train_report = encode(preferences.train, tokenizer, **settings)
     held_out, held_out_report = encode(preferences.held_out, tokenizer, **settings)
@@ -97,6 +99,7 @@ def _sft(config: Config, bench: Workbench, base: Artifact, take: Callable) -> Ar
         optim=config.model.sft,
         loss={"name": "sft"},
         reference={"name": "none"},
+        tune={"name": "full"},
         seed=config.model.seed,
     )
     return take(bench, settings, 0, base, [base], chunk).model

@@ -155,7 +155,7 @@ def read_table(path: Path) -> np.ndarray:
 
 def verify(model: Artifact) -> None:
     """ValueError unless the folder still holds the weights that the key names."""
-    if (model.folder / "manifest.json").is_file():
+    if model.folder.name == model.key[:16]:  # an artifact of the store
         check(model)
     elif models.fingerprint(model.folder) != model.key:
         raise ValueError(f"{model.folder} has changed since this run began; start again to use the new weights")

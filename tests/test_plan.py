@@ -120,6 +120,14 @@ def test_orders_that_are_not_known_are_shared_where_they_must_be_and_nowhere_els
     assert pattern(runs)[0] == [0, 1, 1, 0, 4, 5]
 
 
+def test_all_pairs_are_known_even_if_their_order_is_not(asked):
+    everything = asked("known", "split=all_at_once")
+    ordered = asked("ordered", "split=easy_to_hard", "split.level=pair", "split.num_chunks=1")
+    for runs in (everything + ordered, ordered + everything):
+        (step,) = plan.distinct(step for one in plan.of(runs) for step in one.steps).values()
+        assert step.unknown is None
+
+
 def test_the_laboratory_is_planned_before_anything_of_it_exists(monkeypatch, tmp_path):
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
     settings = [compose("experiment=smoke", "split=by_source", f"reference={name}") for name in ("previous", "initial")]
