@@ -4,6 +4,7 @@ All prompts have one length, so that a batch needs no padding before the answer.
 Shapes: N prompts, S answers, P prompt tokens, R response tokens (padded with the stop token), V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_TOKENS = 16  # in an answer: six letters, ten fillers that bring the gold reward to zero
+AT_ONCE = 256  # answers that are scored together: more no longer fit a processor cache, and take twice the time
 
 
 class Answers(NamedTuple):
@@ -75,11 +77,24 @@ def logps(model: PreTrainedModel, answers: Answers) -> Tensor:
 
 def response_logp(model: PreTrainedModel, answers: Answers) -> Tensor:
     """The log-probability of every answer, its stop token counted: [S]."""
+    return torch.cat([_response_logp(model, some) for some in _portions(answers)])
+
+
+def _response_logp(model: PreTrainedModel, answers: Answers) -> Tensor:
     token_SR = logps(model, answers).gather(2, answers.response_SR[:, :, None])[:, :, 0]
     return (token_SR * answers.mask_SR).sum(dim=1)
 
 
 def kl(model: PreTrainedModel, initial_model: PreTrainedModel, answers: Answers) -> Tensor:
     """The exact next-token KL(model || initial) summed over the positions of every answer: [S]."""
+    return torch.cat([_kl(model, initial_model, some) for some in _portions(answers)])
+
+
+def _kl(model: PreTrainedModel, initial_model: PreTrainedModel, answers: Answers) -> Tensor:
     here_SRV, there_SRV = logps(model, answers), logps(initial_model, answers)
     return ((here_SRV.exp() * (here_SRV - there_SRV)).sum(dim=-1) * answers.mask_SR).sum(dim=1)
+
+
+def _portions(answers: Answers) -> Iterator[Answers]:
+    for at in range(0, len(answers.text), AT_ONCE):
+        yield Answers(*(part[at : at + AT_ONCE] for part in answers))
