@@ -28,7 +28,7 @@ class Checkpoint:
         newest = self._newest()
         if newest is None:
             return []
-        engine.set_weights(load_file(newest / "weights.safetensors"))
+        _load_masters(engine, newest)
         load_moments(engine, newest)
         reference.restore(load_file(newest / "reference.safetensors"))
         log = json.loads((newest / "log.json").read_text())
@@ -44,10 +44,9 @@ class Checkpoint:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
         launch.barrier()
-        weights = engine.weights()
+        _save_masters(engine, work)
         save_moments(engine, work)
         if launch.is_main():
-            save_file(weights, work / "weights.safetensors")
             save_file(reference.state(), work / "reference.safetensors")
             (work / "log.json").write_text(json.dumps({"entries": entries, "windows": reference.report}))
         launch.barrier()
@@ -67,23 +66,40 @@ class Checkpoint:
         return max(self.folder.glob("[0-9]*"), default=None)
 
 
+def _save_masters(engine: Engine, folder: Path) -> None:
+    _write({str(place): master.detach() for place, master in enumerate(engine.parts)}, engine, folder / "masters")
+
+
+@torch.no_grad()
+def _load_masters(engine: Engine, folder: Path) -> None:
+    for place, tensor in _read(engine, folder / "masters").items():
+        engine.parts[int(place)].copy_(tensor)
+    engine.refresh()
+
+
 def save_moments(engine: Engine, folder: Path) -> None:
-    """Write this rank's optimiser tensors, named by the parameter's place and their own name."""
+    """Write the optimiser's tensors, named by their part's place and their own name."""
     moments = {
         f"{place}/{name}": tensor.contiguous()
-        for place, param in enumerate(_params(engine))
-        for name, tensor in engine.optimizer.state[param].items()
+        for place, master in enumerate(engine.parts)
+        for name, tensor in engine.optimizer.state[master].items()
     }
-    save_file(moments, folder / f"moments-{launch.rank()}.safetensors")
+    _write(moments, engine, folder / "moments")
 
 
 def load_moments(engine: Engine, folder: Path) -> None:
-    """Give the optimiser what this rank wrote."""
-    params = _params(engine)
-    for full_name, tensor in load_file(folder / f"moments-{launch.rank()}.safetensors").items():
+    """Give the optimiser what was written."""
+    for full_name, tensor in _read(engine, folder / "moments").items():
         place, name = full_name.split("/")
-        engine.optimizer.state[params[int(place)]][name] = tensor.to(params[int(place)].device)
+        master = engine.parts[int(place)]
+        engine.optimizer.state[master][name] = tensor.to(master.device)
 
 
-def _params(engine: Engine) -> list[torch.Tensor]:
-    return [param for group in engine.optimizer.param_groups for param in group["params"]]
+def _write(tensors: dict[str, torch.Tensor], engine: Engine, path: Path) -> None:
+    """Keep the tensors of this rank's part; of ranks that have the same part the first one writes."""
+    if engine.part == launch.rank():
+        save_file(tensors, f"{path}-{engine.part}.safetensors")
+
+
+def _read(engine: Engine, path: Path) -> dict[str, torch.Tensor]:
+    return load_file(f"{path}-{engine.part}.safetensors")

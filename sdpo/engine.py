@@ -1,5 +1,7 @@
 """Plain PyTorch or DeepSpeed ZeRO 1-3 behind the same verbs: forward, backward, update, weights, set_weights.
 
+A checkpoint reads and sets `parts`, the fp32 masters of this rank's optimiser, and calls `refresh` after it.
+
 Masters are fp32 whenever parameters are bf16: at DPO's learning rates a bf16 weight would hardly ever move. Gradients
 are sums over an update's micro-batches, so the caller divides the loss by the update's pairs over all ranks.
 This is the only file that imports deepspeed.
@@ -22,6 +24,8 @@ def adamw(params: list[torch.Tensor], optim: config.Optim) -> torch.optim.AdamW:
 
 class Plain:
     """Every rank holds the whole model; gradients are summed over ranks once per update."""
+
+    part = 0  # all ranks have the same part of masters and optimiser state: the whole
 
     def __init__(self, scorer: nn.Module, optim: config.Optim, precision: str, device: torch.device):
         self.scorer, self.module, self.clip = scorer.to(device), scorer, optim.clip
@@ -52,7 +56,7 @@ class Plain:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._cast()
+        self.refresh()
         return norm
 
     def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
@@ -63,10 +67,15 @@ class Plain:
     def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
         for name, master in self.masters.items():
             master.copy_(weights[name])
-        self._cast()
+        self.refresh()
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        return list(self.masters.values())
 
     @torch.no_grad()
-    def _cast(self) -> None:
+    def refresh(self) -> None:
+        """Let the forward pass read the masters."""
         if self.masters is not self.params:
             for name, param in self.params.items():
                 param.copy_(self.masters[name])
@@ -103,6 +112,7 @@ class Zero:
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # renamed in 2.13; DeepSpeed's to mend
         # Compiled at first use on CPU, for inference alone; a rank killed meanwhile leaves a lock that hangs the next.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.stage = settings.stage
         trained = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
         exact = {name: p.detach().clone() for name, p in trained.items()} if precision == "bf16" else None
         self.module, wrapped, _, _ = deepspeed.initialize(
@@ -110,7 +120,7 @@ class Zero:
             optimizer=adamw(list(trained.values()), optim),
             config=_zero_config(optim, precision, settings),
         )
-        self.optimizer, self.scorer = wrapped.optimizer, scorer
+        self.zero, self.optimizer, self.scorer, self.part = wrapped, wrapped.optimizer, scorer, launch.rank()
         self.module.training = scorer.training  # its own train() and eval() leave this alone
         if exact:  # DeepSpeed builds its masters from the bf16 cast; ours are the bits that were saved
             self.set_weights(exact)
@@ -142,10 +152,35 @@ class Zero:
         return full
 
     def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for name, param in self._trained():
-            safe_set_full_fp32_param(param, weights[name].to(param.device))
+            tensor = weights[name].to(param.device)
+            if self.stage < 3:
+                safe_set_full_fp32_param(param, tensor)
+            else:  # all ranks have shares of one size, the last ones padded, which the call above does not expect
+                size = param.ds_tensor.numel()
+                padded = nn.functional.pad(tensor.flatten(), (0, launch.world_size() * size - tensor.numel()))
+                safe_set_local_fp32_param(param, padded.split(size)[launch.rank()])
+        self.refresh()
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        if self.stage == 3:  # its optimiser has parameters only while it steps
+            return self.zero.fp32_partitioned_groups_flat
+        return [part for group in self.optimizer.param_groups for part in group["params"]]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Let the forward pass read the masters: setting them is not enough, DeepSpeed copies them after an update."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for _, param in self._trained():
+            param.partition()  # small parameters stay whole after an update
+            param.ds_tensor.copy_(safe_get_local_fp32_param(param))
 
     def _trained(self) -> list[tuple[str, torch.Tensor]]:
         return [(name, param) for name, param in self.scorer.named_parameters() if param.requires_grad]
