@@ -1,9 +1,5 @@
-"""What a run learns of its models while they are in memory: measures, reference statistics, probe log-probs.
+"""What a run learns of its models while they are in memory: measures and reference statistics."""
 
-The probe set is fixed: all held-out rows and a fixed sample of every chunk, scored under every model.
-"""
-
-import hashlib
 from collections import Counter
 from typing import NamedTuple
 
@@ -15,9 +11,6 @@ from sdpo.inputs import Inputs
 from sdpo.record import Recorder
 from sdpo.step import Step
 from sdpo.store import Artifact
-from sdpo.tokens import TokenPair
-
-NUM_PROBES = 64  # rows of every chunk
 
 
 class Measured(NamedTuple):
@@ -62,12 +55,6 @@ class Evidence:
         self._log("eval", t, {"eval": measures})
         self.measured.append(Measured(step.model, step, measures, summary))
 
-    def probes(self, ids: list[str]) -> list[TokenPair]:
-        """The sample of a chunk that is followed; it depends on the chunk's ids alone."""
-        ranked = sorted(ids, key=lambda id: hashlib.sha256(id.encode()).digest())
-        chosen = set(ranked[:NUM_PROBES])
-        return [row for row in self.inputs.train if row.id in chosen]
-
     def _log(self, kind: str, t: int, entry: dict) -> None:
         if launch.is_main():
             self.recorder.log({"kind": kind, "t": t} | entry)
@@ -107,7 +94,7 @@ class Evidence:
             return dict.fromkeys(names)
         gamma_ref = _gamma(step.reference_N2)
         ids = [row.id for row in step.chunk.rows]
-        probes = self.probes(ids)
+        probes = self.inputs.probes(ids)
         reference = gamma_ref[[ids.index(row.id) for row in probes]]
         policy, initial = (
             _gamma(self.inputs.bench.logprobs(model, probes)) for model in (step.model, self.inputs.initial)

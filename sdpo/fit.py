@@ -5,7 +5,7 @@ Shape suffixes: N pairs of the chunk, B pairs of a micro-batch.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ class Chunk(NamedTuple):
 
     rows: list[TokenPair]
     ratings_N2: np.ndarray
+    probes: Sequence[TokenPair] = ()  # the pairs that are followed while it trains
 
 
 def updates(num_pairs: int, optim: Optim, seed: int) -> list[np.ndarray]:
@@ -87,6 +88,7 @@ class Fit:
         for number in range(len(entries), len(self.plan)):
             torch.manual_seed(self.config.seed * 1_000_003 + number)  # dropout, the same after a resume
             reference.move(number, self.engine, self.chunk.rows, self.plan, budget)
+            reference.probes.follow(number, self.engine, budget)
             stats, first_logps = self._update(number, reference.logps_N2)
             if number == 0:
                 self._gate(first_logps, start_N2)
