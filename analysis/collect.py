@@ -11,9 +11,9 @@ those that ended. Every table begins with `run` (folder name), `arm` (label with
     measures    run x t (0 is S) x measure: measure (as recorded), source ("" for all), name (without source),
                 value, low, high (95 % over prompts or pairs), n; value is nan where undefined
     train       run x t x update: loss, margin, lambda_mean, ..., and overall_update, counted over the run
-    references  run x step x pair: as trajectory, with t the step whose reference the model was
-    trajectory  run x pair x model: id, source, held_out, chunk, model, t, update (-1 at a step's end), role,
-                chosen_logp, rejected_logp, seen, and gamma = chosen_logp - rejected_logp
+    references  run x step x pair: as trajectory, of the model that a step's reference was when it began
+    trajectory  run x pair x model: id, source, held_out, chunk, model, t, update (-1 at a step's end), role (policy,
+                reference), chosen_logp, rejected_logp, seen, and gamma = chosen_logp - rejected_logp
     pairs       run x pair: id, source, held_out, chunk (0: held out), score, token counts, ratings
 
 Sums of log-probabilities and gamma are in nats, seconds are wall-clock, and shares lie between 0 and 1.
@@ -90,13 +90,8 @@ def trajectory(*paths: Path | str) -> pd.DataFrame:
 
 
 def references(*paths: Path | str) -> pd.DataFrame:
-    """The trajectory's rows in which a model is judged as the reference of the step that trains on these pairs.
-
-    Steps whose reference is one of M_0 .. M_T; a mixture's log-probabilities are not in the trajectory.
-    """
-    used = steps(*paths)[["run", "t", "reference"]].rename(columns={"t": "chunk", "reference": "model"})
-    ended = trajectory(*paths).query("update == -1").drop(columns="t")
-    return ended.merge(used, on=["run", "chunk", "model"]).rename(columns={"chunk": "t"})
+    """The trajectory's rows of a step's first reference on the pairs that the step trains on."""
+    return trajectory(*paths).query("role == 'reference' and update == 0 and chunk == t")
 
 
 def pairs(*paths: Path | str) -> pd.DataFrame:

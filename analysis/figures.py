@@ -175,7 +175,7 @@ def displacement(measures: pd.DataFrame) -> Figure:
 def learning_order(trajectory: pd.DataFrame, pairs: pd.DataFrame, num_bins: int = 12) -> Figure:
     """Which pairs a model ranks right, and when: a chunk's pairs in order of the split's score (of gamma of S where
     there is none). The dashed line is where the chunk's step begins."""
-    rows = trajectory[~trajectory["held_out"]]
+    rows = trajectory[~trajectory["held_out"] & (trajectory["role"] == "policy")]
     inside = rows["update"].mask(rows["update"] < 0, np.inf)  # a step's end comes last
     rows = rows.assign(inside=inside).sort_values(["t", "inside"], kind="stable")
     own = "score" in pairs and pairs.loc[~pairs["held_out"], "score"].notna().all()

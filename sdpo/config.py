@@ -120,6 +120,11 @@ class Data:
 
 
 @dataclass
+class Probe:
+    every: int = at_least(0, 0)  # updates between looks at the policy inside a step; 0: none
+
+
+@dataclass
 class Deepspeed:
     stage: int | None = one_of(None, 1, 2, 3)  # null: plain PyTorch; else the ZeRO stage
     offload: bool = False  # optimiser state on the host
@@ -157,6 +162,7 @@ class Config:
     precision: str = one_of("fp32", "bf16")
     save_dtype: str = one_of("fp32", "bf16")  # how M_t is kept
     evaluate: dict[str, Settings] = field(default_factory=dict)
+    probe: Probe = field(default_factory=Probe)
     record: Record = field(default_factory=Record)
     launch: Launch = field(default_factory=Launch)
     seed: int = 0  # governs order, random splits, adapters and sampling

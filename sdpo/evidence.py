@@ -1,23 +1,18 @@
-"""What a run learns of its models while they are in memory: measures, reference statistics, probe log-probs.
+"""What a run learns of its models while they are in memory: measures and reference statistics."""
 
-The probe set is fixed: all held-out rows and a fixed sample of every chunk, scored under every model.
-"""
-
-import hashlib
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from sdpo import evaluate, launch
+from sdpo import evaluate, launch, losses, weights
 from sdpo.config import Config, choose, needs
 from sdpo.inputs import Inputs
 from sdpo.record import Recorder
 from sdpo.step import Step
 from sdpo.store import Artifact
 from sdpo.tokens import TokenPair
-
-NUM_PROBES = 64  # rows of every chunk
 
 
 class Measured(NamedTuple):
@@ -47,26 +42,20 @@ class Evidence:
         for entry in step.entries:
             self._log("train", t, entry)
         measures = self._measure(step.model, step.reference)
-        losses = [entry["loss"] for entry in step.entries]
+        curve = [entry["loss"] for entry in step.entries]
         summary = {
             "t": t,
             "num_pairs": len(step.chunk.rows),
             "sources": dict(Counter(self.inputs.pairs[row.id].source for row in step.chunk.rows)),
-            "first_loss": losses[0],
-            "last_loss": float(np.mean(losses[-max(1, len(losses) // 10) :])),
-            **self._reference_statistics(step, config.loss.get("beta", 1.0)),
+            "first_loss": curve[0],
+            "last_loss": float(np.mean(curve[-max(1, len(curve) // 10) :])),
+            **self._reference_statistics(step, choose(losses, config.loss)),
             "reused": step.model.reused,
             "seconds": seconds,
         }
         self._log("step", t, summary)
         self._log("eval", t, {"eval": measures})
         self.measured.append(Measured(step.model, step, measures, summary))
-
-    def probes(self, ids: list[str]) -> list[TokenPair]:
-        """The sample of a chunk that is followed; it depends on the chunk's ids alone."""
-        ranked = sorted(ids, key=lambda id: hashlib.sha256(id.encode()).digest())
-        chosen = set(ranked[:NUM_PROBES])
-        return [row for row in self.inputs.train if row.id in chosen]
 
     def _log(self, kind: str, t: int, entry: dict) -> None:
         if launch.is_main():
@@ -80,7 +69,7 @@ class Evidence:
             "policy": lambda: bench.logprobs(model, held_out),
             "reference": lambda: bench.logprobs(reference, held_out) if reference else None,
             "initial": lambda: bench.logprobs(initial, held_out) if model.key != initial.key else None,
-            "lengths": lambda: np.array([(len(row.chosen), len(row.rejected)) for row in held_out]).reshape(-1, 2),
+            "lengths": lambda: _lengths(held_out),
             "sources": lambda: [self.inputs.pairs[row.id].source for row in held_out],
             "model": lambda: model,
             "initial_model": lambda: initial,
@@ -93,31 +82,29 @@ class Evidence:
             measures |= suite(*(data[name]() for name in needs(suite)))
         return measures
 
-    def _reference_statistics(self, step: Step, beta: float) -> dict[str, float | None]:
-        """gamma_ref on the whole chunk; at the step's end, on the chunk's probes: lambda (the weight of a pair in
-        DPO's gradient), its spread, and the leverage, its mean distance from what it were with S as reference."""
-        names = (
-            "gamma_ref_mean",
-            "gamma_ref_negative_share",
-            "lambda_mean",
-            "lambda_std",
-            "reference_leverage",
-        )
+    def _reference_statistics(self, step: Step, loss: Callable) -> dict[str, float | None]:
+        """gamma_ref on the whole chunk; at the step's end, on the chunk's probes: lambda (see weights), its spread, and
+        the leverage, its mean distance from what it were with S as reference. None where there is no such thing."""
+        names = ("gamma_ref_mean", "gamma_ref_negative_share", "lambda_mean", "lambda_std", "reference_leverage")
         if step.reference is None:
             return dict.fromkeys(names)
-        gamma_ref = _gamma(step.reference_N2)
+        gamma_ref = step.reference_N2[:, 0].astype(np.float64) - step.reference_N2[:, 1]
+        values = [gamma_ref.mean(), (gamma_ref < 0).mean()]
+        lambda_N, under_initial_N = self._lambdas(step, loss)
+        if lambda_N is not None:
+            values += [lambda_N.mean(), lambda_N.std(), np.abs(lambda_N - under_initial_N).mean()]
+        return dict.fromkeys(names) | dict(zip(names, map(float, values), strict=False))
+
+    def _lambdas(self, step: Step, loss: Callable) -> list[np.ndarray | None]:
+        """lambda of the chunk's probes at the step's end: with its reference, and with S in its place."""
         ids = [row.id for row in step.chunk.rows]
-        probes = self.probes(ids)
-        reference = gamma_ref[[ids.index(row.id) for row in probes]]
-        policy, initial = (
-            _gamma(self.inputs.bench.logprobs(model, probes)) for model in (step.model, self.inputs.initial)
-        )
-        weight = 1 / (1 + np.exp(beta * (policy - reference)))
-        under_initial = 1 / (1 + np.exp(beta * (policy - initial)))
-        leverage = np.abs(weight - under_initial)
-        values = (gamma_ref.mean(), (gamma_ref < 0).mean(), weight.mean(), weight.std(), leverage.mean())
-        return dict(zip(names, map(float, values), strict=True))
+        probes = self.inputs.probes(ids)
+        where = [ids.index(row.id) for row in probes]
+        policy, initial = (self.inputs.bench.logprobs(model, probes) for model in (step.model, self.inputs.initial))
+        rest = {"lengths": _lengths(probes), "ratings": step.chunk.ratings_N2[where]}
+        references = (step.reference_N2[where], initial)
+        return [weights.of_pairs(loss, policy=policy, reference=reference, **rest) for reference in references]
 
 
-def _gamma(logps: np.ndarray) -> np.ndarray:
-    return logps[:, 0].astype(np.float64) - logps[:, 1]
+def _lengths(rows: list[TokenPair]) -> np.ndarray:
+    return np.array([(len(row.chosen), len(row.rejected)) for row in rows]).reshape(-1, 2)

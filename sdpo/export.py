@@ -16,7 +16,13 @@ import pandas as pd
 from sdpo import card, config
 from sdpo.store import Artifact, Store, check
 
-BOOKKEEPING = ("manifest.json", "train.json", "reference.parquet", "moments-*")  # of the store, not of the model
+BOOKKEEPING = (
+    "manifest.json",
+    "train.json",
+    "reference.parquet",
+    "probes.parquet",
+    "moments-*",
+)  # of the store, not of the model
 
 
 def export(run: Path, t: int, out: Path, merge: bool = False) -> Path:

@@ -5,7 +5,7 @@ Shape suffixes: N pairs of the chunk, B pairs of a micro-batch.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from sdpo.moving import MovingReference
 from sdpo.packing import micro_batches, pack
 from sdpo.record import progress
 from sdpo.tokens import TokenPair
+from sdpo.weights import lambdas
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # of the margin gate, relative to the size of the log-probs
 STATS = ("loss", "margin", "lambda_mean", "lambda_square", "reward_accuracy", "chosen_logp", "rejected_logp")
@@ -31,6 +32,7 @@ class Chunk(NamedTuple):
 
     rows: list[TokenPair]
     ratings_N2: np.ndarray
+    probes: Sequence[TokenPair] = ()  # the pairs that are followed while it trains
 
 
 def updates(num_pairs: int, optim: Optim, seed: int) -> list[np.ndarray]:
@@ -68,6 +70,7 @@ class Fit:
         self.span = span or Span(0, len(self.plan))
         self.beta = loss.keywords.get("beta")
         self.reads = needs(loss)
+        self.weighs = self.beta is not None and "reference" in self.reads
         self.device = launch.device(config.launch.device)
         lengths = [(len(row.chosen), len(row.rejected)) for row in chunk.rows]
         self.lengths_N2 = np.array(lengths, dtype=np.float32)
@@ -87,6 +90,7 @@ class Fit:
         for number in range(len(entries), len(self.plan)):
             torch.manual_seed(self.config.seed * 1_000_003 + number)  # dropout, the same after a resume
             reference.move(number, self.engine, self.chunk.rows, self.plan, budget)
+            reference.probes.follow(number, self.engine, budget)
             stats, first_logps = self._update(number, reference.logps_N2)
             if number == 0:
                 self._gate(first_logps, start_N2)
@@ -112,8 +116,8 @@ class Fit:
             policy = self.engine.forward(pack([self.chunk.rows[i] for i in batch]).to(self.device))
             reference = self._both(reference_N2, batch)
             loss_B = self._loss(policy, reference, batch)
+            stats += self._stats(loss_B, policy, reference)
             self.engine.backward(loss_B.sum() / len(indices), last=position == len(mine) - 1)
-            stats += self._stats(loss_B.detach(), policy, reference)
             if number == 0:
                 logps |= dict(zip(batch.tolist(), torch.stack(policy, 1).tolist(), strict=True))
         return stats, logps
@@ -134,7 +138,7 @@ class Fit:
     def _stats(self, loss_B: torch.Tensor, policy: Both, reference: Both) -> torch.Tensor:
         """Sums over a micro-batch, in the order of STATS."""
         margin_B = (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
-        lambda_B = torch.sigmoid(-(self.beta or 0.0) * margin_B)
+        lambda_B = lambdas(loss_B, policy, self.beta) if self.weighs else torch.zeros_like(margin_B)
         correct_B = (margin_B > 0) + 0.5 * (margin_B == 0)
         columns = (loss_B, margin_B, lambda_B, lambda_B**2, correct_B, policy.chosen, policy.rejected)
         return torch.stack([column.float().sum() for column in columns])
@@ -182,7 +186,7 @@ class Fit:
             entry |= {"lambda_std": spread, "grad_norm": norm, "lr": lr}
             if "reference" not in self.reads:
                 entry |= dict.fromkeys(("margin", "reward_accuracy"))
-            if self.beta is None or "reference" not in self.reads:
+            if not self.weighs:
                 entry |= dict.fromkeys(("lambda_mean", "lambda_std"))
             size = {"pairs": len(self.plan[number]), "tokens": self._tokens(number)}
             entries.append({"update": number + 1, **entry, **size, "seconds": seconds / len(pending)})

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sdpo import adapters, data, lab, launch, models
+from sdpo import adapters, data, lab, launch, models, probes
 from sdpo.config import Config
 from sdpo.data import Pair, Preferences
 from sdpo.fit import Chunk
@@ -31,7 +31,13 @@ class Inputs(NamedTuple):
     def chunk(self, ids: list[str]) -> Chunk:
         """The rows and ratings of these training pairs, in this order."""
         rows = {row.id: row for row in self.train}
-        return as_chunk([rows[id] for id in ids], self.pairs)
+        chunk = as_chunk([rows[id] for id in ids], self.pairs)
+        return chunk._replace(probes=[*self.held_out, *self.probes(ids)])
+
+    def probes(self, ids: list[str]) -> list[TokenPair]:
+        """The pairs of a chunk that are followed, in the order of the training rows."""
+        members = set(ids)
+        return probes.sample([row for row in self.train if row.id in members])
 
 
 def as_chunk(rows: list[TokenPair], pairs: dict[str, Pair]) -> Chunk:

@@ -1,5 +1,6 @@
 """Load, fingerprint and save models and tokenizers: Hugging Face folders with safetensors, nothing unpickled."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -41,6 +42,15 @@ def locate(path: str | None, revision: str | None, on_hub: bool) -> Path:
 def fingerprint(folder: Path) -> str:
     """The content hash of a model made elsewhere: weights and configuration, never its path."""
     return key_of("external", {"files": hash_files(folder, [*folder.glob(WEIGHTS), folder / "config.json"])})
+
+
+def fingerprint_weights(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
+    """The content hash (SHA-256, hex) of weights by name, cast to `dtype`."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].to(dtype).reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

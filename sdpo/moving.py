@@ -7,8 +7,10 @@ Shape suffixes: N pairs of the chunk; columns are the chosen and the rejected re
 import numpy as np
 import torch
 
+from sdpo import models
 from sdpo.engine import Engine
 from sdpo.logprobs import score
+from sdpo.probes import Probes
 from sdpo.tokens import TokenPair
 
 Weights = dict[str, torch.Tensor]
@@ -17,16 +19,17 @@ Weights = dict[str, torch.Tensor]
 class MovingReference:
     """The log-probs that a step's loss reads, window by window.
 
-    `windows` are the rule's, the first of which is already scored: `logps_N2` are its log-probs of the whole chunk.
+    `windows` are the rule's, the first of which is already scored: `logps_N2` are its log-probs of the whole chunk,
+    `weights` the hash of its weights. Later ones are seen by the `probes` too.
     """
 
-    def __init__(self, windows: list[dict], logps_N2: np.ndarray):
-        self.logps_N2 = logps_N2.copy()
+    def __init__(self, windows: list[dict], logps_N2: np.ndarray, weights: str | None, probes: Probes):
+        self.logps_N2, self.probes = logps_N2.copy(), probes
         ends = np.cumsum([window["num_updates"] for window in windows])
         self.begins = dict(zip(ends.tolist(), windows[1:], strict=False))  # update -> the window that begins there
         self.mixes = any("reference" in window["weights"] for window in windows)
         self.weights: Weights = {}
-        self.report = [self._seen(logps_N2)] if windows else []  # per window: the height of its bound
+        self.report = [self._seen(0, weights, logps_N2)] if windows else []  # per window
 
     def begin(self, engine: Engine) -> None:
         """Keep the start's weights where later windows are mixed from them."""
@@ -44,21 +47,35 @@ class MovingReference:
             self.weights = _mix(window["weights"], {"policy": policy, "reference": self.weights})
             engine.set_weights(self.weights)
         self.logps_N2[members] = score(engine.module, [rows[i] for i in members], budget)
+        self.probes.look("reference", update, engine, budget)
+        self.report.append(self._seen(update, weights_hash(engine), self.logps_N2[members]))
         if self.mixes:
             engine.set_weights(policy)
-        self.report.append(self._seen(self.logps_N2[members]))
 
-    def _seen(self, logps_N2: np.ndarray) -> dict:
+    def _seen(self, update: int, weights: str, logps_N2: np.ndarray) -> dict:
+        """Where a window begins, what its weights are, and the height of its bound on its own pairs."""
         gamma_N = logps_N2[:, 0].astype(np.float64) - logps_N2[:, 1]
-        return {"num_pairs": len(gamma_N), "gamma_ref_mean": float(gamma_N.mean())}
+        height = {"num_pairs": len(gamma_N), "gamma_ref_mean": float(gamma_N.mean())}
+        return {"first_update": update + 1, "weights_hash": weights, **height}
 
     def state(self) -> Weights:
         """What a checkpoint must keep: the policy that made these numbers is gone."""
-        return {"logps": torch.from_numpy(self.logps_N2)} | {f"weights/{n}": w for n, w in self.weights.items()}
+        kept = {"weights": self.weights, "probes": self.probes.looks}
+        named = {f"{part}/{name}": tensor for part, tensors in kept.items() for name, tensor in tensors.items()}
+        return {"logps": torch.from_numpy(self.logps_N2)} | named
 
     def restore(self, state: Weights) -> None:
         self.logps_N2 = state["logps"].numpy()
-        self.weights = {n.removeprefix("weights/"): w for n, w in state.items() if n.startswith("weights/")}
+        self.weights, self.probes.looks = (
+            {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
+            for part in ("weights/", "probes/")
+        )
+
+
+def weights_hash(engine: Engine) -> str:
+    """The content hash of the weights that are trained, gathered, as the forward pass reads them; of rank 0."""
+    weights = {name.removeprefix("model."): tensor for name, tensor in engine.weights().items()}
+    return models.fingerprint_weights(weights, engine.scorer.head.weight.dtype)
 
 
 def _mix(coefficients: dict[str, float], sources: dict[str, Weights]) -> Weights:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sdpo import launch, ordering
+from sdpo import launch, ordering, trajectory
 from sdpo.data import Pair
 from sdpo.environment import environment
 from sdpo.evidence import Evidence
@@ -19,7 +19,7 @@ HEADLINES = ("lab/gold", "preference/reward_accuracy_initial")
 
 def write(folder: Path, inputs: Inputs, evidence: Evidence, chunks: Chunks, seconds: float) -> dict:
     """Write everything but metrics.jsonl, and return what summary.json holds."""
-    trajectory = _trajectory(inputs, evidence, chunks)
+    followed = trajectory.table(inputs, evidence, chunks)
     summary = _summary(evidence, seconds)
     history = [measured.model for measured in evidence.measured]
     split, scores = ordering.describe(inputs, evidence.config, history, chunks)
@@ -27,7 +27,7 @@ def write(folder: Path, inputs: Inputs, evidence: Evidence, chunks: Chunks, seco
         return summary
     write_json(folder / "data_report.json", inputs.report)
     write_json(folder / "split.json", split)
-    trajectory.to_parquet(folder / "trajectory.parquet", index=False)
+    followed.to_parquet(folder / "trajectory.parquet", index=False)
     _pairs(inputs, chunks, scores).to_parquet(folder / "pairs.parquet", index=False)
     begun = json.loads((folder / "manifest.json").read_text())
     write_json(folder / "manifest.json", begun | _lineage(inputs, evidence) | environment())
@@ -60,42 +60,6 @@ def _lineage(inputs: Inputs, evidence: Evidence) -> dict:
             names = ("num_pairs", "sources", "gamma_ref_mean", "reused")
             steps.append(lineage | {name: summary[name] for name in names})
     return {"model_key": inputs.initial.key, "steps": steps}
-
-
-def _trajectory(inputs: Inputs, evidence: Evidence, chunks: Chunks) -> pd.DataFrame:
-    """Chosen and rejected log-probs of the probe set under S and every M_t; `seen` where M_t was trained on the row."""
-    probes = [(0, inputs.held_out)] + [(t, evidence.probes(ids)) for t, ids in enumerate(chunks, start=1)]
-    seen, frames = _seen(evidence, chunks), []
-    for t, measured in enumerate(evidence.measured):
-        for chunk, rows in probes:
-            logps = inputs.bench.logprobs(measured.model, rows)
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "id": [row.id for row in rows],
-                        "source": [inputs.pairs[row.id].source for row in rows],
-                        "held_out": chunk == 0,
-                        "chunk": chunk,
-                        "model": f"M_{t}",
-                        "t": t,
-                        "update": -1,
-                        "role": "policy",
-                        "chosen_logp": logps[:, 0],
-                        "rejected_logp": logps[:, 1],
-                        "seen": [row.id in seen[measured.model.key] for row in rows],
-                    }
-                )
-            )
-    return pd.concat(frames, ignore_index=True)
-
-
-def _seen(evidence: Evidence, chunks: Chunks) -> dict[str, set[str]]:
-    """The ids that each model was trained on, by its key: its own chunk's, and all that its start had seen."""
-    initial, *steps = evidence.measured
-    seen: dict[str, set[str]] = {initial.model.key: set()}
-    for measured, ids in zip(steps, chunks, strict=True):
-        seen[measured.model.key] = seen[measured.step.start.key] | set(ids)
-    return seen
 
 
 def _pairs(inputs: Inputs, chunks: Chunks, scores: dict[str, float]) -> pd.DataFrame:

@@ -11,7 +11,8 @@ from sdpo import launch, losses, placebo
 from sdpo.checkpoint import Checkpoint, load_moments, save_moments
 from sdpo.config import Config, choose, needs
 from sdpo.fit import Chunk, Fit, Span, updates
-from sdpo.moving import MovingReference
+from sdpo.moving import MovingReference, weights_hash
+from sdpo.probes import Probes
 from sdpo.store import Artifact, key_of
 from sdpo.tokens import content_hash
 from sdpo.windows import Windows, resolve
@@ -87,6 +88,7 @@ def take_step(
         bench.save(folder, key)
         if launch.is_main():
             write_table(folder / "reference.parquet", chunk.rows, reference.logps_N2)
+            reference.probes.write(folder / "probes.parquet", chunk.rows, fit.plan)
             (folder / "train.json").write_text(json.dumps({"entries": entries, "windows": reference.report}))
         checkpoint.clear()
 
@@ -121,6 +123,8 @@ def _determinants(
         determinants["ratings"] = repr(chunk.ratings_N2.tolist())
     if windows.listed and config.reference["placebo"] != "none":
         determinants["placebo"] = {"name": config.reference["placebo"], "initial": initial.key}
+    if chunk.probes and (config.probe.every or len(windows.listed) > 1):  # what is looked at inside is kept inside
+        determinants["probe"] = {"every": config.probe.every, "rows": content_hash(chunk.probes)}
     return determinants
 
 
@@ -129,11 +133,12 @@ def _anchor(
 ) -> tuple[MovingReference, np.ndarray]:
     """What the loss will read, scored before the step trains (by the very weights in memory where they are the
     start's), and the start's own log-probs of the rows of the first update."""
-    rows, model = chunk.rows, windows.first
+    rows, model, weights = chunk.rows, windows.first, None
     reference_N2 = np.zeros((len(rows), 2), dtype=np.float32)  # read by nobody where there is no reference
     if model is not None:
         reference_N2 = bench.logprobs(model, rows)
         bench.audit(model, rows, reference_N2)
+        weights = weights_hash(bench.hold(model))
     start_N2 = reference_N2
     if model is None or model.key != start.key:
         first = updates(len(rows), config.optim, config.seed)[0]
@@ -142,4 +147,5 @@ def _anchor(
     if model is not None and config.reference["placebo"] != "none":
         transform = choose(placebo, {"name": config.reference["placebo"]})
         reference_N2 = transform(bench.logprobs(initial, rows), reference_N2, config.seed)
-    return MovingReference(windows.listed, reference_N2), start_N2
+    probes = Probes(chunk.probes, config.probe.every)
+    return MovingReference(windows.listed, reference_N2, weights, probes), start_N2

@@ -179,13 +179,14 @@ def _evaluation(t, num_steps, gold, rng):
 
 
 def _trajectory(pairs, num_steps, rng):
-    """Every model as policy on all pairs, and halfway through a step on the step's own."""
+    """Every model as policy on all pairs, as the next step's reference, and halfway through a step on its own pairs."""
     ability = dict(zip(pairs["id"], rng.normal(0, 4, len(pairs)), strict=True))
     tables = []
     for t in range(num_steps + 1):
         if t:
             middle = UPDATES // 2
-            tables.append(_judged(pairs[pairs["chunk"] == t], ability, f"t{t}/u{middle}", t, middle))
+            tables.append(_judged(pairs, ability, f"M_{t - 1}", t - 1, -1).assign(role="reference", t=t, update=0))
+            tables.append(_judged(pairs[pairs["chunk"] == t], ability, f"t{t}/p{middle}", t, middle))
         tables.append(_judged(pairs, ability, f"M_{t}", t, -1))
     return pd.concat(tables, ignore_index=True)
 

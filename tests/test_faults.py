@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from conftest import random_model, read_lines
@@ -44,7 +45,7 @@ def final_bytes(folder):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("cache", ["kept", "deleted"])
 def test_an_interrupted_step_continues_to_the_same_bytes(run, monkeypatch, tmp_path, rule, cache):
-    overrides = ["split=all_at_once", "optim.epochs=2", "launch.checkpoint_minutes=0", *RULES[rule]]
+    overrides = ["split=all_at_once", "optim.epochs=2", "launch.checkpoint_minutes=0", "probe.every=5", *RULES[rule]]
     with monkeypatch.context() as patch:
         interrupt_after(patch, 6)
         with pytest.raises(Killed):
@@ -59,6 +60,8 @@ def test_an_interrupted_step_continues_to_the_same_bytes(run, monkeypatch, tmp_p
     assert final_bytes(resumed) == final_bytes(whole)
     losses = [[entry["loss"] for entry in read_lines(folder, "train")] for folder in (resumed, whole)]
     assert losses[0] == losses[1]
+    followed = [pd.read_parquet(folder / "trajectory.parquet") for folder in (resumed, whole)]
+    pd.testing.assert_frame_equal(*followed)
 
 
 def chunk_table(store):

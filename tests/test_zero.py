@@ -1,11 +1,13 @@
 """Two ranks, with and without DeepSpeed ZeRO, through train.py: the same loss curve, and weights that load."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import read_lines
@@ -18,7 +20,8 @@ def train(toy, folder, *overrides):
     """A run of two steps in a store of its own; returns its folder."""
     command = [sys.executable, CHECKOUT / "train.py", "data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]"]
     command += ["model=local", f"model.path={toy / 'model'}", "data.template=plain", "optim.pairs_per_update=8"]
-    command += ["optim.lr=3e-3", "evaluate=[preference]", f"hydra.run.dir={folder}", *overrides]
+    command += ["optim.lr=3e-3", "reference=mixed", "reference.updates=2", "reference.alpha=0.6", "probe.every=2"]
+    command += ["evaluate=[preference]", f"hydra.run.dir={folder}", *overrides]
     environment = os.environ | {"SDPO_STORE": str(folder.with_suffix(".store"))}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -27,6 +30,15 @@ def train(toy, folder, *overrides):
 
 def losses(folder):
     return [entry["loss"] for entry in read_lines(folder, "train")]
+
+
+def followed(folder):
+    """What was scored inside the steps: references that moved, and the policy."""
+    return pd.read_parquet(folder / "trajectory.parquet").query("update > 0")
+
+
+def first_window(folder):
+    return json.loads((folder / "manifest.json").read_text())["steps"][0]["windows"][0]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +50,9 @@ def alone(toy, tmp_path_factory):
 def test_two_ranks_at_every_stage_give_the_curve_and_weights_of_one(alone, toy, tmp_path, stage):
     together = train(toy, tmp_path / "run", "launch.ranks=2", f"deepspeed={stage}")
     assert np.abs(np.subtract(losses(together), losses(alone))).max() < 1e-4
+    inside = [followed(folder) for folder in (together, alone)]
+    np.testing.assert_allclose(*(table[["chosen_logp", "rejected_logp"]] for table in inside), atol=2e-3)
+    assert first_window(together)["weights_hash"] == first_window(alone)["weights_hash"]  # S, gathered
     first = [entry["margin"] for entry in read_lines(together, "train") if entry["update"] == 1]
     assert first == [0.0, 0.0]
     for t in ("1", "2"):
