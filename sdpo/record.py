@@ -1,7 +1,7 @@
 """What a run tells: metrics.jsonl with its W&B mirror, progress bars, a line per step, whole JSON files.
 
 metrics.jsonl is the truth: every number is written there first, and W&B only repeats it. A run started again
-logs every step anew, finished ones from their artifacts, so both begin empty. Only this file imports wandb.
+logs every step anew, finished ones from their artifacts, so both begin empty. Only this file of sdpo/ imports wandb.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Recorder:
         self._lines = (folder / "metrics.jsonl").open("w", encoding="utf-8")
 
     def log(self, entry: Entry) -> None:
-        """Write an entry of kind `train`, `step` or `eval` as one line; ValueError if not finite."""
+        """Write an entry of kind `train`, `step`, `eval` or `answers` as one line; ValueError if not finite."""
         flat = flatten(entry)
         bad = [name for name, value in flat.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
