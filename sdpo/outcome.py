@@ -31,10 +31,12 @@ def write(folder: Path, inputs: Inputs, evidence: Evidence, chunks: Chunks, seco
     trajectory.to_parquet(folder / "trajectory.parquet", index=False)
     _pairs(inputs, chunks, scores).to_parquet(folder / "pairs.parquet", index=False)
     begun = json.loads((folder / "manifest.json").read_text())
-    write_json(folder / "manifest.json", begun | _lineage(inputs, evidence) | environment())
+    manifest = begun | _lineage(inputs, evidence) | environment()
+    write_json(folder / "manifest.json", manifest)
     _link_steps(folder / "steps", evidence)
     _write_answers(folder / "answers", evidence)
     write_json(folder / "summary.json", summary)
+    evidence.recorder.conclude(manifest, summary)
     return summary
 
 
