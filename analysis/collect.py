@@ -11,10 +11,13 @@ those that ended. Every table begins with `run` (folder name), `arm` (label with
     measures    run x t (0 is S) x measure: measure (as recorded), source ("" for all), name (without source),
                 value, low, high (95 % over prompts or pairs), n; value is nan where undefined
     train       run x t x update: loss, margin, lambda_mean, ..., and overall_update, counted over the run
+    answers     run x t x prompt x turn: id, turn (from 1), prompt, answer
     references  run x step x pair: as trajectory, of the model that a step's reference was when it began
     trajectory  run x pair x model: id, source, held_out, chunk, model, t, update (-1 at a step's end), role (policy,
                 reference), chosen_logp, rejected_logp, seen, and gamma = chosen_logp - rejected_logp
     pairs       run x pair: id, source, held_out, chunk (0: held out), score, token counts, ratings
+
+Runs that W&B holds are read by analysis.mirror, which makes run folders of them.
 
 Sums of log-probabilities and gamma are in nats, seconds are wall-clock, and shares lie between 0 and 1.
 """
@@ -83,6 +86,12 @@ def train(*paths: Path | str) -> pd.DataFrame:
     return _rows(paths, _train)
 
 
+def answers(*paths: Path | str) -> pd.DataFrame:
+    """What S (t = 0) and each M_t answered to the prompts of `evaluate=generate`; no rows where none was asked."""
+    columns = ["run", "arm", "seed", "t", "id", "turn", "prompt", "answer"]
+    return _rows(paths, _answers).reindex(columns=columns)
+
+
 def trajectory(*paths: Path | str) -> pd.DataFrame:
     """Summed log-probabilities of each recorded pair under each model, as policy and as reference."""
     table = _parquet(paths, "trajectory.parquet")
@@ -149,6 +158,8 @@ def _parquet(paths: Paths, name: str) -> pd.DataFrame:
     """The parquet files of this name under each other."""
     tables = []
     for folder, names in _identified(paths):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}, which W&B does not hold; give the folder that the run wrote")
         tables.append(pd.read_parquet(folder / name))
         for i, (column, value) in enumerate(names.items()):
             tables[-1].insert(i, column, value)
@@ -200,6 +211,13 @@ def _measures(folder: Path) -> Iterator[dict]:
     for entry in _lines(folder, "eval"):
         for measure, numbers in entry["eval"].items():
             yield {"t": entry["t"], **_parts(measure), **numbers}
+
+
+def _answers(folder: Path) -> Iterator[dict]:
+    for entry in _lines(folder, "answers"):
+        for row in entry["answers"]:
+            for turn, (prompt, answer) in enumerate(zip(row["turns"], row["answers"], strict=True), 1):
+                yield {"t": entry["t"], "id": row["id"], "turn": turn, "prompt": prompt, "answer": answer}
 
 
 def _parts(measure: str) -> dict[str, str]:

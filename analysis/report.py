@@ -19,6 +19,7 @@ from markupsafe import Markup
 from analysis import checks, collect, equal_kl, tables
 
 AXES = ("model", "data", "arm", "split", "score", "reference", "loss", "tune")  # shown first
+MOST_PROMPTS = 20  # whose answers are shown
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -54,6 +55,7 @@ def _content(folder: Path) -> dict:
         "arms": tables.show(tables.arms(folder)),
         "steps": tables.show(tables.steps(folder)),
         "pictures": list(_pictures(folder, measures, steps, references)),
+        "answers": list(_answers(collect.answers(folder))),
         "lineage": _lineage(steps),
         "data": _data(runs),
         "origin": _origin(folder, runs),
@@ -93,6 +95,19 @@ def _choices(runs: pd.DataFrame) -> pd.DataFrame:
         options = [by_arm.iloc[0]] if by_arm.nunique() == 1 else [f"{option} ({arm})" for arm, option in by_arm.items()]
         rows[axis] = ", ".join(options)
     return pd.DataFrame(rows.items(), columns=["axis", "option"])
+
+
+def _answers(answers: pd.DataFrame) -> Iterator[tuple[str, dict[str, str]]]:
+    """The first prompts with the answers of S and, in a run, of every M_t; in a sweep, of the last model of each arm's
+    first seed."""
+    first = answers[answers["seed"] == answers.groupby("arm")["seed"].transform("min")]
+    single = first["arm"].nunique() == 1
+    if not single:
+        first = first[(first["t"] == 0) | (first["t"] == first.groupby("run")["t"].transform("max"))]
+    names = ("M_" + first["t"].astype(str)) if single else first["arm"]
+    named = first.assign(by=names.mask(first["t"] == 0, "S")).drop_duplicates(["id", "turn", "by"])
+    for _, rows in list(named.groupby(["id", "turn"], sort=False))[:MOST_PROMPTS]:
+        yield rows["prompt"].iloc[0], dict(zip(rows["by"], rows["answer"], strict=True))
 
 
 def _lineage(steps: pd.DataFrame) -> pd.DataFrame:

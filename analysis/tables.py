@@ -20,6 +20,8 @@ COMPANIONS = {
     "lab/kl": "KL to S (nats)",
     "preference/reward_accuracy_initial": "reward accuracy",
     "preference/ranking_accuracy": "ranking accuracy",
+    "win_rate/length_controlled": "win rate, equal length",
+    "generate/kl": "KL of answers (nats)",
 }
 STEP_COLUMNS = {
     "first_loss": "first loss",
@@ -28,7 +30,7 @@ STEP_COLUMNS = {
     "gamma_ref_negative_share": "gamma_ref < 0",
     "reference_leverage": "leverage",
 }
-DIGITS = {"seconds": 1, "KL to S (nats)": 2, "gamma_ref (nats)": 2, "first loss": 4}
+DIGITS = {"seconds": 1, "KL to S (nats)": 2, "KL of answers (nats)": 2, "gamma_ref (nats)": 2, "first loss": 4}
 
 
 def arms(*paths: Path | str) -> pd.DataFrame:

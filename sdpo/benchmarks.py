@@ -9,15 +9,18 @@ import io
 import json
 import logging
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from functools import cache
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval.tasks
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
@@ -105,7 +108,9 @@ class LocalTask(ConfigurableTask):
 class Ranks(HFLM):
     """lm-eval's Hugging Face model, held whole by every rank; the ranks share the requests out by item.
 
-    lm-eval itself would share out the items, and so draw other shots with every number of ranks.
+    lm-eval itself would share out the items, and so draw other shots with every number of ranks. It would also read
+    an item's shots and question anew for every choice; here what several continuations follow is read once.
+    Shapes: N continuations of one context, R tokens, V vocabulary.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
@@ -119,6 +124,38 @@ class Ranks(HFLM):
 
     def generate_until(self, requests: list[Instance], **options) -> list:
         return _shared(super().generate_until, requests)
+
+    def _loglikelihood_tokens(self, requests: list[tuple], **options) -> list[tuple[float, bool]]:
+        """Log-probability of every continuation, and whether it is the greedy one."""
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        for i, (_, context, continuation) in enumerate(requests):
+            kept = self.max_length + 1 - len(continuation)  # tokens of a context that is cut from the left
+            groups[tuple(context[-kept:])].append(i)
+        alone = [members[0] for members in groups.values() if len(members) == 1]
+        given = super()._loglikelihood_tokens([requests[i] for i in alone], **options)
+        answers = dict(zip(alone, given, strict=True))
+        for context, members in groups.items():
+            if len(members) > 1:
+                given = self._continuations(list(context), [requests[i][2] for i in members])
+                answers |= zip(members, given, strict=True)
+        return [answers[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def _continuations(self, context: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
+        tokens_NR = torch.tensor(list(zip_longest(*continuations, fillvalue=0)), device=self.device).T
+        read = self.model(torch.tensor([context], device=self.device), use_cache=True, logits_to_keep=1)
+        logits_NRV = read.logits.expand(len(continuations), -1, -1)
+        if tokens_NR.shape[1] > 1:
+            cache = read.past_key_values
+            cache.batch_repeat_interleave(len(continuations))
+            further = self.model(tokens_NR[:, :-1], past_key_values=cache, use_cache=True).logits
+            logits_NRV = torch.cat([logits_NRV, further], dim=1)
+        logps_NR = logits_NRV.log_softmax(dim=-1).gather(2, tokens_NR[:, :, None])[:, :, 0]
+        greedy_NR = logits_NRV.argmax(dim=-1) == tokens_NR
+        return [
+            (logps_NR[n, : len(ids)].sum().item(), bool(greedy_NR[n, : len(ids)].all()))
+            for n, ids in enumerate(continuations)
+        ]
 
 
 def _shared(answer: Callable[[list[Instance]], list], requests: list[Instance]) -> list:

@@ -1,23 +1,23 @@
 """What is measured on S and after every step: one function per suite, each a dictionary of named measures.
 
 The positional parameters say what a suite reads. Log-probs are [N, 2] in nats: the chosen and the rejected response
-of N held-out pairs. A measure is {"value", "low", "high", "n"}: a mean with its 95 % interval, null where undefined.
+of N held-out pairs. `tell` takes what a suite has to say besides numbers. Measures are those of sdpo.measures.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
-from scipy import stats
 
+from sdpo import answers, judges, prompts
 from sdpo import lab as laboratory
+from sdpo.answers import LIBRARIES, Decoding
+from sdpo.data import Pair
+from sdpo.measures import Measures, length_controlled, mean, share_above
 from sdpo.store import Artifact, hash_files
 from sdpo.workbench import Workbench, host_model
-
-Measures = dict[str, dict]
 
 
 def preference(
@@ -35,38 +35,104 @@ def preference(
     gamma = policy[:, 0] - policy[:, 1]
     ratio = None if initial is None else policy - initial
     columns = {
-        "ranking_accuracy": _share(gamma),
+        "ranking_accuracy": share_above(gamma),
         "gamma": gamma,
         "chosen_logp": policy[:, 0],
         "rejected_logp": policy[:, 1],
         "log_ratio_chosen": None if ratio is None else ratio[:, 0],
         "log_ratio_rejected": None if ratio is None else ratio[:, 1],
-        "shorter_accuracy": _share(lengths[:, 1] - lengths[:, 0]),
+        "shorter_accuracy": share_above(lengths[:, 1] - lengths[:, 0]),
     }
     for name, other in (("step", reference), ("initial", initial)):
         margin = None if other is None else gamma - (other[:, 0] - other[:, 1])
-        columns[f"reward_accuracy_{name}"] = None if margin is None else _share(margin)
+        columns[f"reward_accuracy_{name}"] = None if margin is None else share_above(margin)
         columns[f"margin_{name}"] = margin
-    measures = {f"preference/{name}": _mean(values) for name, values in columns.items()}
+    measures = {f"preference/{name}": mean(values) for name, values in columns.items()}
     names = np.array(sources)
     for source in dict.fromkeys(sources):
         for name in ("ranking_accuracy", "reward_accuracy_initial", "gamma", "shorter_accuracy"):
             values = columns[name]
-            measures[f"preference/{source}/{name}"] = _mean(None if values is None else values[names == source])
+            measures[f"preference/{source}/{name}"] = mean(None if values is None else values[names == source])
     return measures
 
 
 def lab(model: Artifact, initial_model: Artifact, exam: laboratory.Exam | None, bench: Workbench) -> Measures:
-    """The laboratory's exact gold reward, KL to S and multiple-choice accuracy, with the same noise for every model;
-    nothing on other data. Kept in the store by model, S and exam."""
+    """The laboratory's exact gold reward, KL to S and multiple-choice accuracy, with the same noise for every model,
+    and of S the gold reward of its best of n; nothing on other data. Kept in the store by model, S and exam."""
     if exam is None:
         return {}
-    determinants = {"suite": "lab", "weights": model.key, "initial": initial_model.key, "exam": asdict(exam)}
-    return bench.store.make_json(
+    given = {"exam": asdict(exam), **LIBRARIES}
+    measures = bench.store.make_json(
         "evaluation",
-        determinants | {"torch": torch.__version__, "transformers": transformers.__version__},
+        {"suite": "lab", "weights": model.key, "initial": initial_model.key} | given,
         lambda: laboratory.measure(host_model(model), host_model(initial_model), bench.tokenizer, exam, seed=0),
     )
+    if model.key == initial_model.key:
+        measures |= bench.store.make_json(
+            "evaluation",
+            {"suite": "best_of_n", "weights": model.key} | given,
+            lambda: laboratory.best_of_n(host_model(model), bench.tokenizer, exam, seed=0),
+        )
+    return measures
+
+
+def generate(
+    model: Artifact,
+    initial_model: Artifact,
+    bench: Workbench,
+    tell: Callable[[dict], None],
+    *,
+    file: str,
+    temperature: float = 0.0,
+    max_new_tokens: int = 512,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Measures:
+    """Answers to the prompts of a file, which are told, their lengths, and KL(M_t, S) on answers at temperature 1.
+
+    `generate/ended` is the share of answers that stop before `max_new_tokens`; the KL of longer ones is cut there.
+    """
+    asked, decoding = prompts.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
+    given = answers.give(model, asked, decoding, bench)
+    tell({"decoding": decoding._asdict(), "answers": answers.told(asked, given)})
+    flat = [answer for turns in given for answer in turns]
+    return {
+        "generate/kl": mean(np.array(answers.divergence(model, initial_model, asked, decoding, bench))),
+        "generate/tokens": mean(np.array([len(answer["ids"]) for answer in flat])),
+        "generate/ended": mean(np.array([answer["ended"] for answer in flat])),
+    }
+
+
+def win_rate(
+    model: Artifact,
+    initial_model: Artifact,
+    bench: Workbench,
+    *,
+    file: str,
+    path: str,
+    revision: str | None = None,
+    template: str | None = None,
+    temperature: float = 0.0,
+    max_new_tokens: int = 512,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Measures:
+    """How often the sequence classifier at `path` prefers the model's answer to that of S, as it is and at equal length
+    in characters (`sdpo.measures.length_controlled`); first turns alone. S itself has none."""
+    names = ("", "/length_controlled", "/reward_gap", "/longer")
+    if model.key == initial_model.key:
+        return {f"win_rate{name}": mean(None) for name in names}
+    asked, decoding = prompts.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
+    texts = [[turns[0]["text"] for turns in answers.give(m, asked, decoding, bench)] for m in (model, initial_model)]
+    pairs = [
+        Pair(str(prompt.id), prompt.dataset, ({"role": "user", "content": prompt.turns[0]},), *both)
+        for prompt, *both in zip(asked, *texts, strict=True)
+    ]
+    rewards_N2 = judges.rewards({"path": path, "revision": revision, "template": template}, pairs, bench)
+    gap = rewards_N2[:, 0] - rewards_N2[:, 1]
+    wins, longer = share_above(gap), np.array([len(pair.chosen) - len(pair.rejected) for pair in pairs])
+    values = (mean(wins), length_controlled(wins, longer), mean(gap), mean(longer))
+    return {f"win_rate{name}": measure for name, measure in zip(names, values, strict=True)}
 
 
 def h4(
@@ -106,19 +172,3 @@ def _benchmark(model: Artifact, bench: Workbench, settings: dict) -> Measures:
     return bench.store.make_json(
         "evaluation", determinants, lambda: suite(host_model(model).to(bench.device), bench.tokenizer, **call)
     )
-
-
-def _share(values: np.ndarray) -> np.ndarray:
-    """1 where positive, 0 where negative, one half for a tie."""
-    return (values > 0) + 0.5 * (values == 0)
-
-
-def _mean(values: np.ndarray | None) -> dict:
-    """The mean of one number per pair with its 95 % Student interval."""
-    if values is None or len(values) == 0:
-        return {"value": None, "low": None, "high": None, "n": 0}
-    mean, n = float(np.mean(values, dtype=np.float64)), len(values)
-    if n == 1:
-        return {"value": mean, "low": None, "high": None, "n": 1}
-    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1, dtype=np.float64) / n**0.5)
-    return {"value": mean, "low": mean - half, "high": mean + half, "n": n}

@@ -21,6 +21,7 @@ class Measured(NamedTuple):
     model: Artifact
     step: Step | None
     eval: dict[str, dict]
+    told: list[dict]  # what suites say besides numbers: answers, with how they were decoded
     summary: dict | None  # the step's entry in summary.json, less its eval
 
 
@@ -33,15 +34,15 @@ class Evidence:
 
     def add_initial(self) -> None:
         """Measure S."""
-        measures = self._measure(self.inputs.initial, None)
-        self._log("eval", 0, {"eval": measures})
-        self.measured.append(Measured(self.inputs.initial, None, measures, None))
+        measures, told = self._measure(self.inputs.initial, None)
+        self._log_evaluation(0, measures, told)
+        self.measured.append(Measured(self.inputs.initial, None, measures, told, None))
 
     def add(self, t: int, step: Step, config: Config, seconds: float) -> None:
         """Log a step that was trained or found (`config` has its overrides), and measure its model."""
         for entry in step.entries:
             self._log("train", t, entry)
-        measures = self._measure(step.model, step.reference)
+        measures, told = self._measure(step.model, step.reference)
         curve = [entry["loss"] for entry in step.entries]
         summary = {
             "t": t,
@@ -54,16 +55,22 @@ class Evidence:
             "seconds": seconds,
         }
         self._log("step", t, summary)
+        self._log_evaluation(t, measures, told)
+        self.measured.append(Measured(step.model, step, measures, told, summary))
+
+    def _log_evaluation(self, t: int, measures: dict[str, dict], told: list[dict]) -> None:
         self._log("eval", t, {"eval": measures})
-        self.measured.append(Measured(step.model, step, measures, summary))
+        for said in told:
+            self._log("answers", t, said)
 
     def _log(self, kind: str, t: int, entry: dict) -> None:
         if launch.is_main():
             self.recorder.log({"kind": kind, "t": t} | entry)
 
-    def _measure(self, model: Artifact, reference: Artifact | None) -> dict[str, dict]:
-        """Every suite of the evaluation on one model; `reference` is its step's."""
+    def _measure(self, model: Artifact, reference: Artifact | None) -> tuple[dict[str, dict], list[dict]]:
+        """Every suite of the evaluation on one model, and what they tell; `reference` is its step's."""
         bench, held_out = self.inputs.bench, self.inputs.held_out
+        told: list[dict] = []
         initial = self.inputs.initial
         data = {
             "policy": lambda: bench.logprobs(model, held_out),
@@ -75,12 +82,13 @@ class Evidence:
             "initial_model": lambda: initial,
             "exam": lambda: self.inputs.exam,
             "bench": lambda: bench,
+            "tell": lambda: told.append,
         }
         measures: dict[str, dict] = {}
         for settings in self.config.evaluate.values():
             suite = choose(evaluate, settings)
             measures |= suite(*(data[name]() for name in needs(suite)))
-        return measures
+        return measures, told
 
     def _reference_statistics(self, step: Step, loss: Callable) -> dict[str, float | None]:
         """gamma_ref on the whole chunk; at the step's end, on the chunk's probes: lambda (see weights), its spread, and

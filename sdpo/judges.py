@@ -78,9 +78,9 @@ def _load(model: Artifact, bench: Workbench) -> PreTrainedModel:
         model.folder, dtype=models.DTYPES[bench.config.precision], use_safetensors=True, output_loading_info=True
     )
     if loading["missing_keys"]:
-        raise ValueError(f"score.path: {model.folder} is no reward model: it has no {min(loading['missing_keys'])}")
+        raise ValueError(f"{model.folder} is no reward model: it has no {min(loading['missing_keys'])}")
     if network.config.num_labels != 1:
-        raise ValueError(f"score.path: {model.folder} has {network.config.num_labels} labels, a reward model has one")
+        raise ValueError(f"{model.folder} has {network.config.num_labels} labels, a reward model has one")
     return network.eval().to(bench.device)
 
 
@@ -89,7 +89,7 @@ def _judge(network: PreTrainedModel, sequences: list[np.ndarray], bench: Workben
     text = network.config.get_text_config()
     longest, room = max(map(len, sequences)), getattr(text, "max_position_embeddings", None)
     if room and longest > room:
-        raise ValueError(f"score.path: the reward model reads {room} tokens, but one conversation has {longest}")
+        raise ValueError(f"the reward model reads {room} tokens, but one conversation has {longest}")
     if text.pad_token_id is None:
         text.pad_token_id = -1  # no token is padding, but without one transformers refuses batches
     batches = _batches(sequences, bench.config.launch.tokens_per_pack)[launch.rank() :: launch.world_size()]

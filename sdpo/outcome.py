@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from sdpo import launch, ordering, trajectory
+from sdpo.answers import write_formats
 from sdpo.data import Pair
 from sdpo.environment import environment
 from sdpo.evidence import Evidence
@@ -30,9 +31,12 @@ def write(folder: Path, inputs: Inputs, evidence: Evidence, chunks: Chunks, seco
     followed.to_parquet(folder / "trajectory.parquet", index=False)
     _pairs(inputs, chunks, scores).to_parquet(folder / "pairs.parquet", index=False)
     begun = json.loads((folder / "manifest.json").read_text())
-    write_json(folder / "manifest.json", begun | _lineage(inputs, evidence) | environment())
+    manifest = begun | _lineage(inputs, evidence) | environment()
+    write_json(folder / "manifest.json", manifest)
     _link_steps(folder / "steps", evidence)
+    _write_answers(folder / "answers", evidence)
     write_json(folder / "summary.json", summary)
+    evidence.recorder.conclude(manifest, summary)
     return summary
 
 
@@ -54,7 +58,7 @@ def _summary(evidence: Evidence, seconds: float) -> dict:
 def _lineage(inputs: Inputs, evidence: Evidence) -> dict:
     """Every step with its chunk, start, reference and result, by key."""
     steps = []
-    for t, (model, step, _, summary) in enumerate(evidence.measured):
+    for t, (model, step, _, _, summary) in enumerate(evidence.measured):
         if step:
             lineage = {"t": t, "key": model.key, "start": step.start.key, "windows": step.windows}
             names = ("num_pairs", "sources", "gamma_ref_mean", "reused")
@@ -92,3 +96,11 @@ def _link_steps(folder: Path, evidence: Evidence) -> None:
         link = folder / str(t)
         link.unlink(missing_ok=True)
         os.symlink(measured.model.folder, link)
+
+
+def _write_answers(folder: Path, evidence: Evidence) -> None:
+    """answers/RUN-M_t.*, where a suite gave any: the formats of AlpacaEval 2 and MT-Bench, and decoding.json."""
+    for t, measured in enumerate(evidence.measured):
+        for said in measured.told:
+            write_formats(folder, f"{folder.parent.name}-M_{t}", said["answers"])
+            write_json(folder / "decoding.json", said["decoding"])

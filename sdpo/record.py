@@ -1,7 +1,7 @@
 """What a run tells: metrics.jsonl with its W&B mirror, progress bars, a line per step, whole JSON files.
 
 metrics.jsonl is the truth: every number is written there first, and W&B only repeats it. A run started again
-logs every step anew, finished ones from their artifacts, so both begin empty. Only this file imports wandb.
+logs every step anew, finished ones from their artifacts, so both begin empty. Only this file of sdpo/ imports wandb.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from sdpo.config import Config
 Entry = dict[str, Any]
 
 RULERS = ("lab/gold", "preference/reward_accuracy_initial", "preference/ranking_accuracy")
+OUTCOME = ("seconds", "trained_steps", "reused_steps")  # of summary.json
 OTHER_RUNS = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SWEEP_ID")  # would merge this run into another one
 
 
@@ -34,7 +35,7 @@ class Recorder:
         self._lines = (folder / "metrics.jsonl").open("w", encoding="utf-8")
 
     def log(self, entry: Entry) -> None:
-        """Write an entry of kind `train`, `step` or `eval` as one line; ValueError if not finite."""
+        """Write an entry of kind `train`, `step`, `eval` or `answers` as one line; ValueError if not finite."""
         flat = flatten(entry)
         bad = [name for name, value in flat.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
@@ -44,6 +45,11 @@ class Recorder:
         self._lines.flush()
         if self._mirror:
             self._mirror.log(entry, flat)
+
+    def conclude(self, manifest: Entry, summary: Entry) -> None:
+        """Mirror what else a table of runs needs: the manifest as configuration, the outcome as W&B's summary."""
+        if self._mirror:
+            self._mirror.conclude(manifest, summary)
 
     def finish(self, exit_code: int) -> None:
         """Close the run; any exit code but 0 shows it as failed."""
@@ -106,6 +112,7 @@ class _Mirror:
         except wandb.Error as error:
             raise ValueError(f"W&B does not start: {error}; record.mode=offline needs no network") from error
         self._updates: dict[int, int] = {}  # step -> its updates so far
+        self._answers: dict[tuple, dict[str, str]] = {}  # (prompt id, turn) -> what was said
         self._run.define_metric("train/*", step_metric="updates")
         self._run.define_metric("step/*", step_metric="t")
         self._run.define_metric("eval/*", step_metric="t")
@@ -113,8 +120,28 @@ class _Mirror:
     def log(self, entry: Entry, flat: dict[str, Any]) -> None:
         if entry["kind"] == "train":
             self._updates[entry["t"]] = entry["update"]
+        if entry["kind"] == "answers":
+            flat = {"answers": self._side_by_side(entry)}
         axes = {"t": entry["t"], "updates": sum(self._updates.values())}  # neither ever goes back
         self._run.log(axes | {name: value for name, value in flat.items() if value is not None})
+
+    def _side_by_side(self, entry: Entry):
+        """All answers so far as a table: a row per prompt and turn, a column per model."""
+        import wandb
+
+        for row in entry["answers"]:
+            for turn, (question, answer) in enumerate(zip(row["turns"], row["answers"], strict=True), 1):
+                line = self._answers.setdefault((row["id"], turn), {"id": str(row["id"]), "prompt": question})
+                line[f"M_{entry['t']}"] = answer
+        columns = list(dict.fromkeys(name for line in self._answers.values() for name in line))
+        rows = [[line.get(name) for name in columns] for line in self._answers.values()]
+        return wandb.Table(columns=columns, data=rows)
+
+    def conclude(self, manifest: Entry, summary: Entry) -> None:
+        self._run.config.update({"manifest": manifest})
+        headline = {"headline": summary["headline"]["value"]}
+        headline |= {f"headline_{name}": summary["headline"][name] for name in ("name", "n")}
+        self._run.summary.update(headline | {name: summary[name] for name in OUTCOME})
 
     def finish(self, exit_code: int) -> None:
         import wandb

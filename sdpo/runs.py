@@ -145,7 +145,7 @@ def _paths(settings: dict) -> Iterator[Path]:
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from _paths(value)
-        elif key in ("path", "train", "held_out") and value:
+        elif key in ("path", "train", "held_out", "local", "file") and value:
             yield from map(Path, [value] if isinstance(value, str) else value)
 
 

@@ -65,11 +65,15 @@ class ChatFormat:
     def texts(self, pair: Pair) -> Texts:
         """The pair written down. Raises ValueError, naming the pair, where the template fails on it."""
         try:
-            prompt = self._render(pair.prompt, invite=True)
+            prompt = self.prompt(pair.prompt)
             answers = (self._answer(pair, prompt, answer) for answer in (pair.chosen, pair.rejected))
             return Texts(prompt, *answers)
         except (TemplateError, ValueError) as error:
             raise ValueError(f"pair {pair.id} of source {pair.source}: the chat template fails ({error})") from error
+
+    def prompt(self, turns: Turns) -> str:
+        """A conversation in which the assistant is to speak next."""
+        return self._render(turns, invite=True)
 
     def _answer(self, pair: Pair, prompt: str, answer: str) -> str:
         if not answer:

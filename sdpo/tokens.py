@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sdpo.data import Pair
+from sdpo.layouts import Turns
 from sdpo.templates import ChatFormat
 
 Ids = list[int]
@@ -78,6 +79,12 @@ def encode(
         "sources": {source: _summary(tally) for source, tally in counts.items()},
     }
     return rows, report
+
+
+def prompt_ids(chat: ChatFormat, conversations: list[Turns]) -> list[Ids]:
+    """The ids of conversations in which the assistant is to speak next, as `encode` has a pair's prompt."""
+    texts = [chat.prompt(turns) for turns in conversations]
+    return [_with_bos(ids, chat, Counter()) for ids in _ids(chat, texts)]
 
 
 def content_hash(rows: Iterable[TokenPair]) -> str:

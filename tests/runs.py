@@ -35,6 +35,7 @@ def make_run(folder: Path, *, arm="stepwise", seed=0, num_steps=2, gold=0.85, le
     metrics = [{"kind": "eval", "t": 0, "eval": evals[0]}]
     for step, evaluation in zip(steps, evals[1:], strict=True):
         metrics += [*_updates(step), step, {"kind": "eval", "t": step["t"], "eval": evaluation}]
+    metrics += [_answers(t, arm) for t in range(num_steps + 1)]
     summary = {
         "steps": [{**step, "eval": evals[step["t"]]} for step in steps],
         "initial": {"eval": evals[0]},
@@ -176,6 +177,14 @@ def _evaluation(t, num_steps, gold, rng):
             f"{prefix}/log_ratio_rejected": measured(-4.0 * share),
         }
     return measures
+
+
+def _answers(t, arm):
+    """What one model said to two prompts, of which the first has two turns."""
+    asked = {"first": ["What is a < b?", "And b?"], "second": ["Say nothing."]}
+    answers = {"first": [f"M_{t} of {arm} says {'a long sentence, ' * 9}and stops.", "No."], "second": [""]}
+    rows = [{"id": id, "turns": turns, "dataset": "asked", "answers": answers[id]} for id, turns in asked.items()]
+    return {"kind": "answers", "t": t, "decoding": {"temperature": 0.0}, "answers": rows}
 
 
 def _trajectory(pairs, num_steps, rng):

@@ -57,6 +57,19 @@ def test_page_shows_the_tables_numbers(page, sweep):
             assert all(f'<td data-name="{name.replace("<", "&lt;")}">{cell}</td>' in html for cell in cells)
 
 
+def test_answers_stand_side_by_side(page, sweep):
+    alone = report.write_report(sweep / "stepwise-s0").read_text()
+    of_run = re.findall(r"<h4>(.*?)</h4><p class=\"said\">(M_. of \w+)?", alone)
+    assert of_run[:3] == [("S", "M_0 of stepwise"), ("M_1", "M_1 of stepwise"), ("M_2", "M_2 of stepwise")]
+    assert len(of_run) == 9 and "What is a &lt; b?" in alone and "(nothing)" in alone
+    of_sweep = re.findall(r"<h4>(.*?)</h4><p class=\"said\">(M_. of [\w ]+) says", page.read_text())
+    assert of_sweep == [
+        ("S", "M_0 of all at once"),
+        ("all at once", "M_1 of all at once"),
+        ("stepwise", "M_2 of stepwise"),
+    ]
+
+
 def test_names_are_escaped(tmp_path):
     folder = make_sweep(tmp_path / "escaped", arms=("all at once", "<b>beta & co"), seeds=1)
     html = report.write_report(folder).read_text()

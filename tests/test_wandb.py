@@ -2,50 +2,28 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from wandb.proto import wandb_internal_pb2
 
+from analysis import mirror
 from sdpo.config import Config, Record
 from sdpo.record import Recorder, flatten
 
 CONFIG = Config(record=Record(wandb=True, project="trial"), split={"name": "random"}, seed=7)
 CHOICES = {"split": "random", "loss": "dpo"}
-BLOCK = 32768  # bytes; LevelDB's log format, after W&B's own header of 7 bytes
-
-
-def offline_records(folder):
-    """The records of the one offline run below `folder`, decoded from LevelDB's log format."""
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    data, position, body = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while position < len(data):
-        if BLOCK - position % BLOCK < 7:  # no room for a header: the block's end is zeros
-            position += BLOCK - position % BLOCK
-        _, length, part = struct.unpack_from("<IHB", data, position)  # checksum, bytes, which part
-        body += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if part in (1, 4):  # whole, or the last part
-            yield wandb_internal_pb2.Record.FromString(body)
-            body = b""
 
 
 def mirrored(folder):
-    """Of the offline run: its start, its logged rows, and its exit code (None where it never ended)."""
-    records = list(offline_records(folder))
-    rows = [
-        {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.HasField("history")
-    ]
+    """Of the one offline run below `folder`: its start, its logged rows, and its exit code (None: it never ended)."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    records = list(mirror.records(path))
     (start,) = (record.run for record in records if record.HasField("run"))
     exits = [record.exit.exit_code for record in records if record.HasField("exit")]
-    return start, rows, exits[0] if exits else None
+    return start, mirror.offline(path).rows, exits[0] if exits else None
 
 
 def entries(num_updates):
@@ -95,7 +73,34 @@ def test_every_number_is_mirrored(finished):
     updates = [row["updates"] for row in rows]
     assert updates == sorted(updates) and updates[-1] == 400
     (path,) = finished.glob("wandb/offline-run-*/*.wandb")
-    assert path.stat().st_size > 2 * BLOCK  # the reader above has met records that cross blocks
+    assert path.stat().st_size > 2 * mirror.BLOCK  # the reader has met records that cross blocks
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    for line, found in zip(lines, mirror.entries(mirrored(finished)[1]), strict=True):
+        assert {name: found[name] for name in line if name != "eval"} == {k: v for k, v in line.items() if k != "eval"}
+        for name, measure in line.get("eval", {}).items():
+            assert found["eval"][name] == {"low": None, "high": None} | measure
+
+
+def test_answers_stand_side_by_side(tmp_path):
+    def said(t, text):
+        return {"kind": "answers", "t": t, "answers": [{"id": 7, "turns": ["what?"], "answers": [text]}]}
+
+    with Recorder(tmp_path, CONFIG, choices=CHOICES) as recorder:
+        recorder.log(said(0, "this"))
+        recorder.log(said(1, "that"))
+    rows = mirrored(tmp_path)[1]
+    (file,) = tmp_path.glob(f"wandb/offline-run-*/files/{rows[-1]['answers.path']}")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["id", "prompt", "M_0", "M_1"] and table["data"] == [["7", "what?", "this", "that"]]
+
+
+def test_what_is_cut_off_is_left_out_and_other_files_are_refused(finished, tmp_path):
+    (path,) = finished.glob("wandb/offline-run-*/*.wandb")
+    (tmp_path / "cut.wandb").write_bytes(path.read_bytes()[:-3])
+    assert len(list(mirror.records(tmp_path / "cut.wandb"))) == len(list(mirror.records(path))) - 1
+    (tmp_path / "other.wandb").write_text("something else")
+    with pytest.raises(ValueError, match="was not written by the W&B client"):
+        mirror.offline(tmp_path / "other.wandb")
 
 
 def test_the_run_says_what_it_is(finished):

@@ -7,14 +7,13 @@ Shapes: P prompts, K answers per prompt, I items, C choices (the right one first
 from math import comb
 
 import numpy as np
-from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo.lab import world
 from sdpo.lab.exam import Exam
 from sdpo.lab.sampling import given, kl, response_logp, sample
+from sdpo.measures import Measures, mean
 
-Measures = dict[str, dict]
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 ANSWERS_AT_ONCE = 8  # of every prompt, because the cache of a longer batch takes too much memory
 
@@ -61,15 +60,6 @@ def best_of_n(initial_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         axis=1,
     )
     return {f"lab/best_of/{n}": mean(_expected_best(gold_PK, n)) for n in BEST_OF}
-
-
-def mean(values: np.ndarray) -> dict:
-    """The mean with its 95 % Student interval (null for a single value)."""
-    n, value = len(values), float(np.mean(values))
-    if n == 1:
-        return {"value": value, "low": None, "high": None, "n": n}
-    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
-    return {"value": value, "low": value - half, "high": value + half, "n": n}
 
 
 def _expected_best(gold_PK: np.ndarray, n: int) -> np.ndarray:
