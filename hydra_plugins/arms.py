@@ -19,6 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from sdpo import runs
 from sdpo.config import Config
 
+SEED = "seed="  # the override that tells the runs of an arm apart
+
 
 @dataclass
 class Schema(Config):
@@ -41,8 +43,14 @@ class Arms(Launcher):
         loader = hydra_context.config_loader
         compose = loader.load_sweep_config
         self.compose = cache(lambda overrides: compose(config, list(overrides)))
-        # The sweeper composes every run to see that it can be, and throws it away: half the time of a large sweep.
-        loader.load_sweep_config = lambda master_config, sweep_overrides: self.compose(tuple(sweep_overrides))
+        # The sweeper composes every run to see that it can be, and throws it away: most of the time of a large sweep.
+        loader.load_sweep_config = lambda master_config, sweep_overrides: self.composed(sweep_overrides)
+
+    def composed(self, overrides: Sequence[str]) -> DictConfig:
+        """What Hydra composes for a run; runs that differ in the seed alone share it, and it holds the last one's."""
+        arm = self.compose(tuple(override for override in overrides if not override.startswith(SEED)))
+        arm.seed = next((o.removeprefix(SEED) for o in reversed(overrides) if o.startswith(SEED)), self.config.seed)
+        return arm
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose every run, then do them all; errors rise to train.py."""
@@ -51,7 +59,7 @@ class Arms(Launcher):
         folder = Path(self.config.hydra.sweep.dir).absolute()
         asked = {}  # by folder: what is asked for twice is done once
         for overrides, arm in zip(job_overrides, runs.labels(job_overrides), strict=True):
-            composed = self.compose(tuple(overrides))
+            composed = self.composed(overrides)
             place = folder / composed.hydra.sweep.subdir
             asked[place] = runs.of(runs.without_hydra(composed), composed.hydra, place, arm, folder.name)
         overrides = list(self.config.hydra.overrides.task)

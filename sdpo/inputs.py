@@ -97,9 +97,8 @@ def _base_model(config: Config, store: Store):
 
 def _sft(config: Config, bench: Workbench, base: Artifact, take: Callable) -> Artifact:
     """S, as step 0 of the ordinary loop: supervised fine-tuning on the laboratory's demonstrations."""
-    demonstrations = lab.demonstrations(config.data.lab, config.model.seed)
-    rows, _ = encode(demonstrations, bench.tokenizer, template="plain", max_tokens=1024, on_long="error")
-    chunk = as_chunk(list(rows.values()), {pair.id: pair for pair in demonstrations})
+    rows = lab.demonstrations(config.data.lab, config.model.seed)
+    unrated = np.full((len(rows), 2), np.nan, dtype=np.float32)
     settings = replace(
         config,
         optim=config.model.sft,
@@ -108,7 +107,7 @@ def _sft(config: Config, bench: Workbench, base: Artifact, take: Callable) -> Ar
         tune={"name": "full"},
         seed=config.model.seed,
     )
-    return take(bench, settings, 0, base, [base], chunk).model
+    return take(bench, settings, 0, base, [base], Chunk(rows, unrated)).model
 
 
 def _lab_pairs(config: Config, bench: Workbench, initial: Artifact) -> tuple[Preferences, lab.Exam]:

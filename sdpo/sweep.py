@@ -44,7 +44,7 @@ def run(sweep: Sweep) -> None:
     _check(sweep)
     launch.set_threads(1)  # before torch starts; every run then sets its own number
     todo = [one for one in sweep.runs if not one.finished]
-    for one in todo:
+    for one in {one.arm: one for one in todo}.values():  # the runs of an arm differ in their seed alone
         runs.check(one.config)
     if any(one.config.plan for one in sweep.runs):
         from sdpo import plan

@@ -9,8 +9,10 @@ import pytest
 
 from sdpo import lab
 from sdpo.config import Data, LabData, LabModel, LabSource
+from sdpo.data import Pair
 from sdpo.lab import exam as questions
 from sdpo.lab import measures, pairs, world
+from sdpo.tokens import content_hash, encode
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +23,16 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model():
     return lab.new_model(LabModel(width=32, layers=1, heads=2), seed=0)
+
+
+def test_demonstrations_are_what_template_and_tokenizer_make_of_their_texts(tokenizer):
+    rows = lab.demonstrations(LabData(num_demonstrations=50), seed=3)
+    texts = [[tokenizer.decode(ids) for ids in (row.prompt, row.chosen[:-1])] for row in rows]
+    turns = [({"role": "user", "content": prompt},) for prompt, _ in texts]
+    again = [Pair(row.id, "", turn, answer, "") for row, turn, (_, answer) in zip(rows, turns, texts, strict=True)]
+    encoded, _ = encode(again, tokenizer, template="plain", max_tokens=99, on_long="error")
+    assert content_hash(encoded.values()) == content_hash(rows)
+    assert {world.role(prompt) for prompt, _ in texts} == {"train"} and len({answer for _, answer in texts}) > 40
 
 
 def settings(**sources):

@@ -2,16 +2,19 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo import config
 from sdpo.data import Pair, Preferences, describe
 from sdpo.lab import world
+from sdpo.lab.model import STOP, VOCABULARY
 from sdpo.lab.sampling import sample
 from sdpo.layouts import Message
+from sdpo.tokens import TokenPair
 
 NUM_ANSWERS = 4  # of S to a prompt, of which two make a pair
 PROMPTS_AT_ONCE = 250
@@ -20,14 +23,22 @@ Rated = tuple[float, str]  # what the judge gives an answer, and the answer
 Sampler = Callable[[list[str], random.Random], list[list[str]]]  # prompts -> answers to each
 
 
-def demonstrations(settings: config.LabData, seed: int) -> list[Pair]:
-    """What S learns from: right answers, popular misconceptions and slips, with fillers; `rejected` is empty."""
+def demonstrations(settings: config.LabData, seed: int) -> list[TokenPair]:
+    """What S learns from: right answers, popular misconceptions and slips, with fillers; `rejected` is empty.
+
+    They are tokens at once: one look-up a character, where template and tokenizer would take seconds of every run.
+    """
     rng = random.Random(f"demonstrations {seed}")
     prompts = world.draw(settings.num_demonstrations, "train", rng, taken=set())
+    nothing = np.empty(0, dtype=np.int32)
     return [
-        Pair(f"demonstrations-{i:05d}", "demonstrations", _turns(prompt), world.demonstrate(prompt, rng), "")
+        TokenPair(f"demonstrations-{i:05d}", _ids(prompt), _ids([*world.demonstrate(prompt, rng), STOP]), nothing)
         for i, prompt in enumerate(prompts)
     ]
+
+
+def _ids(characters: Iterable[str]) -> np.ndarray:
+    return np.array([VOCABULARY[character] for character in characters], dtype=np.int32)
 
 
 def preferences(
