@@ -57,11 +57,11 @@ def folders(*paths: Path | str) -> list[Path]:
 
 
 def declared(*paths: Path | str) -> dict:
-    """What the sweeps among `paths` declare: `runs` (names asked for) and `contrasts` ((arm, arm), ...)."""
+    """What the sweeps among `paths` declare: `runs` (names asked for) and `contrasts` (what each tests: (arm, arm))."""
     sweeps = [_read(Path(path) / "sweep.json") for path in paths if (Path(path) / "sweep.json").is_file()]
-    pairs = [tuple(contrast) for sweep in sweeps for contrast in sweep.get("contrasts", [])]
+    pairs = {name: tuple(pair) for sweep in sweeps for name, pair in sweep.get("contrasts", {}).items()}
     names = [name for sweep in sweeps for name in sweep["runs"]]
-    return {"runs": names, "contrasts": list(dict.fromkeys(pairs))}
+    return {"runs": names, "contrasts": pairs}
 
 
 def runs(*paths: Path | str) -> pd.DataFrame:

@@ -7,6 +7,7 @@ What the launcher does is sdpo/sweep.py, which knows nothing of Hydra.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,19 @@ class Schema(Config):
 ConfigStore.instance().store("schema", Schema)
 OmegaConf.register_new_resolver("run_name", runs.run_name, replace=True)
 OmegaConf.register_new_resolver("sweep_name", runs.sweep_name, replace=True)
+OmegaConf.register_new_resolver("over", lambda value, *divisors: value / prod(divisors), replace=True)
 
 
 class Arms(Launcher):
     """Does all runs of a sweep together; the keywords are conf/hydra/launcher/arms.yaml."""
 
     def __init__(self, n: int | str, backend: str, slurm: DictConfig, contrasts: DictConfig):
-        self.settings = {"n": n, "backend": backend, "slurm": dict(slurm), "contrasts": list(map(list, contrasts))}
+        self.settings = {
+            "n": n,
+            "backend": backend,
+            "slurm": dict(slurm),
+            "contrasts": OmegaConf.to_container(contrasts),
+        }
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config

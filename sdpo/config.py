@@ -75,7 +75,7 @@ class Model:
 @dataclass
 class LabSource:
     sampler: str = one_of("teacher", "on_policy", "edits")
-    num_pairs: int = at_least(1, 1000)
+    num_pairs: int = at_least(0, 1000)  # 0: there is no such source
     temperature: float = at_least(0, 0.0)  # of the Bradley-Terry judge; 0 is the exact judge
     filler_bonus: float = 0.0  # what the judge adds per filler character
     flipped: float = share(0.0)  # of the pairs: their label is turned round
@@ -166,6 +166,7 @@ class Config:
     record: Record = field(default_factory=Record)
     launch: Launch = field(default_factory=Launch)
     seed: int = 0  # governs order, random splits, adapters and sampling
+    T: int = at_least(1, 2)  # what arms mean by T; a split has its own number of chunks
     steps: dict[int, Settings] = field(default_factory=dict)  # per-step overrides
     plan: bool = False
 

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sdpo import config, runs
 
 CONF = Path(__file__).parents[1] / "conf"
+MOST_LINES = 4  # that the options of one axis take on the screen of all
 EXAMPLES = """\
 python train.py                                         stepwise DPO on the built-in laboratory
 python train.py split=all_at_once reference=initial     plain DPO
@@ -67,6 +68,8 @@ def _overview() -> str:
     for group, default in groups().items():
         marked = [f"{option}*" if option == default.strip('"[]') else option for option in options(group)]
         body = textwrap.wrap(" ".join(marked) or "-", 92)
+        if len(body) > MOST_LINES:
+            body[MOST_LINES - 1 :] = [f"... and others: --help {group}"]
         lines += [f"  {group:<12}{body[0]}", *(f"  {'':<12}{line}" for line in body[1:])]
     lines += ["", "keys"] + [f"  {text.splitlines()[0]}" for text in _sections().values()]
     lines += [

@@ -137,7 +137,7 @@ def _number(value: float) -> str:
 def _read_by_prepare(config: Config) -> str:
     """The part of a configuration that inputs depend on: runs that agree in it have the same ones."""
     ignored = {"split": {}, "score": {}, "start": "previous", "loss": {}, "optim": Optim(), "evaluate": {}}
-    ignored |= {"record": Record(), "seed": 0, "steps": {}}
+    ignored |= {"record": Record(), "seed": 0, "T": 0, "steps": {}}
     if config.reference["name"] != "external":
         ignored["reference"] = {}
     return repr(replace(config, **ignored))

@@ -33,7 +33,7 @@ class Sweep:
     folder: Path
     runs: list[Run]
     overrides: list[str]
-    contrasts: list[list[str]]  # pairs of arms, declared before anything runs
+    contrasts: dict[str, list[str]]  # what is tested: two arms; declared before anything runs
     n: int | str  # runs at a time; auto: as many as the cores or GPUs allow
     backend: str  # local | slurm
     slurm: Settings  # submitit's parameters
@@ -86,9 +86,11 @@ def _check(sweep: Sweep) -> None:
     if len(sweep.contrasts) > MOST_CONTRASTS:
         raise ValueError(f"{len(sweep.contrasts)} contrasts are declared; {MOST_CONTRASTS} is the most")
     arms = list(dict.fromkeys(one.arm for one in sweep.runs))
-    for arm in (arm for contrast in sweep.contrasts for arm in contrast):
-        if arm not in arms:
-            raise ValueError(f"a contrast names the arm {arm!r}; this sweep has {', '.join(map(repr, arms))}")
+    for name, pair in sweep.contrasts.items():
+        if len(pair) != 2:
+            raise ValueError(f"the contrast {name!r} has {len(pair)} arms; it compares two, [a, b]")
+        if unknown := [arm for arm in pair if arm not in arms]:
+            raise ValueError(f"a contrast names the arm {unknown[0]!r}; this sweep has {', '.join(map(repr, arms))}")
 
 
 def _ended(one: Run, bar: tqdm, error: str | None) -> None:

@@ -74,7 +74,7 @@ def make_sweep(folder: Path, *, seeds=3, arms=("all at once", "stepwise"), gains
         "command": ["train.py", "experiment=synthetic"],
         "overrides": ["experiment=synthetic"],
         "runs": names,
-        "contrasts": [[arm, arms[0]] for arm in arms[1:]],
+        "contrasts": {name: [arm, arms[0]] for name, arm in zip(("order", "strength"), arms[1:], strict=False)},
     }
     (folder / "sweep.json").write_text(json.dumps(sweep))
     return folder

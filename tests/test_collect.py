@@ -48,8 +48,8 @@ def test_unfinished_run_is_shown_and_left_out(sweep, tmp_path):
 
 def test_declared(sweep):
     declared = collect.declared(sweep)
-    assert declared["contrasts"] == [("stepwise", "all at once")] and len(declared["runs"]) == 6
-    assert collect.declared(sweep / "stepwise-s0") == {"runs": [], "contrasts": []}
+    assert declared["contrasts"] == {"order": ("stepwise", "all at once")} and len(declared["runs"]) == 6
+    assert collect.declared(sweep / "stepwise-s0") == {"runs": [], "contrasts": {}}
 
 
 def test_steps_name_their_reference(sweep):

@@ -107,12 +107,13 @@ def test_a_run_that_is_prepared_is_not_finished(finished):
     [
         ({"backend": "cloud"}, "hydra.launcher.backend is 'cloud'; it can be local, slurm"),
         ({"n": 0}, "hydra.launcher.n is 0; it can be auto or a number above 0"),
-        ({"contrasts": [["a", "c"]]}, "a contrast names the arm 'c'; this sweep has 'a', 'b'"),
-        ({"contrasts": [["a", "b"]] * 9}, "9 contrasts are declared; 8 is the most"),
+        ({"contrasts": {"order": ["a", "c"]}}, "a contrast names the arm 'c'; this sweep has 'a', 'b'"),
+        ({"contrasts": {"order": ["a"]}}, "the contrast 'order' has 1 arms; it compares two"),
+        ({"contrasts": dict.fromkeys("ABCDEFGHI", ["a", "b"])}, "9 contrasts are declared; 8 is the most"),
     ],
 )
 def test_what_the_launcher_cannot_do_is_refused(tmp_path, changes, sentence):
-    given = {"n": "auto", "backend": "local", "slurm": {}, "contrasts": [], "overrides": []} | changes
+    given = {"n": "auto", "backend": "local", "slurm": {}, "contrasts": {}, "overrides": []} | changes
     with pytest.raises(ValueError, match=sentence):
         sweep.run(sweep.Sweep(tmp_path, [asked(tmp_path, "a0"), asked(tmp_path, "b0")], **given))
 
@@ -135,7 +136,7 @@ def multirun(toy, tmp_path, monkeypatch):
 
 def test_a_run_that_fails_is_named_and_it_alone_is_done_again(multirun, toy, tmp_path):
     arms = ["data.train=[a.jsonl]", "data.train=[later/a.jsonl]"]
-    overrides = ["data.train=[a.jsonl],[later/a.jsonl]", f"hydra.launcher.contrasts={json.dumps([arms])}"]
+    overrides = ["data.train=[a.jsonl],[later/a.jsonl]", f"+hydra.launcher.contrasts.files={json.dumps(arms)}"]
     first = multirun(*overrides)
     output, error = first.communicate()
     assert first.returncode == 1 and error.splitlines()[-1].startswith("error: 1 of 2 runs failed")
@@ -154,7 +155,7 @@ def test_a_run_that_fails_is_named_and_it_alone_is_done_again(multirun, toy, tmp
     assert "2 of 2 runs finished; 1 steps trained, 1 reused" in output and done.stat().st_mtime_ns == before
     written = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert sorted(written["runs"]) == sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/done"))
-    assert written["contrasts"] == [arms]
+    assert written["contrasts"] == {"files": arms}
     manifest = json.loads((failed.parent / "manifest.json").read_text())
     assert (manifest["sweep"], manifest["arm"]) == ("sweep", arms[1])
 

@@ -58,6 +58,8 @@ def preferences(
     taken: set[str] = set()
     for name, source in settings.lab.sources.items():
         _check_families(name, source.families)
+        if source.num_pairs == 0:
+            continue
         for role, num in ("train", source.num_pairs), ("held_out", settings.lab.num_held_out):
             rng = random.Random(f"{name} {role} {settings.seed}")
             judged = islice(_judged(source, samplers[source.sampler], role, rng, taken), num)
