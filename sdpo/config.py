@@ -136,6 +136,7 @@ class Launch:
     threads: int = at_least(1, 1)  # per rank
     device: str = one_of("auto", "cpu", "cuda")
     tokens_per_pack: int = at_least(1, 8192)  # micro-batches are cut by this many unique tokens
+    recompute_activations: bool = False  # in the backward pass
     checkpoint_minutes: float = at_least(0, 10.0)  # between checkpoints inside a step
 
 

@@ -17,8 +17,9 @@ from sdpo.config import Config, Optim, needs
 from sdpo.engine import Engine
 from sdpo.logprobs import score
 from sdpo.losses import Both
+from sdpo.memory import explained, fitting_budget
 from sdpo.moving import MovingReference
-from sdpo.packing import micro_batches, pack
+from sdpo.packing import micro_batches, pack, tokens_of
 from sdpo.record import progress
 from sdpo.tokens import TokenPair
 from sdpo.weights import lambdas
@@ -74,6 +75,7 @@ class Fit:
         self.device = launch.device(config.launch.device)
         lengths = [(len(row.chosen), len(row.rejected)) for row in chunk.rows]
         self.lengths_N2 = np.array(lengths, dtype=np.float32)
+        self.budget = config.launch.tokens_per_pack
 
     def run(self, reference: MovingReference, start_N2: np.ndarray, checkpoint: Checkpoint) -> list[dict]:
         """All updates of the step; returns one log entry per update.
@@ -83,19 +85,20 @@ class Fit:
         """
         reference.begin(self.engine)
         entries = checkpoint.restore(self.engine, reference)
-        budget = self.config.launch.tokens_per_pack
+        self.budget = fitting_budget(self.engine, [self._rows(n) for n in range(len(self.plan))], self.config)
         bar = progress(sum(map(len, self.plan)), checkpoint.name, quiet=not launch.is_main())
         bar.advance(sum(len(update) for update in self.plan[: len(entries)]))
         pending, every, began = [], self.config.record.every, time.monotonic()
         for number in range(len(entries), len(self.plan)):
             torch.manual_seed(self.config.seed * 1_000_003 + number)  # dropout, the same after a resume
-            reference.move(number, self.engine, self.chunk.rows, self.plan, budget)
-            reference.probes.follow(number, self.engine, budget)
-            stats, first_logps = self._update(number, reference.logps_N2)
-            if number == 0:
-                self._gate(first_logps, start_N2)
             lr = learning_rate(self.span.before + number, self.span.total, self.config.optim)
-            pending.append((number, self.engine.update(lr), stats, lr))
+            with explained(f"at update {number + 1}", self.budget):
+                reference.move(number, self.engine, self.chunk.rows, self.plan, self.budget)
+                reference.probes.follow(number, self.engine, self.budget)
+                stats, members, logps_B2 = self._update(number, reference.logps_N2)
+                if number == 0:
+                    self._gate(members, logps_B2, start_N2)
+                pending.append((number, self.engine.update(lr), stats, lr))
             bar.advance(len(self.plan[number]), self._tokens(number))
             if len(pending) == every or number == len(self.plan) - 1:
                 entries += self._entries(pending, time.monotonic() - began)
@@ -104,13 +107,14 @@ class Fit:
         bar.close()
         return entries
 
-    def _update(self, number: int, reference_N2: np.ndarray) -> tuple[torch.Tensor, dict[int, tuple]]:
-        """Gradients of one update's mean loss; returns summed statistics (on the device) and log-probs by pair."""
+    def _update(self, number: int, reference_N2: np.ndarray) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
+        """Gradients of one update's mean loss; returns summed statistics, and this rank's pairs with their log-probs.
+
+        Both tensors stay on the device: nothing here waits for it.
+        """
         indices = self.plan[number]
-        rows = [self.chunk.rows[i] for i in indices]
-        mine = micro_batches(rows, self.config.launch.tokens_per_pack, launch.world_size())[launch.rank()]
-        stats = torch.zeros(len(STATS), device=self.device)
-        logps = {}
+        mine = micro_batches(self._rows(number), self.budget, launch.world_size())[launch.rank()]
+        stats, logps = torch.zeros(len(STATS), device=self.device), []
         for position, members in enumerate(mine):
             batch = indices[members]
             policy = self.engine.forward(pack([self.chunk.rows[i] for i in batch]).to(self.device))
@@ -118,9 +122,8 @@ class Fit:
             loss_B = self._loss(policy, reference, batch)
             stats += self._stats(loss_B, policy, reference)
             self.engine.backward(loss_B.sum() / len(indices), last=position == len(mine) - 1)
-            if number == 0:
-                logps |= dict(zip(batch.tolist(), torch.stack(policy, 1).tolist(), strict=True))
-        return stats, logps
+            logps.append(torch.stack(policy, 1).detach())
+        return stats, indices[np.concatenate(mine).astype(int)], torch.cat(logps)
 
     def _loss(self, policy: Both, reference: Both, batch: np.ndarray) -> torch.Tensor:
         available = {
@@ -143,26 +146,24 @@ class Fit:
         columns = (loss_B, margin_B, lambda_B, lambda_B**2, correct_B, policy.chosen, policy.rejected)
         return torch.stack([column.float().sum() for column in columns])
 
-    def _gate(self, first_logps: dict[int, tuple], start_N2: np.ndarray) -> None:
+    def _gate(self, members: np.ndarray, logps_B2: torch.Tensor, start_N2: np.ndarray) -> None:
         """The margin gate: the first update's policy must give the log-probs recorded for the step's start."""
+        found_B2 = logps_B2.cpu().numpy()
         if self.engine.module.training:  # dropout is no part of what was recorded
-            logps_N2 = score(self.engine.module, self._rows(0), self.config.launch.tokens_per_pack)
-            first_logps = dict(zip(self.plan[0].tolist(), logps_N2.tolist(), strict=True))
-        worst, where = 0.0, None
-        for index, logps in first_logps.items():
-            expected = start_N2[index]
-            error = np.abs(np.array(logps) - expected).max() / max(1.0, np.abs(expected).max())
-            if not error <= worst:
-                worst, where = float(error), self.chunk.rows[index].id
-        worst, where = max(launch.gather((worst, where or "")))
+            members, found_B2 = self.plan[0], score(self.engine.module, self._rows(0), self.budget)
+        expected_B2 = start_N2[members].astype(np.float64)
+        error_B = np.abs(found_B2 - expected_B2).max(1) / np.abs(expected_B2).max(1).clip(1.0)
+        errors = zip(np.nan_to_num(error_B, nan=np.inf).tolist(), members.tolist(), strict=True)
+        worst, index = max(launch.gather(max(errors, default=(0.0, 0))))
         if not worst <= TOLERANCE[self.config.precision]:
             raise ValueError(
-                f"the policy at the step's start is not the one that was scored: pair {where} is off by "
-                f"{worst:.2e} (relative); the stored log-probs, the weights or the tokens have changed"
+                "the policy at the step's start is not the one that was scored: pair "
+                f"{self.chunk.rows[index].id} is off by {worst:.2e} (relative); "
+                "the stored log-probs, the weights or the tokens have changed"
             )
 
     def _tokens(self, number: int) -> int:
-        return sum(len(r.prompt) + len(r.chosen) + len(r.rejected) for r in self._rows(number))
+        return sum(map(tokens_of, self._rows(number)))
 
     def _rows(self, number: int) -> list[TokenPair]:
         return [self.chunk.rows[i] for i in self.plan[number]]

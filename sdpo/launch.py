@@ -132,6 +132,7 @@ def _work(settings: Config, folder: Path) -> dict:
     from sdpo import stepwise
 
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import inductor: seconds
+    torch.utils.deterministic.fill_uninitialized_memory = False  # helps to find errors, at a tenth of a small step
     _join(settings)
     try:
         summary = stepwise.run(settings, folder)

@@ -1,15 +1,13 @@
 """Which pairs each step trains on: the split's chunks, with scores computed only where the split asks for them."""
 
-import sys
 from collections.abc import Iterable, Iterator
 
-from tqdm import tqdm
-
-from sdpo import chunks, launch, receipts, sources
+from sdpo import chunks, receipts, sources
 from sdpo.chunks import Score, Split
 from sdpo.config import Config
 from sdpo.inputs import Inputs
 from sdpo.packing import tokens_of
+from sdpo.record import tell
 from sdpo.scoring import rows_of, scored
 from sdpo.splits import Chunks, Row
 from sdpo.store import Artifact
@@ -30,7 +28,7 @@ def in_order(inputs: Inputs, config: Config, history: list[Artifact]) -> Iterabl
     kept = split.kept(rows, by_id)
     accuracies = sources.accuracies(inputs, config, score, by_id, [row.id for row in kept])
     for warning in sources.warnings(split, score, accuracies):
-        _tell(f"warning: {warning}")
+        tell(f"warning: {warning}")
     if score.model == "current":
         return _rescoring(inputs, config, history, split, score, kept)
     return chunks.divide(split, rows, by_id, config.seed)
@@ -66,7 +64,7 @@ def _rescoring(
     """The first chunk of what remains, in the order that the newest model gives it, until nothing remains."""
     num_chunks = split.function.keywords["num_chunks"] or len({row.source for row in rows})
     tokens = sum(row.tokens for row in rows)
-    _tell(
+    tell(
         f"score.model=current scores what remains before each of {num_chunks} steps: about "
         f"{tokens * (num_chunks - 1) // 2:,} tokens of forward passes more than scoring once"
     )
@@ -94,9 +92,3 @@ def _settings(score: Score, models: list[Artifact], rounds: list[list[TokenPair]
         weights.append(external(settings).key)
     tokens = sum(tokens_of(row) for rows in rounds for row in rows) if score.model else None
     return settings | {"weights": weights, "tokens": tokens}
-
-
-def _tell(line: str) -> None:
-    """One line on stderr, above any bar."""
-    if launch.is_main():
-        tqdm.write(line, file=sys.stderr)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from sdpo import launch
 from sdpo.config import Config
 
 Entry = dict[str, Any]
@@ -213,6 +215,12 @@ def progress(total: int, description: str, unit: str = "pairs", quiet: bool = Fa
         dynamic_ncols=True,
         disable=quiet or None,  # None: shown on a terminal only
     )
+
+
+def tell(line: str) -> None:
+    """One line on stderr, above any bar; said by one rank."""
+    if launch.is_main():
+        tqdm.write(line, file=sys.stderr)
 
 
 def step_line(step: Entry) -> str:

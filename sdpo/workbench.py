@@ -16,6 +16,7 @@ from sdpo import adapters, attention, launch, models, tune
 from sdpo.config import Config, choose
 from sdpo.engine import Engine, open_engine
 from sdpo.logprobs import Scorer, naive_logprobs, score
+from sdpo.memory import explained
 from sdpo.record import progress
 from sdpo.store import Artifact, Store, check, damaged
 from sdpo.tokens import TokenPair, content_hash
@@ -94,9 +95,10 @@ class Workbench:
         }
 
         def build(folder: Path) -> None:
-            module = self.hold(model).module
-            with progress(len(rows), "log-probs", quiet=not launch.is_main()) as bar:
-                logps_N2 = score(module, rows, self.config.launch.tokens_per_pack, bar.advance)
+            module, budget = self.hold(model).module, self.config.launch.tokens_per_pack
+            bar = progress(len(rows), "log-probs", quiet=not launch.is_main())
+            with bar, explained("in the log-probs", budget):
+                logps_N2 = score(module, rows, budget, bar.advance)
             if launch.is_main():
                 write_table(folder / "logprobs.parquet", rows, logps_N2)
 
