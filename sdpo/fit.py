@@ -120,8 +120,8 @@ class Fit:
             policy = self.engine.forward(pack([self.chunk.rows[i] for i in batch]).to(self.device))
             reference = self._both(reference_N2, batch)
             loss_B = self._loss(policy, reference, batch)
-            stats += self._stats(loss_B, policy, reference)
             self.engine.backward(loss_B.sum() / len(indices), last=position == len(mine) - 1)
+            stats += self._stats(loss_B.detach(), policy, reference, batch)
             logps.append(torch.stack(policy, 1).detach())
         return stats, indices[np.concatenate(mine).astype(int)], torch.cat(logps)
 
@@ -138,10 +138,12 @@ class Fit:
         return Both(*torch.as_tensor(values_N2[batch], dtype=torch.float32, device=self.device).unbind(1))
 
     @torch.no_grad()
-    def _stats(self, loss_B: torch.Tensor, policy: Both, reference: Both) -> torch.Tensor:
+    def _stats(self, loss_B: torch.Tensor, policy: Both, reference: Both, batch: np.ndarray) -> torch.Tensor:
         """Sums over a micro-batch, in the order of STATS."""
         margin_B = (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
-        lambda_B = lambdas(loss_B, policy, self.beta) if self.weighs else torch.zeros_like(margin_B)
+        lambda_B = torch.zeros_like(margin_B)
+        if self.weighs:
+            lambda_B = lambdas(lambda copy: self._loss(copy, reference, batch), policy, self.beta)
         correct_B = (margin_B > 0) + 0.5 * (margin_B == 0)
         columns = (loss_B, margin_B, lambda_B, lambda_B**2, correct_B, policy.chosen, policy.rejected)
         return torch.stack([column.float().sum() for column in columns])

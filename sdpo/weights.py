@@ -14,10 +14,15 @@ from sdpo.config import needs
 from sdpo.losses import Both
 
 
-def lambdas(loss_B: torch.Tensor, policy: Both, beta: float) -> torch.Tensor:
-    """The derivative [B] of each pair's loss by its `policy.rejected`, in units of beta; its graph is kept."""
-    ones_B = torch.ones_like(loss_B)
-    (slope_B,) = torch.autograd.grad(loss_B, policy.rejected, ones_B, retain_graph=True, materialize_grads=True)
+def lambdas(loss: Callable[[Both], torch.Tensor], policy: Both, beta: float) -> torch.Tensor:
+    """The derivative [B] of each pair's loss of the policy by `policy.rejected`, in units of beta.
+
+    Taken at a copy of the log-probs: DeepSpeed takes any pass back through its own for the update's.
+    """
+    copy = Both(*(logps_B.detach().requires_grad_() for logps_B in policy))
+    with torch.enable_grad():
+        loss_B = loss(copy)
+    (slope_B,) = torch.autograd.grad(loss_B, copy.rejected, torch.ones_like(loss_B), materialize_grads=True)
     return slope_B / beta
 
 
@@ -26,6 +31,8 @@ def of_pairs(loss: Callable, **data_N2: np.ndarray) -> np.ndarray | None:
     if "reference" not in needs(loss) or "beta" not in loss.keywords:
         return None
     data = {name: Both(*torch.from_numpy(values_N2).float().unbind(1)) for name, values_N2 in data_N2.items()}
-    policy = Both(*(logps_N.requires_grad_() for logps_N in data.pop("policy")))
-    loss_N = loss(*(policy if name == "policy" else data[name] for name in needs(loss)))
-    return lambdas(loss_N, policy, loss.keywords["beta"]).numpy()
+
+    def of_policy(policy: Both) -> torch.Tensor:
+        return loss(*((data | {"policy": policy})[name] for name in needs(loss)))
+
+    return lambdas(of_policy, data["policy"], loss.keywords["beta"]).numpy()

@@ -45,6 +45,7 @@ def final_bytes(folder):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("cache", ["kept", "deleted"])
 def test_an_interrupted_step_continues_to_the_same_bytes(run, monkeypatch, tmp_path, rule, cache):
+    """T10: under `periodic` and `mixed` the reference has moved when the step is killed."""
     overrides = ["split=all_at_once", "optim.epochs=2", "launch.checkpoint_minutes=0", "probe.every=5", *RULES[rule]]
     with monkeypatch.context() as patch:
         interrupt_after(patch, 6)
@@ -84,6 +85,7 @@ def test_a_poisoned_log_prob_stops_the_run_and_names_the_row(run, tmp_path):
 
 
 def test_a_stale_table_under_a_right_hash_is_caught_by_the_audit(run, tmp_path):
+    """T6: numbers of something else under the key of this."""
     run("split=all_at_once")
     table = chunk_table(tmp_path / "store")
     for row in range(len(pq.read_table(table))):
@@ -111,6 +113,7 @@ def test_a_checkpoint_swapped_behind_its_path_is_another_model(run, toy):
 
 
 def test_tokens_that_changed_are_scored_anew(run):
+    """T4: another length limit."""
     first = run(name="first")
     second = run("data.max_tokens=40", "data.on_long=truncate_prompt", name="second")
     keys = [json.loads((folder / "manifest.json").read_text())["steps"][0]["key"] for folder in (first, second)]

@@ -53,6 +53,7 @@ def chains(toy, tmp_path_factory):
 
 @pytest.mark.parametrize(("between", "tolerance"), [("merge", 0.0), ("stack", 1e-5)])
 def test_margins_are_zero_at_every_start(chains, between, tolerance):
+    """T2: three steps of adapters."""
     for step in chains[between].steps:
         first, *later = step.entries
         assert abs(first["margin"]) <= tolerance and first["loss"] == pytest.approx(np.log(2), abs=1e-6)

@@ -1,0 +1,141 @@
+"""Every option trains: each split with each reference in this process, and all options of all groups through train.py.
+
+What lies elsewhere (models and data of the hub, other people's references) has stand-ins of the toy's here.
+"""
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REAL_DATA, TINY, byte_tokenizer, compose, random_model, read_lines
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from sdpo import help, runs, stepwise
+
+CHECKOUT = Path(__file__).parents[1]
+FILES = ["data.train=[a.jsonl,b.jsonl]", "data.template=plain", "data.held_out_share=0.2"]
+TOY = ["model=local", "model.path=model", "data=local", *FILES, "optim.pairs_per_update=8"]
+HERE = ["model.name=local", "model.path=model", "data.name=local", *FILES]  # whatever model and data say
+PAPER = [*HERE, "data.held_out=[]", "precision=fp32", "launch.ranks=1", "deepspeed=off", "evaluate=[preference]"]
+SMALL = ["model.lab.width=16", "model.lab.layers=1", "model.sft.epochs=1", "data.lab.num_demonstrations=512"]
+SMALL += [f"data.lab.num_{name}=8" for name in ("held_out", "prompts", "items")]
+SMALL += [f"data.lab.sources.{source}.num_pairs=32" for source in ("teacher", "on_policy", "edits")]
+BESIDE = {  # what the options of a group are trained with, if not on the toy's defaults
+    "model": ["data=local", *HERE],
+    "data": ["model=local", *HERE],
+    "score": [*TOY, "split=easy_to_hard", "split.level=pair", "split.num_chunks=2"],
+    "arm": SMALL,
+    "experiment": PAPER,
+}
+NEEDS = {  # what an option cannot do without
+    "split=repeat": ["split.num=2"],
+    "split=replay": ["split.path=split.json"],
+    "reference=periodic": ["reference.updates=2"],
+    "reference=mixed": ["reference.updates=2"],
+    "reference=external": ["reference.path=other", "reference.template=plain"],
+    "reference=none": ["loss=simpo"],
+    "score=implicit_reward": ["score.path=other"],
+    "score=reward_model": ["score.path=classifier", "score.template=plain"],
+    "evaluate=[h4]": ["evaluate.h4.local=eval", "evaluate.h4.limit=1"],
+    "evaluate=[lm_eval]": ["evaluate.lm_eval.local=eval", "evaluate.lm_eval.tasks=[hellaswag]"],
+    "experiment=paper_table1": ["hydra.sweeper.params.arm=all_at_once"],  # the others are arms of their own
+}
+OTHERS = ["reference.path=other", "reference.template=plain"]
+INSTEAD = {  # of what its group is trained with
+    "model=lab": ["data=lab", *SMALL],
+    "data=lab": ["model=lab", *SMALL],
+    "arm=intel_dpo": [*TOY, *OTHERS],
+    "arm=solar_70b": [*TOY, *OTHERS],
+    "experiment=smoke": [],
+    "experiment=demo": [*SMALL, "hydra.sweeper.params.seed=0"],
+    "experiment=controls": [*SMALL, "hydra.sweeper.params.seed=0"],
+}
+
+
+@pytest.fixture(scope="module")
+def place(toy, tmp_path_factory):
+    """A folder to run in: the toy's model and pairs, rated; another model, a classifier and a split; and the store."""
+    folder = tmp_path_factory.mktemp("place")
+    for source in "ab":
+        pairs = map(json.loads, (toy / f"{source}.jsonl").read_text().splitlines()[:15])
+        rated = [pair | {"chosen_rating": 3.0, "rejected_rating": 1.0 + n % 2} for n, pair in enumerate(pairs)]
+        (folder / f"{source}.jsonl").write_text("\n".join(map(json.dumps, rated)))
+    shutil.copytree(toy / "model", folder / "model")
+    (folder / "eval").symlink_to(REAL_DATA / "eval")
+    torch.manual_seed(0)
+    for name, model in {
+        "other": random_model(seed=1),
+        "classifier": LlamaForSequenceClassification(LlamaConfig(**TINY, num_labels=1)),
+    }.items():
+        model.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDPO_STORE", str(folder / "store"))
+        patch.chdir(folder)
+        train("by_source", "previous", folder / "first")
+        shutil.copy(folder / "first" / "split.json", folder)
+        yield folder
+
+
+@functools.cache
+def chosen(option):
+    """The configuration of one choice on the toy; kept, because composing takes longer than training."""
+    return compose(*TOY, "evaluate=[]", option, *NEEDS.get(option, []))
+
+
+def train(split, reference, folder):
+    given = chosen(f"reference={reference}")
+    settings = replace(chosen(f"split={split}"), reference=given.reference, loss=given.loss)
+    runs.check(settings)
+    runs.Run(settings, folder, choices={}, arm="").prepare()
+    return stepwise.run(settings, folder)
+
+
+@pytest.mark.parametrize("reference", help.options("reference"))
+@pytest.mark.parametrize("split", help.options("split"))
+def test_every_split_trains_with_every_reference(place, tmp_path, split, reference):
+    summary = train(split, reference, tmp_path)
+    manifest, receipt = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("manifest", "split"))
+    assert len(summary["steps"]) == len(receipt["chunks"])
+    first = {entry["t"]: entry["margin"] for entry in read_lines(tmp_path, "train") if entry["update"] == 1}
+    for step in manifest["steps"]:
+        t, windows = step["t"], step["windows"]
+        if reference == "none":
+            assert windows == [] and first[t] is None
+            continue
+        starts_there = t == 1 if reference in ("initial", "average") else reference != "external"
+        assert (list(windows[0]["weights"]) == [step["start"]]) is (first[t] == 0.0) is starts_there
+
+
+def commands():
+    """The commands that train all options: of a group the ones that need nothing as one sweep, each other one alone."""
+    for group in help.groups():
+        options = [f"[{option}]" if group == "evaluate" else option for option in help.options(group)]
+        choices = [f"{group}={option}" for option in options]
+        alone = [
+            choice for choice in choices if choice in NEEDS | INSTEAD or group == "experiment"
+        ]  # sweeps themselves
+        free = [option for option, choice in zip(options, choices, strict=True) if choice not in alone]
+        beside = BESIDE.get(group, TOY)
+        if free:
+            yield pytest.param([*beside, f"{group}={','.join(free)}"], id=group)
+        for choice in alone:
+            settings = INSTEAD.get(choice, [*beside, *NEEDS.get(choice, [])])
+            yield pytest.param([*settings, choice], id=choice)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", list(commands()))
+def test_every_option_of_every_group_trains_through_train_py(place, tmp_path, request, overrides):
+    if "evaluate" in request.node.callspec.id:
+        request.getfixturevalue("real_data")
+    command = [sys.executable, str(CHECKOUT / "train.py"), "-m", *overrides, f"hydra.sweep.dir={tmp_path}"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("*/done"))) == len(json.loads((tmp_path / "sweep.json").read_text())["runs"])
