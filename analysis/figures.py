@@ -42,7 +42,8 @@ def loss_curves(train: pd.DataFrame) -> Figure:
 
 @styled
 def frontier(measures: pd.DataFrame) -> Figure:
-    """Gold reward against KL to S, from S through every step; best-of-n from S beside it where it was measured."""
+    """Gold reward against KL to S, from S through every step; beside it, where it was measured, best-of-n from S, which
+    stands at the most that its KL can be."""
     figure, (axes,) = panels(height=3.2)
     gold, kl = (
         collect.by_arm(measures[measures["measure"] == name], ["t"]).set_index(["arm", "t"])
@@ -213,7 +214,7 @@ def sweep_cost(steps: pd.DataFrame, train: pd.DataFrame) -> Figure:
     totals = {"every run for itself": costs, "equal steps shared": shared}
     bars = axes.barh(list(totals), [table["cost"].sum() for table in totals.values()], color=COLOURS[0], height=0.6)
     axes.bar_label(bars, [f"{table['cost'].sum():.0f} s, {len(table)} steps" for table in totals.values()], padding=3)
-    axes.margins(x=0.5)
+    axes.margins(x=0.6)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set(xlabel="seconds of training, one run at a time")
