@@ -42,7 +42,8 @@ def loss_curves(train: pd.DataFrame) -> Figure:
 
 @styled
 def frontier(measures: pd.DataFrame) -> Figure:
-    """Gold reward against KL to S, from S through every step; best-of-n from S beside it where it was measured."""
+    """Gold reward against KL to S, from S through every step; beside it, where it was measured, best-of-n from S, which
+    stands at the most that its KL can be."""
     figure, (axes,) = panels(height=3.2)
     gold, kl = (
         collect.by_arm(measures[measures["measure"] == name], ["t"]).set_index(["arm", "t"])
@@ -55,7 +56,7 @@ def frontier(measures: pd.DataFrame) -> Figure:
         axes.errorbar(x["value"], y["value"], _errors(y), _errors(x), ecolor=look["color"], fmt="none", elinewidth=0.8)
     _best_of_n(axes, measures)
     axes.set(xlabel="KL(M_t, S) (nats a response)", ylabel="gold reward (0 to 1)")
-    axes.set_xlim(left=-0.02 * axes.get_xlim()[1])  # KL has no other side
+    _frame_points(axes)
     legend(figure, axes)
     return figure
 
@@ -100,7 +101,8 @@ def trajectories(trajectory: pd.DataFrame, num_pairs: int = 12) -> Figure:
     figure, rows = panels(len(chunks), 2.1, sharex=True)
     for axes, chunk in zip(rows, chunks, strict=True):
         group = ended[ended["chunk"] == chunk]
-        some = group[group["id"].isin(sorted(group["id"].unique())[:num_pairs])]
+        ids = sorted(group["id"].unique())  # by source
+        some = group[group["id"].isin(ids[:: -(-len(ids) // num_pairs)])]
         for side, look in zip(("chosen", "rejected"), looks(["chosen", "rejected"]).values(), strict=True):
             lines = some.pivot_table(index="t", columns=["run", "id"], values=f"{side}_logp")
             axes.plot(lines, color=look["color"], linestyle=look["linestyle"], linewidth=0.6, alpha=0.4)
@@ -149,7 +151,10 @@ def accuracy_by_source(measures: pd.DataFrame, name: str = "preference/ranking_a
             _line(axes, collect.by_arm(here[here["name"] == name], ["t"]), "t", source, look)
             shorter = here.loc[here["name"] == "preference/shorter_accuracy", "value"].mean()
             axes.axhline(shorter, color=look["color"], linewidth=0.9, linestyle=":")
-        axes.set(title=arm, ylabel=f"{name.rpartition('/')[2].replace('_', ' ')} (share)")
+        unit = "share" if name.endswith("accuracy") else "nats"
+        axes.set(title=arm, ylabel=f"{name.rpartition('/')[2].replace('_', ' ')} ({unit})")
+        if unit == "share":  # an interval of few seeds may leave what is possible
+            axes.set_ylim(max(-0.02, axes.get_ylim()[0]), min(1.02, axes.get_ylim()[1]))
     _name_models(rows[-1], measures["t"])
     legend(figure, rows[0])
     return figure
@@ -209,7 +214,7 @@ def sweep_cost(steps: pd.DataFrame, train: pd.DataFrame) -> Figure:
     totals = {"every run for itself": costs, "equal steps shared": shared}
     bars = axes.barh(list(totals), [table["cost"].sum() for table in totals.values()], color=COLOURS[0], height=0.6)
     axes.bar_label(bars, [f"{table['cost'].sum():.0f} s, {len(table)} steps" for table in totals.values()], padding=3)
-    axes.margins(x=0.3)
+    axes.margins(x=0.6)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set(xlabel="seconds of training, one run at a time")
@@ -220,6 +225,13 @@ def _line(axes: Axes, summary: pd.DataFrame, x: str, label: str, look: dict) -> 
     """A line with its band, from a table made by `collect.by_arm`."""
     axes.plot(summary[x], summary["value"], label=label, **look)
     axes.fill_between(summary[x], summary["low"], summary["high"], color=look["color"], alpha=0.15, linewidth=0)
+
+
+def _frame_points(axes: Axes) -> None:
+    """Show all points; an interval of few seeds may leave the picture, as it leaves what is possible."""
+    x, y = (np.concatenate([getattr(line, f"get_{side}data")() for line in axes.lines]) for side in "xy")
+    right, margin = x.max() or 1.0, 0.08 * (np.ptp(y) or 1.0)
+    axes.set(xlim=(-0.02 * right, 1.1 * right), ylim=(max(0.0, y.min() - margin), min(1.0, y.max() + margin) + 0.01))
 
 
 def _errors(summary: pd.DataFrame) -> np.ndarray:

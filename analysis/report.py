@@ -92,8 +92,9 @@ def _choices(runs: pd.DataFrame) -> pd.DataFrame:
     rows = {}
     for axis in sorted(axes, key=lambda axis: AXES.index(axis) if axis in AXES else len(AXES)):
         by_arm = axes[axis].fillna("none").groupby(runs["arm"], sort=False).first()
-        options = [by_arm.iloc[0]] if by_arm.nunique() == 1 else [f"{option} ({arm})" for arm, option in by_arm.items()]
-        rows[axis] = ", ".join(options)
+        arms = {option: ", ".join(group.index) for option, group in by_arm.groupby(by_arm, sort=False)}
+        plain = len(arms) == 1 or axis == "arm"
+        rows[axis] = "; ".join(arms) if plain else "; ".join(f"{option} ({names})" for option, names in arms.items())
     return pd.DataFrame(rows.items(), columns=["axis", "option"])
 
 

@@ -137,7 +137,7 @@ def _generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int
         )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[i : i + decoding.batch_size] for i in range(0, len(order), decoding.batch_size)]
-    stops = [chat.stop, chat.tokenizer.eos_token_id]
+    stops = [id for id in dict.fromkeys((chat.stop, chat.tokenizer.eos_token_id)) if id is not None]
     network.generation_config = _settings(decoding, stops)  # a model's own may cut its probabilities off
     answers: dict[int, Answer] = {}
     with (

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from functools import cache
 from importlib.metadata import version
+from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from scipy import stats
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo import launch
 
@@ -143,13 +144,14 @@ class Ranks(HFLM):
     @torch.no_grad()
     def _continuations(self, context: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
         tokens_NR = torch.tensor(list(zip_longest(*continuations, fillvalue=0)), device=self.device).T
-        read = self.model(torch.tensor([context], device=self.device), use_cache=True, logits_to_keep=1)
-        logits_NRV = read.logits.expand(len(continuations), -1, -1)
+        cache = DynamicCache(config=self.model.config)
+        known = signature(self.model.forward).parameters
+        reading = {"cache" if "cache" in known else "past_key_values": cache}  # renamed in transformers 5.24
+        logits_1RV = self.model(torch.tensor([context], device=self.device), logits_to_keep=1, **reading).logits
+        logits_NRV = logits_1RV.expand(len(continuations), -1, -1)
         if tokens_NR.shape[1] > 1:
-            cache = read.past_key_values
             cache.batch_repeat_interleave(len(continuations))
-            further = self.model(tokens_NR[:, :-1], past_key_values=cache, use_cache=True).logits
-            logits_NRV = torch.cat([logits_NRV, further], dim=1)
+            logits_NRV = torch.cat([logits_NRV, self.model(tokens_NR[:, :-1], **reading).logits], dim=1)
         logps_NR = logits_NRV.log_softmax(dim=-1).gather(2, tokens_NR[:, :, None])[:, :, 0]
         greedy_NR = logits_NRV.argmax(dim=-1) == tokens_NR
         return [
