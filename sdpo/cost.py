@@ -31,15 +31,18 @@ def gpu_hours(flops: float) -> float:
 def of_step(config: Config, chunk: Chunk, windows: Windows, initial: Artifact) -> float:
     """Operations of a step: its epochs, and every pass of a window's reference; nan where a model's size is unknown.
 
-    The first window's reference reads the whole chunk, those of later windows the pairs of their updates.
+    The first window's reference reads the whole chunk, those of later windows the pairs of their updates and what the
+    step follows.
     """
     size = parameters(config, initial)
     tokens_N = np.array([tokens_of(row) for row in chunk.rows])
     there_and_back = 4 if config.tune["name"] == "lora" else 6
     trained = there_and_back * size * config.optim.epochs * tokens_N.sum()
+    plan, every = updates(len(chunk.rows), config.optim, config.seed), config.probe.every
+    num_looks = len(windows.listed[1:]) + ((len(plan) - 1) // every if every else 0)
+    trained += 2 * size * num_looks * sum(map(tokens_of, chunk.probes))
     if not windows.listed:
         return float(trained)
-    plan = updates(len(chunk.rows), config.optim, config.seed)
     begins = np.cumsum([window["num_updates"] for window in windows.listed])
     moved = sum(tokens_N[np.unique(np.concatenate(plan[a:b]))].sum() for a, b in pairwise(begins))
     first = _external(config, windows) if config.reference["name"] == "external" else size

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from sdpo import scores, splits
-from sdpo.config import Config
+from sdpo.config import Config, Probe
 from sdpo.inputs import Inputs
 from sdpo.splits import Row
 from sdpo.step import take_step
@@ -44,4 +44,5 @@ def trainings(
     for repeat in range(repeats):
         one, other = splits.random(rows, 1000 * seed + repeat, num_chunks=2)
         halves += [(repeat, one, other), (repeat, other, one)]
-    return replace(config, loss=loss, reference=reference, optim=optim, seed=seed), halves
+    training = replace(config, loss=loss, reference=reference, optim=optim, probe=Probe(), seed=seed)
+    return training, halves

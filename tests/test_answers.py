@@ -1,14 +1,15 @@
 """Answers to prompts: those of the model's own forward pass, exact KL, kept, and in the formats of benchmarks."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer, random_model, read_lines
-from toys import prepare
+from toys import prepare, reward_model
 
-from sdpo import answers, evaluate, judges, prompts
+from sdpo import answers, evaluate, judges, models, prompts
 from sdpo.answers import Decoding
 from sdpo.store import Artifact
 
@@ -37,8 +38,6 @@ def other(tmp_path_factory):
     """A model other than S, by name."""
     folder = tmp_path_factory.mktemp("other")
     random_model(seed=3).save_pretrained(folder)
-    from sdpo import models
-
     return Artifact(models.fingerprint(folder), folder, reused=True)
 
 
@@ -76,6 +75,18 @@ def test_divergence_is_exact_and_summed_over_positions(made, asked, other):
                 total += (p.exp() * (p - q)).sum().item()
         assert value == pytest.approx(total, rel=1e-4) and value > 0.01
     assert answers.divergence(made.initial, made.initial, asked, GREEDY, made.bench) == [0.0] * 3
+
+
+def test_prompts_are_padded_on_the_left_and_answers_end_with_their_first_stop_token():
+    seen = {}
+
+    def generate(tokens_BT, attention_mask):
+        seen["tokens"], seen["mask"] = tokens_BT.tolist(), attention_mask.tolist()
+        return torch.cat([tokens_BT, torch.tensor([[5, 2, 6, 2], [7, 8, 9, 4]])], dim=1)
+
+    network = SimpleNamespace(device="cpu", generate=generate)
+    assert answers._continue(network, [[3], [1, 3]], stops=[2]) == [[5, 2], [7, 8, 9, 4]]
+    assert seen == {"tokens": [[2, 3], [1, 3]], "mask": [[0, 1], [1, 1]]}
 
 
 def test_answers_are_given_once_and_anew_for_other_settings(made, asked, monkeypatch):
@@ -134,8 +145,11 @@ def test_a_bad_prompt_file_is_one_sentence(tmp_path, content, sentence):
 
 def test_a_run_tells_its_answers(run, tmp_path):
     (tmp_path / "ask.txt").write_text("abc\nde\n")
-    generate = ["evaluate=[generate]", f"evaluate.generate.file={tmp_path / 'ask.txt'}"]
-    folder = run(*generate, "evaluate.generate.max_new_tokens=4", "split=all_at_once", "reference=initial")
+    judge = reward_model(tmp_path / "judge", "{% for turn in messages %}{{ turn['content'] }}{% endfor %}</s>")
+    settings = [f"{key}.file={tmp_path / 'ask.txt'}" for key in ("evaluate.generate", "evaluate.win_rate")]
+    settings += [f"{key}.max_new_tokens=4" for key in ("evaluate.generate", "evaluate.win_rate")]
+    settings += [f"evaluate.win_rate.path={judge}", "split=all_at_once", "reference=initial"]
+    folder = run("evaluate=[generate,win_rate]", *settings)
     before, after = read_lines(folder, "answers")
     assert (before["t"], after["t"]) == (0, 1) and after["decoding"]["max_new_tokens"] == 4
     for t, said in enumerate((before, after)):
@@ -143,6 +157,7 @@ def test_a_run_tells_its_answers(run, tmp_path):
         assert [row["output"] for row in alpaca] == [row["answers"][0] for row in said["answers"]]
     start, end = (entry["eval"] for entry in read_lines(folder, "eval"))
     assert start["generate/kl"]["value"] == 0 < end["generate/kl"]["value"] and end["generate/kl"]["n"] == 2
+    assert start["win_rate"]["value"] is None and end["win_rate"]["value"] in (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def test_win_rate_counts_what_the_reward_model_prefers(made, asked, other, tmp_path, monkeypatch):

@@ -38,8 +38,8 @@ def interrupt_after(monkeypatch, num_updates):
     return done
 
 
-def final_bytes(folder):
-    return (folder / "steps" / "1" / "model.safetensors").read_bytes()
+def final_bytes(folder, t=1):
+    return (folder / "steps" / str(t) / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -63,6 +63,21 @@ def test_an_interrupted_step_continues_to_the_same_bytes(run, monkeypatch, tmp_p
     assert losses[0] == losses[1]
     followed = [pd.read_parquet(folder / "trajectory.parquet") for folder in (resumed, whole)]
     pd.testing.assert_frame_equal(*followed)
+
+
+def test_a_later_step_with_carried_moments_and_an_average_reference_continues_to_the_same_bytes(
+    run, monkeypatch, tmp_path
+):
+    overrides = ["reference=average", "optim.moments=carry", "launch.checkpoint_minutes=0"]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)  # 3 updates a step
+        with pytest.raises(Killed):
+            run(*overrides)
+    resumed = run(*overrides)
+    assert [entry["reused"] for entry in read_lines(resumed, "step")] == [True, False, False]
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "another"))
+    whole = run(*overrides, name="whole")
+    assert final_bytes(resumed, 3) == final_bytes(whole, 3)
 
 
 def chunk_table(store):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, byte_tokenizer, random_model
-from toys import prepare
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from conftest import byte_tokenizer, random_model
+from toys import prepare, reward_model
+from transformers import AutoModelForSequenceClassification
 
 from sdpo import judges, scores
 from sdpo.logprobs import naive_logprobs
@@ -20,24 +20,16 @@ def made(toy, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reward_model(tmp_path_factory):
-    """A tiny reward model with a chat template of its own and no padding token, in a folder."""
-    folder = tmp_path_factory.mktemp("rewards")
-    torch.manual_seed(1)
-    shape = AutoConfig.for_model("llama", **{**TINY, "pad_token_id": None}, num_labels=1)
-    AutoModelForSequenceClassification.from_config(shape).save_pretrained(folder)
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    return folder
+def judge(tmp_path_factory):
+    return reward_model(tmp_path_factory.mktemp("rewards"), CHAT)
 
 
-def test_rewards_are_those_of_one_conversation_at_a_time(made, reward_model):
+def test_rewards_are_those_of_one_conversation_at_a_time(made, judge):
     _, inputs = made
     pairs = [inputs.pairs[row.id] for row in inputs.train][:9]
-    settings = {"path": str(reward_model), "revision": None, "template": None}
+    settings = {"path": str(judge), "revision": None, "template": None}
     rewards = judges.rewards(settings, pairs, inputs.bench)
-    network, tokenizer = AutoModelForSequenceClassification.from_pretrained(reward_model), byte_tokenizer()
+    network, tokenizer = AutoModelForSequenceClassification.from_pretrained(judge), byte_tokenizer()
     for pair, ours in zip(pairs, rewards, strict=True):
         for answer, reward in zip((pair.chosen, pair.rejected), ours, strict=True):
             text = f"<s>user: {pair.prompt[0]['content']}</s><s>assistant: {answer}</s>"
@@ -47,10 +39,10 @@ def test_rewards_are_those_of_one_conversation_at_a_time(made, reward_model):
     assert np.ptp(rewards) > 1e-3
 
 
-def test_rewards_are_kept(made, reward_model, monkeypatch):
+def test_rewards_are_kept(made, judge, monkeypatch):
     _, inputs = made
     pairs = [inputs.pairs[row.id] for row in inputs.train][:5]
-    settings = {"path": str(reward_model), "revision": None, "template": "chatml"}
+    settings = {"path": str(judge), "revision": None, "template": "chatml"}
     first = judges.rewards(settings, pairs, inputs.bench)
     monkeypatch.setattr(judges, "_load", lambda *_: pytest.fail("run again"))
     assert np.array_equal(judges.rewards(settings, pairs, inputs.bench), first)

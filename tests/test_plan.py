@@ -155,7 +155,7 @@ def test_a_data_set_that_is_not_here_has_the_size_that_the_settings_give_it(aske
 
 def chunk_of(num_pairs, tokens):
     rows = [TokenPair(str(i), np.zeros(tokens - 4), np.zeros(3), np.zeros(3)) for i in range(num_pairs)]
-    return Chunk(rows, np.zeros((num_pairs, 2)))
+    return Chunk(rows, np.zeros((num_pairs, 2)), probes=rows[:1])
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,9 @@ def chunk_of(num_pairs, tokens):
         ([], [4], 240 + 40),
         (["reference=none", "loss=simpo"], [], 240),
         (["tune=lora"], [4], 160 + 40),
-        # The windows of the second update and of the last two hold 2 and 4 pairs.
-        (["reference=periodic"], [1, 1, 2], 240 + 40 + 20 + 40),
+        # The windows of the second update and of the last two hold 2 and 4 pairs; the step follows one pair.
+        (["reference=periodic"], [1, 1, 2], 240 + 40 + 20 + 40 + 2 * 10),
+        (["probe.every=1"], [4], 240 + 40 + 3 * 10),
         (["reference=external", "reference.path=x", "reference.parameters=7000"], [4], 240 + 280),
         (["reference=external", "reference.path=x"], [4], math.nan),
     ],

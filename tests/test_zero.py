@@ -24,7 +24,7 @@ def train(toy, folder, *overrides):
     command = [sys.executable, CHECKOUT / "train.py", "data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]"]
     command += ["model=local", f"model.path={toy / 'model'}", "data.template=plain", "optim.pairs_per_update=8"]
     command += ["optim.lr=3e-3", "reference=mixed", "reference.updates=2", "reference.alpha=0.6", "probe.every=2"]
-    command += ["evaluate=[preference]", f"hydra.run.dir={folder}", *overrides]
+    command += ["optim.moments=carry", "evaluate=[preference]", f"hydra.run.dir={folder}", *overrides]
     environment = os.environ | {"SDPO_STORE": str(folder.with_suffix(".store"))}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,8 @@
 """What a run on the toy sources starts from, for tests of what happens before its first step."""
 
-from conftest import compose
+import torch
+from conftest import TINY, byte_tokenizer, compose
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from sdpo import inputs
 from sdpo.store import Store
@@ -13,3 +15,14 @@ def prepare(toy, folder, *overrides):
     base += ["data.template=plain", "optim.lr=3e-3", "optim.pairs_per_update=12"]
     settings = compose(*base, *overrides)
     return settings, inputs.prepare(settings, Store(folder))
+
+
+def reward_model(folder, template):
+    """Write a tiny reward model with a chat template of its own and no padding token; returns its folder."""
+    torch.manual_seed(1)
+    shape = AutoConfig.for_model("llama", **{**TINY, "pad_token_id": None}, num_labels=1)
+    AutoModelForSequenceClassification.from_config(shape).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
