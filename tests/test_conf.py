@@ -56,8 +56,7 @@ def arms(overrides, sweep=()):
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] != "experiment"])
 def test_every_option_composes_and_binds(group, option):
-    written = OmegaConf.to_container(OmegaConf.load(CHECKOUT / "conf" / group / f"{option}.yaml"))
-    blank = [key for key, value in written.items() if value == "???"]
+    blank = OmegaConf.missing_keys(OmegaConf.load(CHECKOUT / "conf" / group / f"{option}.yaml"))
     choice = f"{group}=[{option}]" if group == "evaluate" else f"{group}={option}"
     lab = group == "arm" or option == "lab"
     bound(
