@@ -55,6 +55,7 @@ class Evidence:
             "first_loss": losses[0],
             "last_loss": float(np.mean(losses[-max(1, len(losses) // 10) :])),
             **self._reference_statistics(step, config.loss.get("beta", 1.0)),
+            **step.speed._asdict(),
             "reused": step.model.reused,
             "seconds": seconds,
         }
