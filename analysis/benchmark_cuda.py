@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from analysis.benchmark_work import from_profile, shape
-from sdpo import losses
+from sdpo import cost, losses
 from sdpo.attention import BACKENDS, Rule
 from sdpo.config import Config
 from sdpo.engine import open_engine
@@ -19,8 +19,6 @@ from sdpo.tokens import TokenPair
 SIZES = ("1b", "3b", "7b")
 ADAPTED = ("7b",)  # trained with LoRA: masters and moments of all weights would not leave room for activations
 TOKENS_PER_PACK, NUM_PAIRS = 8192, 64
-# Dense bf16 peak, FLOP/s, by a part of the device's name (the makers' data sheets).
-PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 def measure(device: str) -> dict:
@@ -29,7 +27,7 @@ def measure(device: str) -> dict:
         parts = [f"{size}: tokens/s, utilisation, peak memory" for size in SIZES]
         return {"not_measured": [*parts, "attention alone", "head alone"]}
     name = torch.cuda.get_device_name()
-    peak = next((flops for part, flops in PEAKS.items() if part in name), None)
+    peak = cost.peak(torch.device(device))
     rows = _rows()
     result = {"device": name, "peak_flops": peak}
     result |= {size: _train(size, rows, peak) for size in SIZES}

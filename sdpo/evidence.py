@@ -51,6 +51,7 @@ class Evidence:
             "first_loss": curve[0],
             "last_loss": float(np.mean(curve[-max(1, len(curve) // 10) :])),
             **self._reference_statistics(step, choose(losses, config.loss)),
+            **step.speed._asdict(),
             "reused": step.model.reused,
             "seconds": seconds,
         }

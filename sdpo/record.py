@@ -230,7 +230,10 @@ def step_line(step: Entry) -> str:
         f"{step['num_pairs']} pairs of {', '.join(step['sources'])}",
         f"loss {number(step['first_loss'])} -> {number(step['last_loss'])}",
         f"gamma_ref {number(step['gamma_ref_mean'])}",
+        f"{number(step['tokens_per_second'])} tokens/s",
     ]
+    if step["utilisation"]:
+        parts[-1] += f" at {step['utilisation']:.0%} of the peak"
     ruler = next((name for name in RULERS if name in step["eval"]), None)
     if ruler:
         value, low, high = (number(step["eval"][ruler][part]) for part in ("value", "low", "high"))

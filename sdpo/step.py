@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sdpo import launch, losses, placebo
+from sdpo import cost, launch, losses, placebo
 from sdpo.checkpoint import Checkpoint, load_moments, save_moments
 from sdpo.config import Config, choose, needs
+from sdpo.cost import Pace, Speed
 from sdpo.fit import Chunk, Fit, Span, updates
 from sdpo.moving import MovingReference, weights_hash
 from sdpo.probes import Probes
@@ -37,6 +38,7 @@ class Step(NamedTuple):
     chunk: Chunk
     reference_N2: np.ndarray  # the log-probs that the loss read, each pair's last ones
     entries: list[dict]  # one per update
+    speed: Speed
 
 
 def name_step(
@@ -77,10 +79,12 @@ def take_step(
 
     def build(folder: Path) -> None:
         checkpoint = Checkpoint(bench.store.folder("partial", key), f"step {t}", config.launch.checkpoint_minutes)
+        scored_before = bench.scored.copy()
         reference, start_N2 = _anchor(bench, config, start, windows, chunk, history[0])
         engine = bench.hold(start, config)
         if config.optim.moments == "carry" and (start.folder / "moments-0.safetensors").is_file():
             load_moments(engine, start.folder)
+        num_weights = cost.multiplied(start, engine.scorer.model)
         fit = Fit(engine, chunk, choose(losses, config.loss), config, span)
         entries = fit.run(reference, start_N2, checkpoint)
         if config.optim.moments == "carry":
@@ -89,14 +93,18 @@ def take_step(
         if launch.is_main():
             write_table(folder / "reference.parquet", chunk.rows, reference.logps_N2)
             reference.probes.write(folder / "probes.parquet", chunk.rows, fit.plan)
-            (folder / "train.json").write_text(json.dumps({"entries": entries, "windows": reference.report}))
+            trained = Pace(*(sum(entry[name] for entry in entries) for name in ("tokens", "seconds")))
+            speed = cost.speed(config, num_weights, trained, Pace(*(bench.scored - scored_before).tolist()))
+            log = {"entries": entries, "windows": reference.report, "speed": speed._asdict()}
+            (folder / "train.json").write_text(json.dumps(log))
         checkpoint.clear()
 
     model = bench.store.make("step", determinants, build)
     log = json.loads((model.folder / "train.json").read_text())
     reference_N2 = read_table(model.folder / "reference.parquet")
     listed = [listed | seen for listed, seen in zip(windows.listed, log["windows"], strict=True)]
-    return Step(model, start, windows.first, listed, chunk, reference_N2, log["entries"])
+    speed = Speed(**log["speed"])
+    return Step(model, start, windows.first, listed, chunk, reference_N2, log["entries"], speed)
 
 
 def _determinants(

@@ -4,6 +4,7 @@ Log-probabilities are artifacts: what was scored once under some weights is read
 Shape suffixes: N rows; columns are the chosen and the rejected response.
 """
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from sdpo.config import Config, choose
 from sdpo.engine import Engine, open_engine
 from sdpo.logprobs import Scorer, naive_logprobs, score
 from sdpo.memory import explained
+from sdpo.packing import tokens_of
 from sdpo.record import progress
 from sdpo.store import Artifact, Store, check, damaged
 from sdpo.tokens import TokenPair, content_hash
@@ -32,6 +34,7 @@ class Workbench:
         self.config, self.store, self.tokenizer = config, store, tokenizer
         self.device = launch.device(config.launch.device)
         self.foreign: dict[str, dict[str, TokenPair]] = {}  # by model key: rows in that model's own tokens
+        self.scored = np.zeros(2)  # tokens, and seconds, of all passes for log-probs so far
         self._engine: Engine | None = None
         self._held: str | None = None  # the key of the weights in memory
         self._place: adapters.Place | None = None  # of the adapter, where one is trained
@@ -98,7 +101,9 @@ class Workbench:
             module, budget = self.hold(model).module, self.config.launch.tokens_per_pack
             bar = progress(len(rows), "log-probs", quiet=not launch.is_main())
             with bar, explained("in the log-probs", budget):
+                began = time.monotonic()
                 logps_N2 = score(module, rows, budget, bar.advance)
+                self.scored += (sum(map(tokens_of, rows)), time.monotonic() - began)
             if launch.is_main():
                 write_table(folder / "logprobs.parquet", rows, logps_N2)
 

@@ -189,3 +189,15 @@ def test_bf16_has_fp32_masters_so_that_small_learning_rates_move_weights(run, to
     moved = (before[name] != after[name]).float().mean()
     assert after[name].dtype == torch.float32 and moved > 0.99
     assert (before[name].bfloat16() != after[name].bfloat16()).float().mean() < 0.1  # what bf16 alone would lose
+
+
+def test_a_step_counts_tokens_once_and_says_how_fast_it_was(run):
+    folder = run("split=all_at_once", "optim.epochs=2", name="first")
+    _, (rows,) = chunks(folder)
+    unique = sum(len(row.prompt) + len(row.chosen) - 1 + len(row.rejected) - 1 for row in rows)
+    entries = read_lines(folder, "train")
+    assert sum(entry["tokens"] for entry in entries) == 2 * unique
+    for again in (folder, run("split=all_at_once", "optim.epochs=2", name="again")):
+        (step,) = read_lines(again, "step")
+        assert step["tokens_per_second"] == pytest.approx(2 * unique / sum(entry["seconds"] for entry in entries))
+        assert step["utilisation"] is None  # no known GPU

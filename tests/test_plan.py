@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import compose
+from conftest import compose, random_model
 from huggingface_hub import constants
 
 from sdpo import cost, plan, stepwise
@@ -185,6 +185,25 @@ def test_weights_are_counted_where_a_model_is(toy, tiny_model, tmp_path):
     settings = compose()
     assert cost.parameters(settings, Artifact("", toy / "model", reused=True)) == tiny_model.num_parameters()
     assert 1.5e5 < cost.parameters(settings, Artifact("", tmp_path, reused=False)) < 1.8e5  # the laboratory's
+
+
+def test_weights_that_are_only_looked_up_earn_nothing(toy, tiny_model, tmp_path):
+    whole = Artifact("", toy / "model", reused=True)
+    assert cost.multiplied(whole, tiny_model) == tiny_model.num_parameters() - 300 * 32
+    tied = random_model(tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path)
+    assert cost.multiplied(Artifact("", tmp_path, reused=True), tied) == tied.num_parameters()
+
+
+def test_utilisation_counts_the_reference_pass_where_it_was_made(monkeypatch):
+    settings = compose("precision=bf16")
+    trained, scored, none = cost.Pace(6000, 30.0), cost.Pace(2000, 10.0), cost.Pace(0, 0.0)
+    assert cost.speed(settings, 1000, trained, scored) == (200.0, None)  # no known GPU here
+    monkeypatch.setattr(cost, "peak", lambda device: 2e6)
+    assert cost.speed(settings, 1000, trained, scored) == (200.0, 20 * 2000 * 1000 / 40 / 2e6)  # (6 E + 2) N, E = 3
+    assert cost.speed(settings, 1000, trained, none) == (200.0, 6 * 6000 * 1000 / 30 / 2e6)
+    assert cost.speed(compose("precision=bf16", "tune=lora"), 1000, trained, none).utilisation == 0.4
+    assert cost.speed(compose(), 1000, trained, scored).utilisation is None  # the peak is that of bf16
 
 
 def test_hours_of_the_paper_s_data_on_eight_gpus():

@@ -85,13 +85,16 @@ def test_step_line():
         "first_loss": 0.69314718,
         "last_loss": 0.5,
         "gamma_ref_mean": -12.25,
+        "tokens_per_second": 4321.5,
+        "utilisation": None,
         "eval": {"preference/ranking_accuracy": {"value": 0.75, "low": None, "high": 0.8, "n": 9}},
     }
     assert step_line(step) == (
         "step 2  519 pairs of orca, polite  loss 0.6931 -> 0.5  gamma_ref -12.25  "
-        "preference/ranking_accuracy 0.75 [-, 0.8]"
+        "4322 tokens/s  preference/ranking_accuracy 0.75 [-, 0.8]"
     )
-    assert step_line(step | {"gamma_ref_mean": None, "eval": {}}).endswith("gamma_ref -")
+    assert step_line(step | {"gamma_ref_mean": None, "eval": {}}).endswith("gamma_ref -  4322 tokens/s")
+    assert step_line(step | {"utilisation": 0.414, "eval": {}}).endswith("4322 tokens/s at 41% of the peak")
 
 
 def test_json_is_whole_or_not_there(tmp_path):
