@@ -6,13 +6,15 @@ more, is left out.
 """
 
 import math
+from dataclasses import asdict
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
 from safetensors import safe_open
 
 from sdpo import lab, models
-from sdpo.config import Config
+from sdpo.config import Config, LabModel
 from sdpo.fit import Chunk, updates
 from sdpo.packing import tokens_of
 from sdpo.store import Artifact
@@ -51,8 +53,14 @@ def parameters(config: Config, initial: Artifact) -> float:
     if any(initial.folder.glob(models.WEIGHTS)):
         return _counted(initial)
     if config.model.name == "lab":
-        return sum(weights.numel() for weights in lab.new_model(config.model.lab, seed=0).parameters())
+        return _built(**asdict(config.model.lab))
     return config.model.parameters or math.nan
+
+
+@cache
+def _built(**lab_model: int) -> int:
+    """The weights of a laboratory's model, which is built to count them."""
+    return sum(weights.numel() for weights in lab.new_model(LabModel(**lab_model), seed=0).parameters())
 
 
 def _external(config: Config, windows: Windows) -> float:
