@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
-from functools import partial
+from functools import cache, partial
 from math import inf
 from pathlib import Path
 from types import ModuleType
@@ -178,12 +178,13 @@ PER_STEP = ("optim", "loss", "reference", "start")  # what steps.<t> may overrid
 def from_composed(composed: DictConfig | dict) -> Config:
     """The typed configuration: unknown keys (also those forced in with ++), wrong types and values are ValueErrors."""
     try:
-        composed = OmegaConf.create(composed)
+        if not isinstance(composed, DictConfig):
+            composed = OmegaConf.create(composed)
         if missing := sorted(OmegaConf.missing_keys(composed)):
             raise ValueError(f"{missing[0]} has no value; set {missing[0]}=...")
         given = OmegaConf.to_container(composed, resolve=True)
         given["steps"] = {_step_number(t): changes for t, changes in (given.get("steps") or {}).items()}
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), given))
     except OmegaConfBaseException as error:
         raise ValueError(sentence(error)) from error
     _check(config)
@@ -228,16 +229,28 @@ def choose(room: ModuleType, settings: Settings) -> Callable:
     if name not in variants(room):
         raise ValueError(f"{room.__name__} has no {name!r}; it has {', '.join(variants(room))}")
     function = variants(room)[name]
+    try:
+        filled = OmegaConf.merge(_keywords(function), given)
+        return partial(function, **OmegaConf.to_container(filled, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{room.__name__}.{name}: {sentence(error, name)}") from error
+
+
+@cache
+def _keywords(function: Callable) -> DictConfig:
+    """The typed settings that a function takes: its keyword-only arguments. Merging copies it."""
     wanted = [
         (p.name, p.annotation, field(default=MISSING if p.default is p.empty else p.default))
         for p in inspect.signature(function).parameters.values()
         if p.kind is p.KEYWORD_ONLY
     ]
-    try:
-        filled = OmegaConf.merge(OmegaConf.structured(make_dataclass(name, wanted)), given)
-        return partial(function, **OmegaConf.to_container(filled, throw_on_missing=True))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{room.__name__}.{name}: {sentence(error, name)}") from error
+    return OmegaConf.structured(make_dataclass(function.__name__, wanted))
+
+
+@cache
+def _schema() -> DictConfig:
+    """The typed settings of a run. Merging copies it."""
+    return OmegaConf.structured(Config)
 
 
 def variants(room: ModuleType) -> dict[str, Callable]:

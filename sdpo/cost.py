@@ -6,6 +6,8 @@ more, is left out.
 """
 
 import math
+from dataclasses import asdict
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from sdpo import lab, launch, models
-from sdpo.config import Config
+from sdpo.config import Config, LabModel
 from sdpo.fit import Chunk, updates
 from sdpo.packing import tokens_of
 from sdpo.store import Artifact
@@ -96,13 +98,19 @@ def parameters(config: Config, initial: Artifact) -> float:
     if any(initial.folder.glob(models.WEIGHTS)):
         return _counted(initial)
     if config.model.name == "lab":
-        return sum(weights.numel() for weights in lab.new_model(config.model.lab, seed=0).parameters())
+        return _built(**asdict(config.model.lab))
     return config.model.parameters or math.nan
 
 
 def _there_and_back(config: Config) -> int:
     """Operations per token and weight of a forward and backward pass."""
     return 4 if config.tune["name"] == "lora" else 6
+
+
+@cache
+def _built(**lab_model: int) -> int:
+    """The weights of a laboratory's model, which is built to count them."""
+    return sum(weights.numel() for weights in lab.new_model(LabModel(**lab_model), seed=0).parameters())
 
 
 def _external(config: Config, windows: Windows) -> float:
