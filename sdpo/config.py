@@ -45,7 +45,7 @@ class Optim:
     warmup: float = share(0.1)  # of a step's updates
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = at_least(0, 0.0)
-    clip: float = at_least(0, 1.0)  # largest gradient norm
+    clip: float = at_least(0, 1.0)  # largest gradient norm; 0: any
     epochs: int = at_least(1, 1)  # passes over a chunk
     pairs_per_update: int = at_least(1, 32)  # over all ranks
     moments: str = one_of("reset", "carry")  # AdamW's, where a step starts from the one before
@@ -67,7 +67,7 @@ class Model:
     trust_remote_code: bool = False
     template: str | None = one_of(*TEMPLATES)  # what data.template is unless it is set
     parameters: float | None = None  # how many, for a plan made where the model is not
-    seed: int = 0  # governs the laboratory's S
+    seed: int = at_least(0, 0)  # governs the laboratory's S
     lab: LabModel = field(default_factory=LabModel)
     sft: Optim | None = None  # where set, S is trained first, as step 0
 
@@ -115,7 +115,7 @@ class Data:
     template: str | None = one_of(*TEMPLATES)
     max_tokens: int = at_least(2, 1024)
     on_long: str = one_of("error", "drop", "truncate_prompt", "truncate_response")
-    seed: int = 0  # governs the held-out share and the laboratory's pairs
+    seed: int = at_least(0, 0)  # governs the held-out share and the laboratory's pairs
     lab: LabData = field(default_factory=LabData)
 
 
@@ -166,7 +166,7 @@ class Config:
     probe: Probe = field(default_factory=Probe)
     record: Record = field(default_factory=Record)
     launch: Launch = field(default_factory=Launch)
-    seed: int = 0  # governs order, random splits, adapters and sampling
+    seed: int = at_least(0, 0)  # governs order, random splits, adapters and sampling
     T: int = at_least(1, 2)  # what arms mean by T; a split has its own number of chunks
     steps: dict[int, Settings] = field(default_factory=dict)  # per-step overrides
     plan: bool = False

@@ -7,6 +7,7 @@ are sums over an update's micro-batches, so the caller divides the loss by the u
 This is the only file that imports deepspeed.
 """
 
+import math
 import os
 import warnings
 
@@ -28,7 +29,7 @@ class Plain:
     part = 0  # all ranks have the same part of masters and optimiser state: the whole
 
     def __init__(self, scorer: nn.Module, optim: config.Optim, precision: str, device: torch.device):
-        self.scorer, self.module, self.clip = scorer.to(device), scorer, optim.clip
+        self.scorer, self.module, self.clip = scorer.to(device), scorer, optim.clip or math.inf
         self.params = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
         if precision == "fp32":
             self.masters = self.params

@@ -155,6 +155,7 @@ def _join(settings: Config) -> None:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     store = dist.HashStore() if world_size() == 1 else None  # None: torchrun's own
+    os.environ.setdefault("LOCAL_RANK", "0")  # torchrun sets it, and DeepSpeed asks a single rank for it too
     ranks = {"store": store, "rank": rank(), "world_size": world_size()}
     if place.type == "cuda":
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=place, **ranks)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo.readers import Unreachable
@@ -61,10 +62,19 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder, in eval mode, with its own attention."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
+    """The model of a folder, in eval mode, with its own attention.
+
+    Raises ValueError where its files are damaged, or lack weights, which would be made up at random.
+    """
+    try:
+        model, seen = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder} cannot be loaded: its weights are damaged or of another model ({error})") from error
+    if missing := sorted(seen["missing_keys"]):
+        raise ValueError(f"{folder} cannot be loaded: it lacks {len(missing)} weights, {missing[0]} among them")
+    return model
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

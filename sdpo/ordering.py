@@ -20,6 +20,13 @@ def in_order(inputs: Inputs, config: Config, history: list[Artifact]) -> Iterabl
 
     Reasons to doubt the order are told before the first step trains.
     """
+    plan = _plan(inputs, config, history)
+    if isinstance(plan, list) and (beyond := [t for t in config.steps if t > len(plan)]):
+        _tell(f"warning: steps.{beyond[0]} changes nothing, because there are only {len(plan)} steps")
+    return plan
+
+
+def _plan(inputs: Inputs, config: Config, history: list[Artifact]) -> Iterable[list[str]]:
     split, rows = chunks.bind(config.split), rows_of(inputs)
     if not split.needs_scores:
         return chunks.divide(split, rows, None, config.seed)

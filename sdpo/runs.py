@@ -104,7 +104,9 @@ def check(config: Config) -> None:
         choose(evaluate, measure)
     for t in (0, *config.steps):
         step = configuration.for_step(config, t)
-        choose(losses, step.loss)
+        beta = choose(losses, step.loss).keywords.get("beta")
+        if beta == 0:
+            raise ValueError("loss.beta is 0, at which no pair says anything; set it above 0")
         choose(references, {key: value for key, value in step.reference.items() if key != "placebo"})
         choose(placebo, {"name": step.reference.get("placebo", "none")})
         if adapter := choose(tune, step.tune)():

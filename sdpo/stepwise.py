@@ -28,8 +28,8 @@ def run(settings: Config, folder: Path) -> dict:
     inputs = prepare(settings, Store())
     history, chunks = [inputs.initial], []
     origin = json.loads((folder / "manifest.json").read_text())
-    recording = Recorder(folder, settings, choices=origin["choices"], sweep=origin["sweep"])
-    with recording if launch.is_main() else nullcontext() as recorder:
+    names = {"choices": origin["choices"], "sweep": origin["sweep"]}
+    with Recorder(folder, settings, **names) if launch.is_main() else nullcontext() as recorder:
         evidence = Evidence(inputs, settings, recorder)
         evidence.add_initial()
         plan = in_order(inputs, settings, history)

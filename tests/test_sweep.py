@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from test_launch import CHECKOUT, alive, children, wait_until
+from test_kills import CHECKOUT, alive, children, wait_until
 
 from sdpo import config, runs, sweep, table
 from sdpo.runs import Run

@@ -1,0 +1,77 @@
+"""Bad input through the whole command: one line that says what is wrong, exit code 1, and nothing trained."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+GOOD = {"prompt": "What is 1 + 1?", "chosen": "2", "rejected": "3"}
+MORE = [GOOD | {"prompt": f"What is {n} + {n}?", "chosen": str(2 * n)} for n in (2, 3, 4)]
+
+ROWS = {  # the second row, and the end of "FILE, row 2: ..."
+    "missing column": ({"prompt": "x", "chosen": "y"}, "field 'rejected' is missing"),
+    "empty prompt": (GOOD | {"prompt": ""}, "field 'prompt' is empty"),
+    "empty response": (GOOD | {"chosen": " "}, "field 'chosen' is empty"),
+    "chosen is rejected": (
+        GOOD | {"chosen": "3"},
+        "field 'rejected' equals 'chosen', so the pair states no preference",
+    ),
+    "not text": (GOOD | {"chosen": 7}, "field 'chosen' is int, not text"),
+    "duplicate id": (GOOD | {"id": "first"}, "field 'id' 'first' was used before, by"),
+    "invalid JSON": ('{"prompt": "x",', "is not valid JSON"),
+    "invalid UTF-8": ('{"prompt": "x", "chosen": "\udcff", "rejected": "z"}', "field 'chosen' is not valid UTF-8"),
+}
+HELD_OUT = "data.held_out=[held_out.jsonl]"
+SETTINGS = {
+    "no such file": (["data.train=[nowhere.jsonl]"], "nowhere.jsonl: cannot be read (No such file or directory)"),
+    "no template": (["data.template=null"], "the tokenizer has no chat template; set data.template to one of"),
+    "unknown template": (["data.template=llama"], "data.template=llama is none of alpaca, zephyr, chatml, plain"),
+    "too long": (["data.max_tokens=4"], "pair a-"),
+    "no such model": (["model.path=nowhere"], "model.path: nowhere holds no config.json"),
+    "no attention of ours": (["model.path=mamba"], "mamba"),
+    "fewer pairs than steps": (["split=random", "split.num_chunks=9"], "9 chunks were asked for, but there are only"),
+    "overlap": ([HELD_OUT], "a.jsonl, row 1: field 'prompt' is held out too, in held_out.jsonl, row 1; repair it or"),
+}
+
+
+@pytest.fixture
+def refused(tmp_path, toy, monkeypatch, capsys):
+    """refused(*overrides, rows=...): what train.py says, run in this process on rows of the file a.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SDPO_STORE", "store")
+
+    def command(*overrides, rows=(GOOD, *MORE)):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        Path("a.jsonl").write_text("\n".join(lines), errors="surrogateescape")
+        Path("held_out.jsonl").write_text(json.dumps(GOOD))
+        base = ["model=local", f"model.path={toy / 'model'}", "data=local", "data.train=[a.jsonl]"]
+        base += ["data.template=plain", "split=all_at_once", "hydra.run.dir=run"]
+        monkeypatch.setattr(sys, "argv", [str(TRAIN), *base, *overrides])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(TRAIN), run_name="__main__")
+        torch.set_deterministic_debug_mode("default")
+        assert not list(Path("store").glob("step/*")) and capsys.readouterr().out == ""
+        assert end.value.code.startswith("error: ") and "\n" not in end.value.code  # Python prints it and exits with 1
+        return end.value.code.removeprefix("error: ")
+
+    return command
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_bad_row_is_named_with_its_file_and_field(refused, kind):
+    row, sentence = ROWS[kind]
+    said = refused(rows=[GOOD | {"id": "first"}, row, *MORE])
+    assert said.startswith(f"a.jsonl, row 2: {sentence}") and said.endswith("repair it or set data.on_bad_row=skip")
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_what_does_not_fit_together_is_said(refused, kind):
+    overrides, sentence = SETTINGS[kind]
+    if kind == "no attention of ours":
+        random_model("mamba").save_pretrained("mamba")
+    assert refused(*overrides).startswith(sentence)
