@@ -56,13 +56,14 @@ class _LogProbs(torch.autograd.Function):
         ctx.save_for_backward(hidden_RH, weight_VH, bias_V, targets_R)
         ctx.scale, ctx.softcap, ctx.kept = scale, softcap, []
         num_bytes = 4 * len(targets_R) * len(weight_VH)
-        keep = any(ctx.needs_input_grad) and num_bytes <= KEPT_BYTES[hidden_RH.device.type]
+        # The slope of a soft cap needs the logits themselves, over which the log-probs are written.
+        keep = any(ctx.needs_input_grad) and softcap is None and num_bytes <= KEPT_BYTES[hidden_RH.device.type]
         logps = []
         for tile in _tiles(hidden_RH, weight_VH):
-            logits_RV = _logits(hidden_RH[tile], weight_VH, bias_V, scale, softcap)
-            logps.append(logits_RV.log_softmax(-1).gather(1, targets_R[tile, None])[:, 0])
+            logps_RV = _log_softmax_(_logits(hidden_RH[tile], weight_VH, bias_V, scale, softcap))
+            logps.append(logps_RV.gather(1, targets_R[tile, None])[:, 0])
             if keep:
-                ctx.kept.append(logits_RV)
+                ctx.kept.append(logps_RV)
         return torch.cat(logps)
 
     @staticmethod
@@ -73,13 +74,15 @@ class _LogProbs(torch.autograd.Function):
         grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None else None
         for i, tile in enumerate(_tiles(hidden_RH, weight_VH)):
             if ctx.kept:
-                logits_RV, ctx.kept[i] = ctx.kept[i], None
+                logps_RV, ctx.kept[i] = ctx.kept[i], None
             else:
                 logits_RV = _logits(hidden_RH[tile], weight_VH, bias_V, ctx.scale, ctx.softcap)
+                bend_RV = None if ctx.softcap is None else 1 - (logits_RV / ctx.softcap) ** 2
+                logps_RV = _log_softmax_(logits_RV)
             weight_R1 = grad_R[tile, None] * ctx.scale
-            slope_RV = logits_RV.softmax(-1).mul_(-weight_R1).scatter_add_(1, targets_R[tile, None], weight_R1)
+            slope_RV = logps_RV.exp_().mul_(-weight_R1).scatter_add_(1, targets_R[tile, None], weight_R1)
             if ctx.softcap is not None:
-                slope_RV *= 1 - (logits_RV / ctx.softcap) ** 2
+                slope_RV *= bend_RV
             if grad_V is not None:
                 grad_V += slope_RV.sum(0)
             slope_RV = slope_RV.to(weight_VH.dtype)
@@ -105,6 +108,11 @@ def _logits(rows_RH, weight_VH, bias_V, scale, softcap) -> Tensor:
     if scale != 1:
         logits_RV *= scale
     return logits_RV if softcap is None else logits_RV.div_(softcap).tanh_().mul_(softcap)
+
+
+def _log_softmax_(logits_RV: Tensor) -> Tensor:
+    """Log-softmax of each row, written over the logits: a second tensor would cost as much again as the arithmetic."""
+    return torch.log_softmax(logits_RV, -1, out=logits_RV)
 
 
 def _add_product(total_VH: Tensor, left_VR: Tensor, right_RH: Tensor) -> None:

@@ -5,7 +5,7 @@ import torch
 from conftest import random_model
 from test_packing import rows_of
 
-from sdpo import attention
+from sdpo import attention_cuda
 from sdpo.attention import Flex, Rule, Sdpa, Varlen, choose, own_attention, reshapes_scores
 from sdpo.logprobs import Scorer, naive_logprobs
 from sdpo.packing import pack
@@ -67,7 +67,7 @@ def slow_varlen(query, key, value, ends_q, ends_k, max_q, max_k, *, scale, windo
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("backend", [Sdpa, Varlen, Flex])
 def test_backends_equal_a_dense_softmax(backend, name, monkeypatch):
-    monkeypatch.setattr(attention.varlen, "varlen_attn", slow_varlen)
+    monkeypatch.setattr(attention_cuda.varlen, "varlen_attn", slow_varlen)
     rule, inputs = RULES[name], streams()
     if backend is Varlen and (rule.softcap or rule.sinks_H is not None):
         with pytest.raises(ValueError, match="choose attention=sdpa"):
