@@ -18,22 +18,32 @@ AXES = ["lab/kl", "lab/gold"]
 def above_plain(*paths: Path | str) -> pd.DataFrame:
     """One row per arm that is not plain DPO: arm, gain at equal KL (an `Interval` over seeds), p, seeds, beyond.
 
-    The line is straight between models. `beyond` counts the seeds whose KL is larger than any of plain DPO's: there
-    is no line there, and they are left out. No rows where gold reward and KL were not measured, or plain DPO not run.
+    `beyond` counts the seeds that `gains` says nothing of. No rows where gold reward and KL were not measured, or
+    plain DPO not run.
+    """
+    rows = []
+    for arm, group in gains(*paths).query("not plain").groupby("arm", sort=False):
+        inside = group["gain"].dropna().tolist()
+        gain, p = over_seeds(inside), sign_flip(inside)
+        rows.append({"arm": arm, "gain at equal KL": gain, "seeds": gain.n, "p": p, "beyond": len(group) - gain.n})
+    return pd.DataFrame(rows)
+
+
+def gains(*paths: Path | str) -> pd.DataFrame:
+    """One row per run: arm, seed, plain, gain (gold reward above plain DPO's line at the run's own KL to S).
+
+    The line is straight between models. Where KL is larger than any of plain DPO's there is no line: the gain is nan.
     """
     measures, runs = collect.measures(*paths), collect.runs(*paths)
     points = measures[measures["measure"].isin(AXES)].pivot(index=["run", "t"], columns="measure", values="value")
     plain = _plain(collect.steps(*paths))
-    if not set(AXES) <= set(points) or not len(plain):
-        return pd.DataFrame()
-    ended = runs[runs["done"]].rename(columns={"choices.loss": "loss"}).set_index("run")
     rows = []
-    for arm, group in ended[~ended.index.isin(plain)].groupby("arm", sort=False):
-        gains = [_gain(run.Index, run.seed, run.loss, points, ended.loc[plain]) for run in group.itertuples()]
-        inside = [gain for gain in gains if not np.isnan(gain)]
-        gain, p = over_seeds(inside), sign_flip(inside)
-        rows.append({"arm": arm, "gain at equal KL": gain, "seeds": gain.n, "p": p, "beyond": len(gains) - gain.n})
-    return pd.DataFrame(rows)
+    if set(AXES) <= set(points) and len(plain):
+        ended = runs[runs["done"]].rename(columns={"choices.loss": "loss"}).set_index("run")
+        for run in ended.itertuples():
+            gain = _gain(run.Index, run.seed, run.loss, points, ended.loc[plain])
+            rows.append((run.arm, run.seed, run.Index in plain, gain))
+    return pd.DataFrame(rows, columns=["arm", "seed", "plain", "gain"])
 
 
 def _plain(steps: pd.DataFrame) -> list[str]:

@@ -55,10 +55,17 @@ def arms(*paths: Path | str) -> pd.DataFrame:
 
 
 def contrasts(*paths: Path | str) -> pd.DataFrame:
-    """One row per declared contrast whose arms exist: paired difference of headlines, tests, verdict."""
-    runs, steps = collect.runs(*paths), collect.steps(*paths)
-    pairs = [pair for pair in collect.declared(*paths)["contrasts"] if set(pair) <= set(runs["arm"])]
-    table = pd.DataFrame([_contrast(first, second, runs, steps) for first, second in pairs])
+    """The verdicts: one row per declared contrast whose arms exist, with the paired difference of headlines, the tests,
+    and the same difference at equal KL to S, where plain DPO's line says what that KL alone would give.
+    """
+    runs, steps, gains = collect.runs(*paths), collect.steps(*paths), equal_kl.gains(*paths)
+    declared = {
+        name: pair for name, pair in collect.declared(*paths)["contrasts"].items() if set(pair) <= set(runs["arm"])
+    }
+    table = pd.DataFrame(
+        {"of": name} | _contrast(*pair, runs, steps) | {"at equal KL": _at_equal_kl(*pair, gains)}
+        for name, pair in declared.items()
+    )
     if table.empty:
         return table
     table["p, Holm"] = holm(table["p"])
@@ -66,7 +73,8 @@ def contrasts(*paths: Path | str) -> pd.DataFrame:
         verdict(row["difference"], row["p, Holm"], num_contrasts=len(table), inert=row["inert"])
         for _, row in table.iterrows()
     ]
-    return table[["contrast", "verdict", "difference", "seeds", "p", "p, Holm", "leverage"]]
+    columns = ["of", "verdict", "contrast", "difference", "at equal KL", "seeds", "p", "p, Holm", "leverage"]
+    return table[columns].dropna(axis=1, how="all")
 
 
 def steps(*paths: Path | str) -> pd.DataFrame:
@@ -145,6 +153,15 @@ def _contrast(first: str, second: str, runs: pd.DataFrame, steps: pd.DataFrame) 
         "leverage": leverage,
         "inert": rules[0] != rules[1] and leverage < INERT,
     }
+
+
+def _at_equal_kl(first: str, second: str, gains: pd.DataFrame) -> Interval | None:
+    """The difference of two arms' gains over plain DPO's line; None where that line says nothing of them."""
+    by_arm = {arm: group.set_index("seed")["gain"] for arm, group in gains.groupby("arm")}
+    if not {first, second} <= by_arm.keys():
+        return None
+    found = over_seeds(paired(by_arm[first], by_arm[second]))
+    return found if found.n else None
 
 
 def _leverage(steps: pd.DataFrame) -> float:

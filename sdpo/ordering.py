@@ -22,7 +22,7 @@ def in_order(inputs: Inputs, config: Config, history: list[Artifact]) -> Iterabl
     """
     plan = _plan(inputs, config, history)
     if isinstance(plan, list) and (beyond := [t for t in config.steps if t > len(plan)]):
-        _tell(f"warning: steps.{beyond[0]} changes nothing, because there are only {len(plan)} steps")
+        tell(f"warning: steps.{beyond[0]} changes nothing, because there are only {len(plan)} steps")
     return plan
 
 

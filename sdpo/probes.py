@@ -46,8 +46,8 @@ class Probes:
     def write(self, path: Path, rows: list[TokenPair], plan: list[np.ndarray]) -> None:
         """Keep the looks, where there were any, as a table; `trained` where an update before the look read the row."""
         frames = []
-        for look, logps_N2 in self.looks.items():
-            role, update = look.split("/")
+        for look in sorted(self.looks, key=lambda look: (int(look.split("/")[1]), look)):
+            (role, update), logps_N2 = look.split("/"), self.looks[look]
             trained = {rows[i].id for batch in plan[: int(update)] for i in batch}
             frames.append(
                 pd.DataFrame(

@@ -30,7 +30,10 @@ HELD_OUT = "data.held_out=[held_out.jsonl]"
 SETTINGS = {
     "no such file": (["data.train=[nowhere.jsonl]"], "nowhere.jsonl: cannot be read (No such file or directory)"),
     "no template": (["data.template=null"], "the tokenizer has no chat template; set data.template to one of"),
-    "unknown template": (["data.template=llama"], "data.template=llama is none of alpaca, zephyr, chatml, plain"),
+    "unknown template": (
+        ["data.template=llama"],
+        "data.template is 'llama'; it can be null, alpaca, zephyr, chatml, plain",
+    ),
     "too long": (["data.max_tokens=4"], "pair a-"),
     "no such model": (["model.path=nowhere"], "model.path: nowhere holds no config.json"),
     "no attention of ours": (["model.path=mamba"], "mamba"),

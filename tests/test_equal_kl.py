@@ -11,7 +11,8 @@ from analysis import equal_kl
 def _move(run, kl):
     """Give the last model of a run another KL to S."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines[-1]["eval"]["lab/kl"]["value"] = kl
+    *_, last = (line for line in lines if line["kind"] == "eval")
+    last["eval"]["lab/kl"]["value"] = kl
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sdpo import lab
 from sdpo.config import LabData, LabModel
 from sdpo.lab import sampling, world
-from sdpo.tokens import encode
+from sdpo.tokens import content_hash
 
 PROMPTS = ["Rabcdef", "Tabcdef", "Nabcdep", "Dabcdef"]
 
@@ -57,26 +57,31 @@ def test_roles_never_share_a_prompt_and_prompts_never_repeat():
     assert {prompt[0] for prompt in world.draw(9, "train", random.Random(1), taken, ["deal"])} == {"D"}
 
 
-def test_demonstrations_err_as_often_as_their_family_says():
-    pairs = lab.demonstrations(LabData(num_demonstrations=8000), seed=0)
-    assert pairs == lab.demonstrations(LabData(num_demonstrations=8000), seed=0)
-    assert all(pair.rejected == "" for pair in pairs) and len({pair.id for pair in pairs}) == 8000
+def test_demonstrations_err_as_often_as_their_family_says(tokenizer):
+    rows = lab.demonstrations(LabData(num_demonstrations=8000), seed=0)
+    assert content_hash(rows) == content_hash(lab.demonstrations(LabData(num_demonstrations=8000), seed=0))
+    assert all(len(row.rejected) == 0 for row in rows) and len({row.id for row in rows}) == 8000
+    said = list(
+        zip(*(tokenizer.batch_decode(ids) for ids in zip(*(row[1:3] for row in rows), strict=True)), strict=True)
+    )
+    said = [(prompt, text.removesuffix(tokenizer.eos_token)) for prompt, text in said]
     for name, family in world.FAMILIES.items():
-        own = [(pair.prompt[0]["content"], pair.chosen) for pair in pairs]
-        own = [(prompt, text.rstrip(world.FILLER)) for prompt, text in own if world.family_of(prompt) == name]
+        own = [(prompt, text.rstrip(world.FILLER)) for prompt, text in said if world.family_of(prompt) == name]
         assert np.mean([text == world.answer(prompt) for prompt, text in own]) == pytest.approx(family.right, abs=0.04)
         assert np.mean([text == prompt[1:] for prompt, text in own]) == pytest.approx(family.misled, abs=0.04)
-    fillers = [pair.chosen.count(world.FILLER) for pair in pairs]
+    fillers = [text.count(world.FILLER) for _, text in said]
     assert max(fillers) == world.MOST_FILLERS and np.mean(np.array(fillers) > 0) == pytest.approx(0.35, abs=0.02)
 
 
-def test_encoded_pairs_are_the_tokens_that_the_laboratory_reads(tokenizer):
-    pairs = lab.demonstrations(LabData(num_demonstrations=50), seed=0)
-    rows, _ = encode(pairs, tokenizer, template="plain", max_tokens=32, on_long="error")
-    prompts, texts = [pair.prompt[0]["content"] for pair in pairs], [pair.chosen for pair in pairs]
+def test_answers_from_elsewhere_are_the_tokens_of_demonstrations(tokenizer):
+    rows = lab.demonstrations(LabData(num_demonstrations=50), seed=0)
+    prompts, texts = (
+        [tokenizer.decode(ids) for ids in column]
+        for column in zip(*((r.prompt, r.chosen[:-1]) for r in rows), strict=True)
+    )
     answers = sampling.given(tokenizer, prompts, texts, torch.device("cpu"))
     assert answers.text == texts
-    for i, row in enumerate(rows.values()):
+    for i, row in enumerate(rows):
         assert answers.prompt_SP[i].tolist() == row.prompt.tolist()
         assert answers.response_SR[i][answers.mask_SR[i]].tolist() == row.chosen.tolist()
 

@@ -31,7 +31,12 @@ def sweep(tmp_path_factory):
             runs.Run(settings, folder / arm, chosen, arm, sweep="walk").prepare()
             stepwise.run(settings, folder / arm)
             runs.finish(settings, folder / arm)
-    sweep = {"name": "walk", "command": ["train.py"], "runs": list(ARMS), "contrasts": [["stepwise", "plain"]]}
+    sweep = {
+        "name": "walk",
+        "command": ["train.py"],
+        "runs": list(ARMS),
+        "contrasts": {"reference": ["stepwise", "plain"]},
+    }
     (folder / "sweep.json").write_text(json.dumps(sweep))
     return folder
 
