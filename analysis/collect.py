@@ -30,12 +30,14 @@ import pandas as pd
 
 from analysis import statistics
 
-NULL_WITHOUT_REFERENCE = (
+# What a step says nothing of where it has no reference, or no known GPU.
+MAYBE_NULL = (
     "gamma_ref_mean",
     "gamma_ref_negative_share",
     "lambda_mean",
     "lambda_std",
     "reference_leverage",
+    "utilisation",
 )
 Paths = tuple[Path | str, ...]
 
@@ -72,7 +74,7 @@ def runs(*paths: Path | str) -> pd.DataFrame:
 
 def steps(*paths: Path | str) -> pd.DataFrame:
     """One row per sDPO step of each run: what it trained on, its reference, and how it began and ended."""
-    return _rows(paths, _steps).astype(dict.fromkeys(NULL_WITHOUT_REFERENCE, float))
+    return _rows(paths, _steps).astype(dict.fromkeys(MAYBE_NULL, float))
 
 
 def measures(*paths: Path | str) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from analysis.collect import NULL_WITHOUT_REFERENCE
+from analysis.collect import MAYBE_NULL
 
 Row = dict[str, Any]
 
@@ -128,7 +128,7 @@ def _evaluation(values: Row) -> dict:
 def _step(values: Row) -> dict:
     sources = {name.removeprefix("sources/"): n for name, n in values.items() if name.startswith("sources/")}
     rest = {name: value for name, value in values.items() if not name.startswith("sources/")}
-    return dict.fromkeys(NULL_WITHOUT_REFERENCE) | rest | {"sources": sources}
+    return dict.fromkeys(MAYBE_NULL) | rest | {"sources": sources}
 
 
 def _summary(lines: list[dict], outcome: dict[str, Any]) -> dict:

@@ -78,6 +78,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bo
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. ValueError where there is none: transformers may make up one that knows no word."""
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ValueError(f"{folder} holds no tokenizer; save one there with tokenizer.save_pretrained")
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 

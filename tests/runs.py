@@ -125,6 +125,8 @@ def _step(lineage, leverage):
         "lambda_mean": 0.3,
         "lambda_std": 0.1,
         "reference_leverage": leverage,
+        "tokens_per_second": 1000.0,
+        "utilisation": None,
         "reused": lineage["reused"],
         "seconds": 2.0,
     }

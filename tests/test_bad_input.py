@@ -36,7 +36,8 @@ SETTINGS = {
     ),
     "too long": (["data.max_tokens=4"], "pair a-"),
     "no such model": (["model.path=nowhere"], "model.path: nowhere holds no config.json"),
-    "no attention of ours": (["model.path=mamba"], "mamba"),
+    "no attention of ours": (["model.path=mamba"], "MambaForCausalLM cannot share prompts: "),
+    "no tokenizer": (["model.path=bare"], "bare holds no tokenizer; save one there with tokenizer.save_pretrained"),
     "fewer pairs than steps": (["split=random", "split.num_chunks=9"], "9 chunks were asked for, but there are only"),
     "overlap": ([HELD_OUT], "a.jsonl, row 1: field 'prompt' is held out too, in held_out.jsonl, row 1; repair it or"),
 }
@@ -73,8 +74,11 @@ def test_a_bad_row_is_named_with_its_file_and_field(refused, kind):
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_what_does_not_fit_together_is_said(refused, kind):
+def test_what_does_not_fit_together_is_said(refused, tokenizer, kind):
     overrides, sentence = SETTINGS[kind]
     if kind == "no attention of ours":
         random_model("mamba").save_pretrained("mamba")
+        tokenizer.save_pretrained("mamba")
+    if kind == "no tokenizer":
+        random_model().save_pretrained("bare")
     assert refused(*overrides).startswith(sentence)
