@@ -42,6 +42,11 @@ NEEDS = {  # what an option cannot do without
     "reference=none": ["loss=simpo"],
     "score=implicit_reward": ["score.path=other"],
     "score=reward_model": ["score.path=classifier", "score.template=plain"],
+    "evaluate=[generate]": ["evaluate.generate.file=prompts.txt", "evaluate.generate.max_new_tokens=8"],
+    "evaluate=[win_rate]": [
+        *("evaluate.win_rate.file=prompts.txt", "evaluate.win_rate.max_new_tokens=8"),
+        *("evaluate.win_rate.path=classifier", "evaluate.win_rate.template=plain"),
+    ],
     "evaluate=[h4]": ["evaluate.h4.local=eval", "evaluate.h4.limit=1"],
     "evaluate=[lm_eval]": ["evaluate.lm_eval.local=eval", "evaluate.lm_eval.tasks=[hellaswag]"],
     "experiment=paper_table1": ["hydra.sweeper.params.arm=all_at_once"],  # the others are arms of their own
@@ -53,8 +58,15 @@ INSTEAD = {  # of what its group is trained with
     "arm=intel_dpo": [*TOY, *OTHERS],
     "arm=solar_70b": [*TOY, *OTHERS],
     "experiment=smoke": [],
-    "experiment=demo": [*SMALL, "hydra.sweeper.params.seed=0"],
-    "experiment=controls": [*SMALL, "hydra.sweeper.params.seed=0"],
+    "experiment=study": SMALL,
+    "experiment=study_real": [*HERE, "hydra.sweeper.params.seed=0"],
+}
+IN_THE_LABORATORY = [*SMALL, "hydra.sweeper.params.seed=0"]
+INSTEAD |= {f"experiment={name}": IN_THE_LABORATORY for name in ("demo", "controls")}
+INSTEAD |= {
+    choice: IN_THE_LABORATORY
+    for choice in (f"experiment={name}" for name in help.options("experiment") if name.startswith("study_"))
+    if choice not in INSTEAD
 }
 
 
@@ -68,6 +80,7 @@ def place(toy, tmp_path_factory):
         (folder / f"{source}.jsonl").write_text("\n".join(map(json.dumps, rated)))
     shutil.copytree(toy / "model", folder / "model")
     (folder / "eval").symlink_to(REAL_DATA / "eval")
+    (folder / "prompts.txt").write_text("abc\nfed cab\n")
     torch.manual_seed(0)
     for name, model in {
         "other": random_model(seed=1),
@@ -118,9 +131,7 @@ def commands():
     for group in help.groups():
         options = [f"[{option}]" if group == "evaluate" else option for option in help.options(group)]
         choices = [f"{group}={option}" for option in options]
-        alone = [
-            choice for choice in choices if choice in NEEDS | INSTEAD or group == "experiment"
-        ]  # sweeps themselves
+        alone = [choice for choice in choices if choice in NEEDS | INSTEAD or group == "experiment"]  # itself a sweep
         free = [option for option, choice in zip(options, choices, strict=True) if choice not in alone]
         beside = BESIDE.get(group, TOY)
         if free:
