@@ -74,7 +74,8 @@ def runs(*paths: Path | str) -> pd.DataFrame:
 
 def steps(*paths: Path | str) -> pd.DataFrame:
     """One row per sDPO step of each run: what it trained on, its reference, and how it began and ended."""
-    return _rows(paths, _steps).astype(dict.fromkeys(MAYBE_NULL, float))
+    table = _rows(paths, _steps)
+    return table.astype({name: float for name in MAYBE_NULL if name in table})  # a run of an older version lacks some
 
 
 def measures(*paths: Path | str) -> pd.DataFrame:

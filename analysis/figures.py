@@ -1,7 +1,7 @@
 """The figures, one function each: from tables of `collect` to a matplotlib Figure. Filter a table to see less.
 
 Lines are means over seeds and bands 95 % Student t intervals over seeds (with one seed: its own interval, over
-prompts or pairs, where its evaluation has one). M_0 is S.
+prompts or pairs, where its evaluation has one). M_0 is S. More arms than colours get a panel each.
 """
 
 from math import log
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import collect
-from analysis.style import COLOURS, legend, looks, panels, styled
+from analysis.style import COLOURS, by_panel, label_outer, legend, looks, panels, styled
 
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 MOST_POINTS = 250  # of a line over updates; more are averaged in bins
@@ -25,18 +25,22 @@ def loss_curves(train: pd.DataFrame) -> Figure:
     to the loss at zero margin."""
     width = max(1, train["overall_update"].max() // MOST_POINTS)
     binned = train.assign(overall_update=(train["overall_update"] - 1) // width * width + 1)
-    figure, (axes,) = panels()
-    for arm, look in looks(list(train["arm"].unique())).items():
-        look["marker"] = ""
-        for t, step in binned[binned["arm"] == arm].groupby("t"):
-            seeds = step.pivot_table(index="overall_update", columns="run", values="loss")
-            axes.plot(seeds, **look | {"linewidth": 0.5, "alpha": 0.4})
-            axes.plot(seeds.mean(axis=1), label=arm if t == 1 else "_", **look)
-    if np.allclose(train.loc[train["update"] == 1, "loss"], log(2), atol=1e-2):
-        axes.axhline(log(2), color="#000000", linewidth=0.8, linestyle=":", label="ln 2, all margins 0")
-    axes.set(xlabel="updates over all steps", ylabel="training loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    legend(figure, axes)
+    groups = by_panel(list(train["arm"].unique()))
+    from_zero = np.allclose(train.loc[train["update"] == 1, "loss"], log(2), atol=1e-2)
+    figure, rows = panels(len(groups), sharex=True, sharey=True)
+    for axes, (title, arms) in zip(rows, groups.items(), strict=True):
+        for arm, look in looks(arms).items():
+            look["marker"] = ""
+            for t, step in binned[binned["arm"] == arm].groupby("t"):
+                seeds = step.pivot_table(index="overall_update", columns="run", values="loss")
+                axes.plot(seeds, **look | {"linewidth": 0.5, "alpha": 0.4})
+                axes.plot(seeds.mean(axis=1), label=("_" if t > 1 else "mean" if title else arm), **look)
+        if from_zero:
+            axes.axhline(log(2), color="#000000", linewidth=0.8, linestyle=":", label="ln 2, all margins 0")
+        axes.set(title=title, ylabel="training loss")
+    rows[0].xaxis.get_major_locator().set_params(integer=True)
+    label_outer(rows, "updates over all steps")
+    legend(figure, rows[0])
     return figure
 
 
@@ -44,20 +48,25 @@ def loss_curves(train: pd.DataFrame) -> Figure:
 def frontier(measures: pd.DataFrame) -> Figure:
     """Gold reward against KL to S, from S through every step; beside it, where it was measured, best-of-n from S, which
     stands at the most that its KL can be."""
-    figure, (axes,) = panels(height=3.2)
     gold, kl = (
         collect.by_arm(measures[measures["measure"] == name], ["t"]).set_index(["arm", "t"])
         for name in ("lab/gold", "lab/kl")
     )
-    for arm, look in looks(list(gold.index.unique("arm"))).items():
-        x, y = kl.loc[arm], gold.loc[arm]
-        axes.plot(x["value"], y["value"], label=arm, **look, markerfacecolor="none")
-        axes.plot(x["value"].iloc[-1], y["value"].iloc[-1], color=look["color"], marker=look["marker"])
-        axes.errorbar(x["value"], y["value"], _errors(y), _errors(x), ecolor=look["color"], fmt="none", elinewidth=0.8)
-    _best_of_n(axes, measures)
-    axes.set(xlabel="KL(M_t, S) (nats a response)", ylabel="gold reward (0 to 1)")
-    _frame_points(axes)
-    legend(figure, axes)
+    groups = by_panel(list(gold.index.unique("arm")))
+    figure, rows = panels(len(groups), 3.2, sharex=True, sharey=True)
+    for axes, (title, arms) in zip(rows, groups.items(), strict=True):
+        for arm, points in gold.drop(index=arms, level="arm").groupby("arm"):
+            axes.plot(kl.loc[arm]["value"], points["value"], color="#000000", linewidth=0.6, alpha=0.2)
+        for arm, look in looks(arms).items():
+            x, y, colour = kl.loc[arm], gold.loc[arm], look["color"]
+            axes.plot(x["value"], y["value"], label="this arm, others grey" if title else arm, **look, mfc="none")
+            axes.plot(x["value"].iloc[-1], y["value"].iloc[-1], color=colour, marker=look["marker"])
+            axes.errorbar(x["value"], y["value"], _errors(y), _errors(x), ecolor=colour, fmt="none", elinewidth=0.8)
+        _best_of_n(axes, measures)
+        axes.set(title=title, ylabel="gold reward" if title else "gold reward (0 to 1)")
+        _frame_points(axes)
+    label_outer(rows, "KL(M_t, S) (nats)" if len(rows) > 1 else "KL(M_t, S) (nats a response)")
+    legend(figure, rows[0])
     return figure
 
 
@@ -71,7 +80,7 @@ def reference_gammas(steps: pd.DataFrame, references: pd.DataFrame) -> Figure:
         _violins(axes, dict(iter(references[references["arm"] == arm].groupby("t")["gamma"])), COLOURS[0])
         _means(axes, collect.by_arm(steps[steps["arm"] == arm], ["t"], "gamma_ref_mean"))
         axes.set(title=arm, ylabel="gamma_ref (nats)", xticks=sorted(steps["t"].unique()))
-    rows[-1].set_xlabel("step")
+    label_outer(rows, "step")
     return figure
 
 
@@ -88,7 +97,7 @@ def gammas_of_models(trajectory: pd.DataFrame, chunk: int) -> Figure:
     per_run = rows.groupby(["arm", "seed", "t"], as_index=False)["gamma"].mean()
     _means(axes, collect.by_arm(per_run, ["t"], "gamma"))
     axes.set(ylabel=f"gamma on chunk {chunk} (nats)")
-    _name_models(axes, rows["t"])
+    _name_models([axes], rows["t"])
     return figure
 
 
@@ -110,7 +119,7 @@ def trajectories(trajectory: pd.DataFrame, num_pairs: int = 12) -> Figure:
         if chunk:
             axes.axvspan(chunk - 1, chunk, color="#000000", alpha=0.08, linewidth=0)
         axes.set(title=f"pairs of chunk {chunk}" if chunk else "held-out pairs", ylabel="log-prob (nats)")
-    _name_models(rows[-1], ended["t"])
+    _name_models(rows, ended["t"])
     legend(figure, rows[0])
     return figure
 
@@ -130,7 +139,7 @@ def memorisation(trajectory: pd.DataFrame) -> Figure:
             summary = collect.by_arm(mine[mine["kind"] == group], ["t"], "rise")
             _line(axes, summary, "t", group, look)
         axes.set(title=arm, ylabel="gamma over S (nats)")
-    _name_models(rows[-1], ended["t"])
+    _name_models(rows, ended["t"])
     legend(figure, rows[0])
     return figure
 
@@ -155,7 +164,7 @@ def accuracy_by_source(measures: pd.DataFrame, name: str = "preference/ranking_a
         axes.set(title=arm, ylabel=f"{name.rpartition('/')[2].replace('_', ' ')} ({unit})")
         if unit == "share":  # an interval of few seeds may leave what is possible
             axes.set_ylim(max(-0.02, axes.get_ylim()[0]), min(1.02, axes.get_ylim()[1]))
-    _name_models(rows[-1], measures["t"])
+    _name_models(rows, measures["t"])
     legend(figure, rows[0])
     return figure
 
@@ -163,15 +172,17 @@ def accuracy_by_source(measures: pd.DataFrame, name: str = "preference/ranking_a
 @styled
 def displacement(measures: pd.DataFrame) -> Figure:
     """How far the chosen and the rejected held-out responses' log-probabilities moved from S; both often fall."""
-    figure, rows = panels(2, 1.9, sharex=True)
-    for axes, side in zip(rows, ("chosen", "rejected"), strict=True):
-        moved = measures[measures["measure"] == f"preference/log_ratio_{side}"].copy()
-        moved.loc[moved["t"] == 0, ["value", "low", "high"]] = 0.0  # of S to itself
-        for arm, look in looks(list(moved["arm"].unique())).items():
-            _line(axes, collect.by_arm(moved[moved["arm"] == arm], ["t"]), "t", arm, look)
+    moved = measures[measures["measure"].str.startswith("preference/log_ratio_")].copy()
+    moved.loc[moved["t"] == 0, ["value", "low", "high"]] = 0.0  # of S to itself
+    arms = moved["arm"].unique()
+    figure, rows = panels(len(arms), 1.9, sharex=True, sharey=True)
+    for axes, arm in zip(rows, arms, strict=True):
+        for side, look in looks(["chosen", "rejected"]).items():
+            here = (moved["arm"] == arm) & (moved["measure"] == f"preference/log_ratio_{side}")
+            _line(axes, collect.by_arm(moved[here], ["t"]), "t", f"{side} responses", look)
         axes.axhline(0, color="#000000", linewidth=0.8)
-        axes.set(title=f"{side} responses", ylabel="log-ratio to S (nats)")
-    _name_models(rows[-1], measures["t"])
+        axes.set(title=arm, ylabel="log-ratio to S (nats)")
+    _name_models(rows, measures["t"])
     legend(figure, rows[0])
     return figure
 
@@ -200,6 +211,7 @@ def learning_order(trajectory: pd.DataFrame, pairs: pd.DataFrame, num_bins: int 
         axes.grid(visible=False)
         axes.set_yticks([0.5, len(right) - 0.5], ["lowest", "highest"])
     panel_rows[-1].set_xticks(np.arange(len(models)) + 0.5, [_model(name) for name in models])
+    label_outer(panel_rows, "")
     figure.colorbar(mesh, ax=panel_rows, label="share ranked right (gamma > 0)")
     return figure
 
@@ -270,10 +282,11 @@ def _means(axes: Axes, summary: pd.DataFrame) -> None:
     axes.axhline(0, color="#000000", linewidth=0.8)
 
 
-def _name_models(axes: Axes, t: pd.Series) -> None:
+def _name_models(rows: list[Axes], t: pd.Series) -> None:
+    """The models along the x axis that the panels share."""
     ticks = sorted(t.unique())
-    axes.set_xticks(ticks, [_model(f"M_{t}") for t in ticks])
-    axes.set_xlabel("model")
+    rows[-1].set_xticks(ticks, [_model(f"M_{t}") for t in ticks])
+    label_outer(rows, "model")
 
 
 def _model(name: str) -> str:

@@ -1,7 +1,7 @@
 """report.html of a run or a sweep: `python -m analysis.report RUN_OR_SWEEP`.
 
-One file without scripts that opens without network: what came of it, what a reader should doubt, the figures, what
-was run, and how to run it again. Its numbers are those of analysis.tables.
+One file without scripts that opens without network: what was run in a line, what came of it, what a reader should
+doubt, the figures, the choices and steps, and how to run it again. Its numbers are those of analysis.tables.
 """
 
 import argparse
@@ -33,7 +33,6 @@ def write_report(folder: Path | str) -> Path:
     """Write report.html into a run or sweep folder and return its path."""
     folder = Path(folder)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["zip"] = zip
     page = environment.get_template("report.html.jinja").render(_content(folder))
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -45,6 +44,7 @@ def _content(folder: Path) -> dict:
     runs = collect.runs(folder)
     arms, seeds = _count(runs["arm"].nunique(), "arm"), _count(runs["seed"].nunique(), "seed")
     content = {"name": folder.resolve().name, "size": f"{arms}, {seeds}", "choices": _choices(runs)}
+    content["opening"] = f"{runs['done'].sum()} of {_count(len(runs), 'run')} ended{_shared(runs)}"
     if not runs["done"].any():
         return content | {"warnings": [checks.unfinished(runs)]}
     measures, steps, references = collect.measures(folder), collect.steps(folder), collect.references(folder)
@@ -96,6 +96,13 @@ def _choices(runs: pd.DataFrame) -> pd.DataFrame:
         plain = len(arms) == 1 or axis == "arm"
         rows[axis] = "; ".join(arms) if plain else "; ".join(f"{option} ({names})" for option, names in arms.items())
     return pd.DataFrame(rows.items(), columns=["axis", "option"])
+
+
+def _shared(runs: pd.DataFrame) -> str:
+    """The choices that all arms share, as the command line writes them."""
+    options = {axis: runs[name].dropna().unique() for axis in AXES if (name := f"choices.{axis}") in runs}
+    same = [f"{axis}={found[0]}" for axis, found in options.items() if len(found) == 1]
+    return f", all with {', '.join(same)}" if same else ""
 
 
 def _answers(answers: pd.DataFrame) -> Iterator[tuple[str, dict[str, str]]]:

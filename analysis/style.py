@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH = 4.6  # inches
+MOST_ROWS = 6  # panels under each other; more stand in two columns
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (3, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -45,10 +46,31 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return matplotlib.rc_context(STYLE)(draw)
 
 
-def panels(num_rows: int = 1, height: float = 2.6, **sharing) -> tuple[Figure, list[Axes]]:
-    """A one-column figure of panels under each other, each `height` inches high."""
+def panels(num: int = 1, height: float = 2.6, **sharing) -> tuple[Figure, list[Axes]]:
+    """Panels under each other, each `height` inches high; more than MOST_ROWS stand in two columns and are lower."""
+    columns = 1 if num <= MOST_ROWS else 2
+    num_rows, height = ceil(num / columns), height if columns == 1 else 1.5
     figure = Figure(figsize=(WIDTH, height * num_rows + 0.6), layout="constrained")
-    return figure, list(figure.subplots(num_rows, 1, squeeze=False, **sharing)[:, 0])
+    grid = figure.subplots(num_rows, columns, squeeze=False, **sharing).flatten()
+    for unused in grid[num:]:
+        unused.remove()
+    return figure, list(grid[:num])
+
+
+def label_outer(rows: list[Axes], xlabel: str) -> None:
+    """The x label and ticks below each column of panels, the y label left of the first alone."""
+    columns = rows[0].get_gridspec().ncols
+    for axes in rows[-columns:]:
+        axes.set_xlabel(xlabel)
+        axes.tick_params(labelbottom=True)
+    for axes in rows:
+        if not axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("")
+
+
+def by_panel(names: list[str]) -> dict[str, list[str]]:
+    """Title -> the names of a panel: one panel, without title, while there is a colour for each; else one each."""
+    return {"": names} if len(names) <= len(COLOURS) else {name: [name] for name in names}
 
 
 def looks(names: list[str]) -> dict[str, dict]:

@@ -14,6 +14,7 @@ from conftest import random_model
 from scipy import stats
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval")
+from analysis import paper
 from sdpo import benchmarks, models
 
 CHECKOUT = Path(__file__).parents[1]
@@ -100,6 +101,12 @@ def test_scores_equal_those_of_the_command_line(stories, real_data, task, tmp_pa
         assert measure["value"] == theirs[f"{metric},none"] and measure["n"] == 60
         half = stats.t.ppf(0.975, 59) * theirs[f"{metric}_stderr,none"]
         assert measure["high"] == pytest.approx(measure["value"] + half, rel=1e-12)
+
+
+def test_the_paper_s_columns_are_measures_of_h4():
+    columns = [source["measure"] for table in paper.facts() for source in table["columns"].values()]
+    of_h4 = {name for name in columns if name.startswith("h4")}
+    assert of_h4 == {"h4", *(f"h4/{task}" for task in benchmarks.H4)}
 
 
 @pytest.mark.slow

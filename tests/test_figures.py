@@ -63,6 +63,20 @@ def test_legends_cover_no_data(drawn):
             assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, name
 
 
+def test_more_arms_than_colours_get_a_panel_each(sweep):
+    copies = [f"arm_{i}" for i in range(9)]  # in two columns, the right one a panel shorter
+    measures = collect.measures(sweep / "stepwise-s0")
+    figure = figures.frontier(pd.concat(measures.assign(arm=name) for name in copies))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == copies
+    assert [axes.get_ylabel() == "" for axes in figure.axes] == [False, True] * 4 + [False]
+    below = [axes for axes in figure.axes if axes.get_xlabel()]
+    assert below == figure.axes[-2:]
+    assert all(axes.xaxis.get_tick_params()["labelbottom"] for axes in below)
+    assert all(len([line for line in axes.lines if line.get_alpha() == 0.2]) == 8 for axes in figure.axes)
+    assert figure.get_size_inches()[1] < 10
+    assert len(figures.loss_curves(collect.train(sweep)).axes) == 1  # two arms share one
+
+
 def test_series_differ_without_colour():
     looks = style.looks([str(i) for i in range(20)]).values()
     assert len({tuple(look.values()) for look in looks}) == 20

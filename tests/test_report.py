@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -28,6 +29,10 @@ def test_page_holds_everything_and_asks_for_nothing(page):
     assert html.count("<svg") == html.count("</svg>") == html.count("<figcaption>") == 7
     assert not re.search(r"<script|<link(?! rel=\"icon\" href=\"data:)|src=|@import|url\((?!#)", html)
     assert "python train.py experiment=synthetic" in html
+    assert (
+        "<p>Stepwise DPO, 2 arms, 3 seeds: 6 of 6 runs ended, all with model=lab, split=by_source, loss=dpo.</p>"
+        in html
+    )
     for heading in ("Verdicts", "What to doubt", "What was run", "Run it again"):
         assert f"<h2>{heading}</h2>" in html
 
@@ -53,8 +58,10 @@ def test_page_is_well_formed(page):
 def test_page_shows_the_tables_numbers(page, sweep):
     html = page.read_text()
     for table in (tables.arms(sweep), tables.contrasts(sweep), tables.steps(sweep)):
-        for name, cells in tables.show(table).items():
-            assert all(f'<td data-name="{name.replace("<", "&lt;")}">{cell}</td>' in html for cell in cells)
+        shown = tables.show(table)
+        assert "".join(f'<th scope="col">{escape(name)}</th>' for name in shown) in html
+        for row in shown.itertuples(index=False, name=None):
+            assert "".join(f"<td>{escape(cell)}</td>" for cell in row) in html
 
 
 def test_answers_stand_side_by_side(page, sweep):
