@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from sdpo import evaluate, launch, losses, weights
-from sdpo.config import Config, choose, needs
+from sdpo.config import Config
 from sdpo.inputs import Inputs
 from sdpo.record import Recorder
+from sdpo.rooms import choose, needs
 from sdpo.step import Step
 from sdpo.store import Artifact
 from sdpo.tokens import TokenPair

@@ -13,7 +13,7 @@ import torch
 
 from sdpo import launch
 from sdpo.checkpoint import Checkpoint
-from sdpo.config import Config, Optim, needs
+from sdpo.config import Config, Optim
 from sdpo.engine import Engine
 from sdpo.logprobs import score
 from sdpo.losses import Both
@@ -21,6 +21,7 @@ from sdpo.memory import explained, fitting_budget
 from sdpo.moving import MovingReference
 from sdpo.packing import micro_batches, pack, tokens_of
 from sdpo.record import progress
+from sdpo.rooms import needs
 from sdpo.tokens import TokenPair
 from sdpo.weights import lambdas
 

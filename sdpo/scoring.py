@@ -5,10 +5,11 @@ from collections.abc import Callable
 import numpy as np
 
 from sdpo import crossfit, judges
-from sdpo.config import Config, needs
+from sdpo.config import Config
 from sdpo.data import prompt_key
 from sdpo.inputs import Inputs
 from sdpo.packing import tokens_of
+from sdpo.rooms import needs
 from sdpo.splits import Row
 from sdpo.store import Artifact
 from sdpo.tokens import TokenPair

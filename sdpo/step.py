@@ -9,11 +9,12 @@ import numpy as np
 
 from sdpo import cost, launch, losses, placebo
 from sdpo.checkpoint import Checkpoint, load_moments, save_moments
-from sdpo.config import Config, choose, needs
+from sdpo.config import Config
 from sdpo.cost import Pace, Speed
 from sdpo.fit import Chunk, Fit, Span, updates
 from sdpo.moving import MovingReference, weights_hash
 from sdpo.probes import Probes
+from sdpo.rooms import choose, needs
 from sdpo.store import Artifact, key_of
 from sdpo.tokens import content_hash
 from sdpo.windows import Windows, resolve

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from sdpo.config import needs
 from sdpo.losses import Both
+from sdpo.rooms import needs
 
 
 def lambdas(loss: Callable[[Both], torch.Tensor], policy: Both, beta: float) -> torch.Tensor:

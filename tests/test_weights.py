@@ -7,7 +7,7 @@ import pytest
 from conftest import compose, read_lines
 
 from sdpo import losses, weights
-from sdpo.config import choose
+from sdpo.rooms import choose
 
 BETA = 0.5
 POLICY = np.array([[-4.0, -7.0], [-5.0, -4.0]])  # gamma 3, -1
