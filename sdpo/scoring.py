@@ -12,7 +12,7 @@ from sdpo.packing import tokens_of
 from sdpo.rooms import needs
 from sdpo.splits import Row
 from sdpo.store import Artifact
-from sdpo.tokens import TokenPair
+from sdpo.tokens import TokenPair, response_lengths
 
 
 def rows_of(inputs: Inputs) -> list[Row]:
@@ -34,7 +34,7 @@ def scored(
         "base_logps": lambda: judges.base_logps(settings, rows, bench),
         "rewards": lambda: judges.rewards(settings, pairs, bench),
         "ratings": lambda: inputs.chunk([row.id for row in rows]).ratings_N2,
-        "lengths": lambda: np.array([(len(row.chosen), len(row.rejected)) for row in rows]),
+        "lengths": lambda: response_lengths(rows),
         "prompt_lengths": lambda: np.array([len(row.prompt) for row in rows]),
         "margins": lambda: crossfit.margins(inputs, config, rows_of(inputs), **settings),
     }
