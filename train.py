@@ -70,4 +70,4 @@ if __name__ == "__main__":
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        sys.exit(f"error: {help.explain(error)}")
+        sys.exit(f"error: {help.explain(error, sys.argv[1:])}")

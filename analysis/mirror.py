@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from analysis.collect import MAYBE_NULL
+from sdpo.record import OUTCOME
 
 Row = dict[str, Any]
 
@@ -138,7 +139,7 @@ def _summary(lines: list[dict], outcome: dict[str, Any]) -> dict:
     for step in steps:
         del step["kind"]
     headline = {"value": outcome.get("headline")} | {name: outcome.get(f"headline_{name}") for name in ("name", "n")}
-    rest = {name: outcome[name] for name in ("seconds", "trained_steps", "reused_steps")}
+    rest = {name: outcome[name] for name in OUTCOME}
     return {"steps": steps, "initial": {"eval": evals[0]}, "headline": headline} | rest
 
 

@@ -39,10 +39,8 @@ class Sdpa:
         for s, (length, own) in enumerate(zip(pack.lengths_S, pack.own_S, strict=True)):
             filled = -(-length // 8) * 8
             groups[(length, own) if length > SHORT else (filled, filled)].append(s)
-        starts_S, lengths_S, own_S = (
-            torch.tensor([0, *pack.lengths_S]).cumsum(0),
-            *map(torch.tensor, (pack.lengths_S, pack.own_S)),
-        )
+        lengths_S, own_S = torch.tensor(pack.lengths_S), torch.tensor(pack.own_S)
+        starts_S = torch.tensor([0, *pack.lengths_S]).cumsum(0)
         self.shapes, keys, queries, is_own = [], [], [], []
         for (length, asking), members in groups.items():
             column_L, lengths_N1 = torch.arange(length), lengths_S[members, None]

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from sdpo import scores as rulers
 from sdpo import splits
-from sdpo.config import Settings, choose, needs
+from sdpo.config import Settings
+from sdpo.rooms import choose, needs
 from sdpo.splits import Chunks, Row
 
 

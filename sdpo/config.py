@@ -1,17 +1,14 @@
-"""The typed configuration, its strict loading, and choose(): from a name and settings to a function.
+"""The typed configuration and its strict loading.
 
-Hydra composes YAML; everything after that is these dataclasses. The open rooms (split, score, reference, loss,
-tune, evaluate) stay dictionaries of `name:` plus keyword arguments, which `choose` binds to the room's function.
+Hydra composes YAML; everything after that is these dataclasses. The open axes (split, score, reference, loss, tune,
+evaluate) stay dictionaries of `name:` plus settings, which sdpo/rooms.py binds to a function.
 """
 
-import inspect
-from collections.abc import Callable
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
-from functools import cache, partial
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from math import inf
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -222,50 +219,10 @@ def for_step(config: Config, t: int) -> Config:
     return merged
 
 
-def choose(room: ModuleType, settings: Settings) -> Callable:
-    """The function of `room` called settings["name"], with its keyword-only arguments filled in."""
-    given = dict(settings)
-    name = given.pop("name", None)
-    if name not in variants(room):
-        raise ValueError(f"{room.__name__} has no {name!r}; it has {', '.join(variants(room))}")
-    function = variants(room)[name]
-    try:
-        filled = OmegaConf.merge(_keywords(function), given)
-        return partial(function, **OmegaConf.to_container(filled, throw_on_missing=True))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{room.__name__}.{name}: {sentence(error, name)}") from error
-
-
-@cache
-def _keywords(function: Callable) -> DictConfig:
-    """The typed settings that a function takes: its keyword-only arguments. Merging copies it."""
-    wanted = [
-        (p.name, p.annotation, field(default=MISSING if p.default is p.empty else p.default))
-        for p in inspect.signature(function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY
-    ]
-    return OmegaConf.structured(make_dataclass(function.__name__, wanted))
-
-
 @cache
 def _schema() -> DictConfig:
     """The typed settings of a run. Merging copies it."""
     return OmegaConf.structured(Config)
-
-
-def variants(room: ModuleType) -> dict[str, Callable]:
-    """The public functions that `room` itself defines: the options of its axis."""
-    return {
-        name: value
-        for name, value in vars(room).items()
-        if inspect.isfunction(value) and value.__module__ == room.__name__ and not name.startswith("_")
-    }
-
-
-def needs(function: Callable) -> list[str]:
-    """The names of the data that a room's function reads: its positional parameters."""
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
 
 
 def sentence(error: OmegaConfBaseException, whole: str = "the configuration") -> str:

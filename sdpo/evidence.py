@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sdpo import evaluate, launch, losses, weights
-from sdpo.config import Config, choose, needs
+from sdpo import evaluate, lambdas, launch, losses
+from sdpo.config import Config
 from sdpo.inputs import Inputs
 from sdpo.record import Recorder
+from sdpo.rooms import choose, needs
 from sdpo.step import Step
 from sdpo.store import Artifact
-from sdpo.tokens import TokenPair
+from sdpo.tokens import response_lengths
 
 
 class Measured(NamedTuple):
@@ -77,7 +78,7 @@ class Evidence:
             "policy": lambda: bench.logprobs(model, held_out),
             "reference": lambda: bench.logprobs(reference, held_out) if reference else None,
             "initial": lambda: bench.logprobs(initial, held_out) if model.key != initial.key else None,
-            "lengths": lambda: _lengths(held_out),
+            "lengths": lambda: response_lengths(held_out),
             "sources": lambda: [self.inputs.pairs[row.id].source for row in held_out],
             "model": lambda: model,
             "initial_model": lambda: initial,
@@ -92,7 +93,7 @@ class Evidence:
         return measures, told
 
     def _reference_statistics(self, step: Step, loss: Callable) -> dict[str, float | None]:
-        """gamma_ref on the whole chunk; at the step's end, on the chunk's probes: lambda (see weights), its spread, and
+        """gamma_ref on the whole chunk; at the step's end, on the chunk's probes: lambda (see lambdas), its spread, and
         the leverage, its mean distance from what it were with S as reference. None where there is no such thing."""
         names = ("gamma_ref_mean", "gamma_ref_negative_share", "lambda_mean", "lambda_std", "reference_leverage")
         if step.reference is None:
@@ -110,10 +111,6 @@ class Evidence:
         probes = self.inputs.probes(ids)
         where = [ids.index(row.id) for row in probes]
         policy, initial = (self.inputs.bench.logprobs(model, probes) for model in (step.model, self.inputs.initial))
-        rest = {"lengths": _lengths(probes), "ratings": step.chunk.ratings_N2[where]}
+        rest = {"lengths": response_lengths(probes), "ratings": step.chunk.ratings_N2[where]}
         references = (step.reference_N2[where], initial)
-        return [weights.of_pairs(loss, policy=policy, reference=reference, **rest) for reference in references]
-
-
-def _lengths(rows: list[TokenPair]) -> np.ndarray:
-    return np.array([(len(row.chosen), len(row.rejected)) for row in rows]).reshape(-1, 2)
+        return [lambdas.of_pairs(loss, policy=policy, reference=reference, **rest) for reference in references]

@@ -16,13 +16,8 @@ import pandas as pd
 from sdpo import card, config
 from sdpo.store import Artifact, Store, check
 
-BOOKKEEPING = (
-    "manifest.json",
-    "train.json",
-    "reference.parquet",
-    "probes.parquet",
-    "moments-*",
-)  # of the store, not of the model
+# Of the store, not of the model.
+BOOKKEEPING = ("manifest.json", "train.json", "reference.parquet", "probes.parquet", "moments-*")
 
 
 def export(run: Path, t: int, out: Path, merge: bool = False) -> Path:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sdpo import launch
+from sdpo import lambdas, launch
 from sdpo.checkpoint import Checkpoint
-from sdpo.config import Config, Optim, needs
+from sdpo.config import Config, Optim
 from sdpo.engine import Engine
 from sdpo.logprobs import score
 from sdpo.losses import Both
@@ -21,8 +21,8 @@ from sdpo.memory import explained, fitting_budget
 from sdpo.moving import MovingReference
 from sdpo.packing import micro_batches, pack, tokens_of
 from sdpo.record import progress
-from sdpo.tokens import TokenPair
-from sdpo.weights import lambdas
+from sdpo.rooms import needs
+from sdpo.tokens import TokenPair, response_lengths
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # of the margin gate, relative to the size of the log-probs
 STATS = ("loss", "margin", "lambda_mean", "lambda_square", "reward_accuracy", "chosen_logp", "rejected_logp")
@@ -73,8 +73,7 @@ class Fit:
         self.reads = needs(loss)
         self.weighs = self.beta is not None and "reference" in self.reads
         self.device = launch.device(config.launch.device)
-        lengths = [(len(row.chosen), len(row.rejected)) for row in chunk.rows]
-        self.lengths_N2 = np.array(lengths, dtype=np.float32)
+        self.lengths_N2 = response_lengths(chunk.rows).astype(np.float32)
         self.budget = config.launch.tokens_per_pack
 
     def run(self, reference: MovingReference, start_N2: np.ndarray, checkpoint: Checkpoint) -> list[dict]:
@@ -143,7 +142,7 @@ class Fit:
         margin_B = (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
         lambda_B = torch.zeros_like(margin_B)
         if self.weighs:
-            lambda_B = lambdas(lambda copy: self._loss(copy, reference, batch), policy, self.beta)
+            lambda_B = lambdas.of_batch(lambda copy: self._loss(copy, reference, batch), policy, self.beta)
         correct_B = (margin_B > 0) + 0.5 * (margin_B == 0)
         columns = (loss_B, margin_B, lambda_B, lambda_B**2, correct_B, policy.chosen, policy.rejected)
         return torch.stack([column.float().sum() for column in columns])

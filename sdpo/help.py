@@ -7,6 +7,9 @@ import re
 import textwrap
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -40,8 +43,10 @@ def options(group: str) -> list[str]:
     return sorted(str(path.relative_to(CONF / group).with_suffix("")) for path in (CONF / group).rglob("*.yaml"))
 
 
-def explain(error: Exception) -> str:
-    """One line for an error of composing: what is wrong and what exists."""
+def explain(error: Exception, arguments: list[str]) -> str:
+    """One line for what a command's arguments led to: what is wrong and what exists."""
+    if isinstance(error, HydraException):
+        error = _cause(error, arguments)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group} has no {option!r}; it has {', '.join(options(group))}"
@@ -54,6 +59,26 @@ def explain(error: Exception) -> str:
 def groups() -> dict[str, str]:
     """The axes in the order of config.yaml's defaults, each with its default."""
     return dict(re.findall(r"^  - (\w+): (\S+)", (CONF / "config.yaml").read_text(), re.MULTILINE))
+
+
+def _cause(error: HydraException, arguments: list[str]) -> HydraException:
+    """What is wrong with a command. Where an experiment that is a sweep cannot be composed, Hydra takes it for a single
+    run and only says that a run has no swept keys; composed with one value of each, it says why."""
+    if any(argument.startswith("-") for argument in arguments):  # with --multirun Hydra knows
+        return error
+    try:
+        overrides = [_one_value(override) for override in OverridesParser.create().parse_overrides(arguments)]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            compose("config", overrides)
+    except HydraException as cause:
+        return cause
+    return error
+
+
+def _one_value(override: Override) -> str:
+    if not override.is_discrete_sweep():
+        return override.input_line
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
 
 
 def _sections() -> dict[str, str]:

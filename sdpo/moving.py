@@ -20,16 +20,16 @@ class MovingReference:
     """The log-probs that a step's loss reads, window by window.
 
     `windows` are the rule's, the first of which is already scored: `logps_N2` are its log-probs of the whole chunk,
-    `weights` the hash of its weights. Later ones are seen by the `probes` too.
+    `weights_hash` says which weights gave them. Later ones are seen by the `probes` too.
     """
 
-    def __init__(self, windows: list[dict], logps_N2: np.ndarray, weights: str | None, probes: Probes):
+    def __init__(self, windows: list[dict], logps_N2: np.ndarray, weights_hash: str | None, probes: Probes):
         self.logps_N2, self.probes = logps_N2.copy(), probes
         ends = np.cumsum([window["num_updates"] for window in windows])
         self.begins = dict(zip(ends.tolist(), windows[1:], strict=False))  # update -> the window that begins there
         self.mixes = any("reference" in window["weights"] for window in windows)
         self.weights: Weights = {}
-        self.report = [self._seen(0, weights, logps_N2)] if windows else []  # per window
+        self.report = [self._seen(0, weights_hash, logps_N2)] if windows else []  # per window
 
     def begin(self, engine: Engine) -> None:
         """Keep the start's weights where later windows are mixed from them."""
@@ -48,15 +48,15 @@ class MovingReference:
             engine.set_weights(self.weights)
         self.logps_N2[members] = score(engine.module, [rows[i] for i in members], budget)
         self.probes.look("reference", update, engine, budget)
-        self.report.append(self._seen(update, weights_hash(engine), self.logps_N2[members]))
+        self.report.append(self._seen(update, hash_of_weights(engine), self.logps_N2[members]))
         if self.mixes:
             engine.set_weights(policy)
 
-    def _seen(self, update: int, weights: str, logps_N2: np.ndarray) -> dict:
+    def _seen(self, update: int, weights_hash: str, logps_N2: np.ndarray) -> dict:
         """Where a window begins, what its weights are, and the height of its bound on its own pairs."""
         gamma_N = logps_N2[:, 0].astype(np.float64) - logps_N2[:, 1]
         height = {"num_pairs": len(gamma_N), "gamma_ref_mean": float(gamma_N.mean())}
-        return {"first_update": update + 1, "weights_hash": weights, **height}
+        return {"first_update": update + 1, "weights_hash": weights_hash, **height}
 
     def state(self) -> Weights:
         """What a checkpoint must keep: the policy that made these numbers is gone."""
@@ -72,7 +72,7 @@ class MovingReference:
         )
 
 
-def weights_hash(engine: Engine) -> str:
+def hash_of_weights(engine: Engine) -> str:
     """The content hash of the weights that are trained, gathered, as the forward pass reads them; of rank 0."""
     weights = {name.removeprefix("model."): tensor for name, tensor in engine.weights().items()}
     return models.fingerprint_weights(weights, engine.scorer.head.weight.dtype)

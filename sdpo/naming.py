@@ -17,6 +17,7 @@ from sdpo.inputs import Inputs, prepare
 from sdpo.ordering import in_order
 from sdpo.packing import tokens_of
 from sdpo.readers import Unreachable
+from sdpo.rooms import needs
 from sdpo.scoring import rows_of
 from sdpo.step import name_step
 from sdpo.stepwise import whole_run
@@ -65,7 +66,7 @@ def prepare_by_name(settings: Config, store: ReadOnly) -> Prepared:
 def for_scores(settings: Config, prepared: Prepared) -> list[Planned]:
     """The models that the pairs are scored with, where scores want some trained for them."""
     inputs, score = prepared.inputs, chunks.bind_score(settings.score, chunks.bind(settings.split)).function
-    if not (_needs_scores(settings) and "margins" in config.needs(score)):
+    if not (_needs_scores(settings) and "margins" in needs(score)):
         return []
     training, halves = crossfit.trainings(settings, rows_of(inputs), **score.keywords)
     history = [inputs.initial]

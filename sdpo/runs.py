@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdpo import config as configuration
 from sdpo import store
 from sdpo.config import Config
+from sdpo.rooms import choose
 
 NAMED_AXES = ("model", "arm", "split", "reference", "loss")  # the choices in the name of a run folder
 
@@ -98,7 +99,6 @@ def check(config: Config) -> None:
     """Bind every choice of every step to its function, so that a wrong one is an error before any work."""
     from sdpo import chunks, evaluate, losses, placebo, references, tune  # here, because losses import torch
 
-    choose = configuration.choose
     chunks.bind_score(config.score, chunks.bind(config.split))
     for measure in config.evaluate.values():
         choose(evaluate, measure)

@@ -5,13 +5,14 @@ from collections.abc import Callable
 import numpy as np
 
 from sdpo import crossfit, judges
-from sdpo.config import Config, needs
+from sdpo.config import Config
 from sdpo.data import prompt_key
 from sdpo.inputs import Inputs
 from sdpo.packing import tokens_of
+from sdpo.rooms import needs
 from sdpo.splits import Row
 from sdpo.store import Artifact
-from sdpo.tokens import TokenPair
+from sdpo.tokens import TokenPair, response_lengths
 
 
 def rows_of(inputs: Inputs) -> list[Row]:
@@ -33,7 +34,7 @@ def scored(
         "base_logps": lambda: judges.base_logps(settings, rows, bench),
         "rewards": lambda: judges.rewards(settings, pairs, bench),
         "ratings": lambda: inputs.chunk([row.id for row in rows]).ratings_N2,
-        "lengths": lambda: np.array([(len(row.chosen), len(row.rejected)) for row in rows]),
+        "lengths": lambda: response_lengths(rows),
         "prompt_lengths": lambda: np.array([len(row.prompt) for row in rows]),
         "margins": lambda: crossfit.margins(inputs, config, rows_of(inputs), **settings),
     }

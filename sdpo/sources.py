@@ -8,9 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdpo import models, receipts, scores
 from sdpo.chunks import Score, Split
-from sdpo.config import Config, needs
+from sdpo.config import Config
 from sdpo.inputs import Inputs
 from sdpo.logprobs import Scorer, score
+from sdpo.rooms import needs
 from sdpo.scoring import scored
 from sdpo.splits import Level
 from sdpo.tokens import TokenPair, content_hash

@@ -9,11 +9,12 @@ import numpy as np
 
 from sdpo import cost, launch, losses, placebo
 from sdpo.checkpoint import Checkpoint, load_moments, save_moments
-from sdpo.config import Config, choose, needs
+from sdpo.config import Config
 from sdpo.cost import Pace, Speed
 from sdpo.fit import Chunk, Fit, Span, updates
-from sdpo.moving import MovingReference, weights_hash
+from sdpo.moving import MovingReference, hash_of_weights
 from sdpo.probes import Probes
+from sdpo.rooms import choose, needs
 from sdpo.store import Artifact, key_of
 from sdpo.tokens import content_hash
 from sdpo.windows import Windows, resolve
@@ -141,12 +142,12 @@ def _anchor(
 ) -> tuple[MovingReference, np.ndarray]:
     """What the loss will read, scored before the step trains (by the very weights in memory where they are the
     start's), and the start's own log-probs of the rows of the first update."""
-    rows, model, weights = chunk.rows, windows.first, None
+    rows, model, weights_hash = chunk.rows, windows.first, None
     reference_N2 = np.zeros((len(rows), 2), dtype=np.float32)  # read by nobody where there is no reference
     if model is not None:
         reference_N2 = bench.logprobs(model, rows)
         bench.audit(model, rows, reference_N2)
-        weights = weights_hash(bench.hold(model))
+        weights_hash = hash_of_weights(bench.hold(model))
     start_N2 = reference_N2
     if model is None or model.key != start.key:
         first = updates(len(rows), config.optim, config.seed)[0]
@@ -156,4 +157,4 @@ def _anchor(
         transform = choose(placebo, {"name": config.reference["placebo"]})
         reference_N2 = transform(bench.logprobs(initial, rows), reference_N2, config.seed)
     probes = Probes(chunk.probes, config.probe.every)
-    return MovingReference(windows.listed, reference_N2, weights, probes), start_N2
+    return MovingReference(windows.listed, reference_N2, weights_hash, probes), start_N2

@@ -87,6 +87,11 @@ def prompt_ids(chat: ChatFormat, conversations: list[Turns]) -> list[Ids]:
     return [_with_bos(ids, chat, Counter()) for ids in _ids(chat, texts)]
 
 
+def response_lengths(rows: Iterable[TokenPair]) -> np.ndarray:
+    """Tokens of the chosen and the rejected response: [N, 2]."""
+    return np.array([(len(row.chosen), len(row.rejected)) for row in rows]).reshape(-1, 2)
+
+
 def content_hash(rows: Iterable[TokenPair]) -> str:
     """SHA-256 (hex) of ids and token ids; the order of the rows matters."""
     digest = hashlib.sha256()

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from sdpo import launch, models, references
-from sdpo.config import Config, choose
+from sdpo.config import Config
+from sdpo.rooms import choose
 from sdpo.store import Artifact, Store
 
 

@@ -14,12 +14,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sdpo import adapters, attention, launch, models, tune
-from sdpo.config import Config, choose
+from sdpo.config import Config
 from sdpo.engine import Engine, open_engine
 from sdpo.logprobs import Scorer, naive_logprobs, score
 from sdpo.memory import explained
 from sdpo.packing import tokens_of
 from sdpo.record import progress
+from sdpo.rooms import choose
 from sdpo.store import Artifact, Store, check, damaged
 from sdpo.tokens import TokenPair, content_hash
 

@@ -39,6 +39,12 @@ SETTINGS = {
     "no attention of ours": (["model.path=mamba"], "MambaForCausalLM cannot share prompts: "),
     "no tokenizer": (["model.path=bare"], "bare holds no tokenizer; save one there with tokenizer.save_pretrained"),
     "fewer pairs than steps": (["split=random", "split.num_chunks=9"], "9 chunks were asked for, but there are only"),
+    "unknown key in a sweep": (
+        ["experiment=demo", "seed=0,1", "foo=1"],
+        "unknown key foo; the configuration has",
+    ),
+    "unknown option in a sweep": (["experiment=demo", "seed=range(2)", "loss=dppo"], "loss has no 'dppo'; it has apo_"),
+    "no sweep": (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
     "overlap": ([HELD_OUT], "a.jsonl, row 1: field 'prompt' is held out too, in held_out.jsonl, row 1; repair it or"),
 }
 

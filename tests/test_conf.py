@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from sdpo import config, help, runs
+from sdpo.rooms import variants
 
 CHECKOUT = Path(__file__).parents[1]
 CONF = str(CHECKOUT / "conf")
@@ -85,8 +86,8 @@ def test_every_run_of_every_experiment_composes_and_binds(experiment):
 @pytest.mark.parametrize("axis", ROOMS)
 def test_every_variant_has_a_file_with_its_keywords(axis):
     room = importlib.import_module(f"sdpo.{ROOMS[axis]}")
-    assert sorted(config.variants(room)) == help.options(axis)
-    for name, function in config.variants(room).items():
+    assert sorted(variants(room)) == help.options(axis)
+    for name, function in variants(room).items():
         written = OmegaConf.load(CHECKOUT / "conf" / axis / f"{name}.yaml")
         written = written[name] if axis == "evaluate" else written
         keywords = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}

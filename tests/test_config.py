@@ -1,9 +1,5 @@
 """The typed configuration: what is refused, in which words, and what a run folder keeps of it."""
 
-import sys
-from functools import partial
-from types import ModuleType
-
 import pytest
 from omegaconf import OmegaConf
 
@@ -69,46 +65,3 @@ def test_a_step_sees_its_own_overrides_and_no_other():
     second = config.for_step(whole, 2)
     assert (second.optim.lr, second.loss) == (0.5, {"name": "dpo", "beta": 0.2})
     assert (whole.optim.lr, whole.loss) == (5e-7, {"name": "dpo", "beta": 0.1})
-
-
-@pytest.fixture
-def room(monkeypatch):
-    """A room with one variant, one helper, and one function that only passed through."""
-
-    def scaled(values, offset, *, factor: float, times: int | None = None, names: list[str] = ()):
-        return values, offset, factor, times, names
-
-    module = ModuleType("room")
-    scaled.__module__ = "room"
-    helper = type(scaled)(scaled.__code__, {}, "_helper")
-    helper.__module__ = "room"
-    module.scaled, module._helper, module.visitor = scaled, helper, config.choose
-    monkeypatch.setitem(sys.modules, "room", module)  # where dataclasses look annotations up
-    return module
-
-
-def test_choose_fills_in_the_keywords(room):
-    chosen = config.choose(room, {"name": "scaled", "factor": 2})
-    assert isinstance(chosen, partial) and chosen(1, 3) == (1, 3, 2.0, None, [])
-    assert list(config.variants(room)) == ["scaled"]
-    assert config.needs(chosen) == config.needs(room.scaled) == ["values", "offset"]
-
-
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        ({"name": "_helper"}, "room has no '_helper'; it has scaled"),
-        ({"factor": 1}, "room has no None; it has scaled"),
-        (
-            {"name": "scaled", "factor": 1, "offset": 2},
-            "room.scaled: unknown key offset; scaled has factor, times, names",
-        ),
-        ({"name": "scaled", "factor": "two"}, "room.scaled: factor: Value 'two'"),
-        ({"name": "scaled", "factor": 1, "times": 1.5}, "room.scaled: times: Value '1.5'"),
-        ({"name": "scaled"}, "room.scaled: factor has no value"),
-    ],
-)
-def test_choose_names_the_key_that_is_wrong(room, given, sentence):
-    with pytest.raises(ValueError, match="^[^\n]*$") as error:
-        config.choose(room, given)
-    assert sentence in str(error.value)

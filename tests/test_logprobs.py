@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import random_model
 
+from analysis.benchmark_meter import Meter
 from sdpo import logprobs
-from sdpo.logprobs import Scorer, naive_logprobs, score
+from sdpo.logprobs import Head, Scorer, naive_logprobs, score
 from sdpo.packing import pack
 from sdpo.tokens import TokenPair
 
@@ -154,8 +155,8 @@ def test_head_tiles_and_recomputation_change_no_gradient(architecture, kept, mon
 
 
 @pytest.mark.parametrize(("kept_bytes", "survivors"), [(2**20, 0), (2**30, 4)])
-def test_head_memory_does_not_grow_with_vocabulary_times_tokens(kept_bytes, survivors, monkeypatch):
-    """32k vocabulary, 609 response tokens: every tile stays small, and over budget none outlives the forward pass."""
+def test_head_tiles_are_small_and_over_budget_none_outlives_the_forward_pass(kept_bytes, survivors, monkeypatch):
+    """32k vocabulary, 609 response tokens."""
     scorer, tiles, compute = Scorer(random_model("llama", vocab_size=32_000, num_hidden_layers=1)), [], logprobs._logits
 
     def logits(*args):
@@ -169,6 +170,22 @@ def test_head_memory_does_not_grow_with_vocabulary_times_tokens(kept_bytes, surv
     assert (len(tiles), sum(tile() is not None for tile in tiles)) == (4, survivors)
     both.sum().backward()
     assert all(tile() is None for tile in tiles)
+
+
+@pytest.mark.parametrize(("kept_bytes", "share"), [(logprobs.KEPT_BYTES["cpu"], 0), (2**40, 1)])
+def test_head_memory_does_not_grow_with_vocabulary_times_tokens(kept_bytes, share, monkeypatch):
+    """32k vocabulary, 2048 response tokens more: what forward and backward pass add to the process at their peak."""
+    monkeypatch.setitem(logprobs.KEPT_BYTES, "cpu", kept_bytes)
+    head, more = Head(random_model("llama", vocab_size=2**15, num_hidden_layers=1)), 2048
+
+    def peak_bytes(num_tokens):
+        hidden_RH, meter = torch.randn(num_tokens, 32, requires_grad=True), Meter("cpu")
+        head(hidden_RH, torch.arange(num_tokens)).sum().backward()
+        return meter.result()["peak_bytes"]
+
+    peak_bytes(more // 2)  # what the first pass alone takes
+    grown = peak_bytes(2 * more) - peak_bytes(more)
+    assert abs(grown / (4 * more * 2**15) - share) < 0.1
 
 
 def test_half_precision_weights_sum_in_full_precision():

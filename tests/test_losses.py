@@ -13,8 +13,8 @@ import torch
 from omegaconf import OmegaConf
 
 from sdpo import losses
-from sdpo.config import choose, needs, variants
 from sdpo.losses import Both
+from sdpo.rooms import choose, needs, variants
 
 CONF = Path(__file__).parents[1] / "conf" / "loss"
 

@@ -11,8 +11,8 @@ from conftest import byte_tokenizer, random_model
 from datasets import Dataset
 
 from sdpo import losses
-from sdpo.config import choose, needs
 from sdpo.losses import Both
+from sdpo.rooms import choose, needs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the peer's, about itself
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from sdpo.config import needs
 from sdpo.losses import Both
+from sdpo.rooms import needs
 
 
-def lambdas(loss: Callable[[Both], torch.Tensor], policy: Both, beta: float) -> torch.Tensor:
+def of_batch(loss: Callable[[Both], torch.Tensor], policy: Both, beta: float) -> torch.Tensor:
     """The derivative [B] of each pair's loss of the policy by `policy.rejected`, in units of beta.
 
     Taken at a copy of the log-probs: DeepSpeed takes any pass back through its own for the update's.
@@ -35,4 +35,4 @@ def of_pairs(loss: Callable, **data_N2: np.ndarray) -> np.ndarray | None:
     def of_policy(policy: Both) -> torch.Tensor:
         return loss(*((data | {"policy": policy})[name] for name in needs(loss)))
 
-    return lambdas(of_policy, data["policy"], loss.keywords["beta"]).numpy()
+    return of_batch(of_policy, data["policy"], loss.keywords["beta"]).numpy()
