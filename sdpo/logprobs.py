@@ -58,18 +58,20 @@ class _LogProbs(torch.autograd.Function):
         num_bytes = 4 * len(targets_R) * len(weight_VH)
         # The slope of a soft cap needs the logits themselves, over which the log-probs are written.
         keep = any(ctx.needs_input_grad) and softcap is None and num_bytes <= KEPT_BYTES[hidden_RH.device.type]
-        logps = []
+        # Results are made first: small ones made between tiles would stop the allocator from reusing a tile's memory.
+        logps_R = torch.empty(len(targets_R), dtype=torch.float32, device=hidden_RH.device)
         for tile in _tiles(hidden_RH, weight_VH):
             logps_RV = _log_softmax_(_logits(hidden_RH[tile], weight_VH, bias_V, scale, softcap))
-            logps.append(logps_RV.gather(1, targets_R[tile, None])[:, 0])
+            logps_R[tile] = logps_RV.gather(1, targets_R[tile, None])[:, 0]
             if keep:
                 ctx.kept.append(logps_RV)
-        return torch.cat(logps)
+            del logps_RV
+        return logps_R
 
     @staticmethod
     def backward(ctx, grad_R):
         hidden_RH, weight_VH, bias_V, targets_R = ctx.saved_tensors
-        grads_H = []
+        grad_RH = torch.empty_like(hidden_RH)
         grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None else None
         for i, tile in enumerate(_tiles(hidden_RH, weight_VH)):
@@ -86,12 +88,13 @@ class _LogProbs(torch.autograd.Function):
             if grad_V is not None:
                 grad_V += slope_RV.sum(0)
             slope_RV = slope_RV.to(weight_VH.dtype)
-            grads_H.append(slope_RV @ weight_VH)
+            grad_RH[tile] = slope_RV @ weight_VH
             if grad_VH is not None:
                 _add_product(grad_VH, slope_RV.T, hidden_RH[tile])
+            del logps_RV, slope_RV
         grad_VH = grad_VH if grad_VH is None else grad_VH.to(weight_VH.dtype)
         grad_V = grad_V if grad_V is None else grad_V.to(bias_V.dtype)
-        return torch.cat(grads_H), grad_VH, grad_V, None, None, None
+        return grad_RH, grad_VH, grad_V, None, None, None
 
 
 def _tiles(hidden_RH: Tensor, weight_VH: Tensor) -> list[slice]:

@@ -1,5 +1,6 @@
 """Packed log-probs and gradients against the model's own forward pass, one sequence at a time."""
 
+import ctypes
 import weakref
 
 import numpy as np
@@ -174,18 +175,19 @@ def test_head_tiles_are_small_and_over_budget_none_outlives_the_forward_pass(kep
 
 @pytest.mark.parametrize(("kept_bytes", "share"), [(logprobs.KEPT_BYTES["cpu"], 0), (2**40, 1)])
 def test_head_memory_does_not_grow_with_vocabulary_times_tokens(kept_bytes, share, monkeypatch):
-    """32k vocabulary, 2048 response tokens more: what forward and backward pass add to the process at their peak."""
+    """32k vocabulary, 4096 response tokens more: what forward and backward pass add to the process at their peak."""
     monkeypatch.setitem(logprobs.KEPT_BYTES, "cpu", kept_bytes)
-    head, more = Head(random_model("llama", vocab_size=2**15, num_hidden_layers=1)), 2048
+    head, more = Head(random_model("llama", vocab_size=2**15, num_hidden_layers=1)), 4096
 
     def peak_bytes(num_tokens):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier passes freed is not there to be used again
         hidden_RH, meter = torch.randn(num_tokens, 32, requires_grad=True), Meter("cpu")
         head(hidden_RH, torch.arange(num_tokens)).sum().backward()
         return meter.result()["peak_bytes"]
 
     peak_bytes(more // 2)  # what the first pass alone takes
     grown = peak_bytes(2 * more) - peak_bytes(more)
-    assert abs(grown / (4 * more * 2**15) - share) < 0.1
+    assert abs(grown / (4 * more * 2**15) - share) < 0.25  # the allocator is good for some tiles
 
 
 def test_half_precision_weights_sum_in_full_precision():
