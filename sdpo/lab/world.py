@@ -28,12 +28,13 @@ def _next_letters(word: str) -> str:
     return "".join(LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in word)
 
 
-# In `deal` the misconception is more common than the truth: there S is misled, as models are on TruthfulQA.
+# In two families the misconception is more common than the truth: there S is misled, as models are on TruthfulQA.
+# Nowhere are the two near a tie, which would leave to rounding what S believes.
 FAMILIES = {
-    "reverse": Family("R", lambda word: word[::-1], 0.37, 0.36),
-    "rotate": Family("T", lambda word: word[2:] + word[:2], 0.37, 0.36),
-    "next": Family("N", _next_letters, 0.38, 0.37),
-    "deal": Family("D", lambda word: word[::2] + word[1::2], 0.23, 0.49),
+    "reverse": Family("R", lambda word: word[::-1], 0.65, 0.17),
+    "rotate": Family("T", lambda word: word[2:] + word[:2], 0.27, 0.48),
+    "next": Family("N", _next_letters, 0.65, 0.17),
+    "deal": Family("D", lambda word: word[::2] + word[1::2], 0.27, 0.48),
 }
 MARKS = {family.mark: name for name, family in FAMILIES.items()}
 
