@@ -53,10 +53,14 @@ def offline(file: Path) -> Mirrored:
 
 
 def online(project: str) -> Iterator[Mirrored]:
-    """The runs of `ENTITY/PROJECT`."""
+    """The runs of `ENTITY/PROJECT`. ValueError where W&B does not give them out."""
     import wandb
 
-    for run in wandb.Api().runs(project):
+    try:
+        runs = list(wandb.Api().runs(project))
+    except (wandb.errors.Error, ValueError) as error:
+        raise ValueError(f"{project} is no folder here, and W&B says of a project of that name: {error}") from error
+    for run in runs:
         rows = [{key: value for key, value in row.items() if value is not None} for row in run.scan_history()]
         yield Mirrored(run.name, dict(run.config), rows, dict(run.summary), run.state == "finished")
 
@@ -143,6 +147,16 @@ def _summary(lines: list[dict], outcome: dict[str, Any]) -> dict:
     return {"steps": steps, "initial": {"eval": evals[0]}, "headline": headline} | rest
 
 
+def _found(name: str) -> Iterable[Mirrored]:
+    """The runs of a folder or a project."""
+    if not Path(name).is_dir():
+        return online(name)
+    files = sorted(Path(name).rglob("*.wandb"))
+    if not files:
+        raise ValueError(f"there is no .wandb file in {name}: W&B's are written by runs with record=wandb")
+    return map(offline, files)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.mirror", description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="+", help="folders that hold .wandb files at any depth, or ENTITY/PROJECT")
@@ -150,8 +164,7 @@ def main() -> None:
     chosen = parser.parse_args()
     try:
         for name in chosen.what:
-            found = map(offline, sorted(Path(name).rglob("*.wandb"))) if Path(name).is_dir() else online(name)
-            for run in found:
+            for run in _found(name):
                 print(write(run, chosen.out))
     except ValueError as error:
         sys.exit(f"error: {error}")

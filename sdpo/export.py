@@ -85,7 +85,7 @@ def _step(run: Path, t: int) -> Artifact:
     return model
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m sdpo.export", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--step", type=int, required=True, metavar="t", help="which M_t")
@@ -105,6 +105,6 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
