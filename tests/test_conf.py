@@ -129,7 +129,8 @@ def test_the_configuration_is_shown_without_importing_anything_heavy():
 
 def readme_commands():
     text = (CHECKOUT / "README.md").read_text().replace("\\\n", " ")
-    return re.findall(r"^ +(python train\.py(?!.* --help).*)", text, re.MULTILINE)
+    found = re.findall(r"`(python train\.py .*?)`|^ +(python train\.py(?!.* --help).*)", text, re.MULTILINE)
+    return [inline or line for inline, line in found]
 
 
 @pytest.mark.parametrize("command", readme_commands())

@@ -20,7 +20,8 @@ def commands():
 
 def test_every_command_does_what_it_is_there_for(run, tmp_path, monkeypatch, capsys):
     run("split=by_source", "record=wandb", name="out/real")
-    make_sweep(tmp_path / "out" / "demo")
+    for sweep in ("demo", "controls"):
+        make_sweep(tmp_path / "out" / sweep)
     monkeypatch.chdir(tmp_path)
     run_alone = [name for name in commands() if name.startswith("analysis.benchmark")]  # minutes: test_benchmark.py
     assert len(run_alone) == 1
