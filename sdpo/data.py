@@ -229,7 +229,7 @@ def _check(settings: config.Data) -> None:
     if settings.columns and not {"chosen", "rejected"} <= settings.columns.keys():
         raise ValueError("data.columns has to name every column that is read, chosen and rejected among them")
     repositories = {"/".join(name.split(":")[0].split("/")[:2]) for name in settings.train + settings.held_out}
-    if unknown := settings.revisions.keys() - repositories:
+    if settings.name == "hub" and (unknown := settings.revisions.keys() - repositories):
         raise ValueError(f"data.revisions names {min(unknown)}, which is no data set of this run")
 
 

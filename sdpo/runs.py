@@ -100,7 +100,13 @@ def check(config: Config) -> None:
     from sdpo import chunks, evaluate, losses, placebo, references, tune  # here, because losses import torch
 
     chunks.bind_score(config.score, chunks.bind(config.split))
-    for measure in config.evaluate.values():
+    for key, measure in config.evaluate.items():
+        if "name" not in measure:
+            listed = ",".join([other for other in config.evaluate if other != key] + [key])
+            raise ValueError(
+                f"evaluate.{key} has settings, but evaluate does not list it: evaluate=[{listed}] measures it, "
+                f"~evaluate.{key} drops the settings"
+            )
         choose(evaluate, measure)
     for t in (0, *config.steps):
         step = configuration.for_step(config, t)

@@ -139,7 +139,7 @@ SETTINGS = [
     ({"held_out_share": 1.0}, "data.held_out_share=1.0"),
     ({"columns": {"answer": "x", "chosen": "a", "rejected": "b"}}, "data.columns has answer"),
     ({"columns": {"prompt": "x"}}, "chosen and rejected among them"),
-    ({"revisions": {"a/b": "main"}}, "data.revisions names a/b"),
+    ({"name": "hub", "revisions": {"a/b": "main"}}, "data.revisions names a/b"),
     ({"train": ["a.jsonl", "a.jsonl"]}, "a.jsonl twice"),
     ({"train": ["nowhere.jsonl"]}, "nowhere.jsonl: cannot be read"),
     ({"train": ["a.txt"]}, "a.txt: files of this kind are not read; use one of .jsonl, .json, .parquet, .csv"),

@@ -49,6 +49,7 @@ NEEDS = {  # what an option cannot do without
     ],
     "evaluate=[h4]": ["evaluate.h4.local=eval", "evaluate.h4.limit=1"],
     "evaluate=[lm_eval]": ["evaluate.lm_eval.local=eval", "evaluate.lm_eval.tasks=[hellaswag]"],
+    "experiment=paper_table4": ["~evaluate.lm_eval"],
     "experiment=paper_table1": ["hydra.sweeper.params.arm=all_at_once"],  # the others are arms of their own
 }
 OTHERS = ["reference.path=other", "reference.template=plain"]
