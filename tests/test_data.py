@@ -149,9 +149,9 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("settings", "sentence"), SETTINGS)
 def test_settings_that_cannot_work(tmp_path, settings, sentence):
-    settings = {"train": [write(tmp_path / "a.jsonl", ROWS)]} | settings
+    settings = {"name": "local", "train": [write(tmp_path / "a.jsonl", ROWS)]} | settings
     with pytest.raises(ValueError, match=sentence):
-        data.load(config.Data(name="local", **settings))
+        data.load(config.Data(**settings))
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 but not really", b"[1, 2"])
