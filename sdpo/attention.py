@@ -52,7 +52,7 @@ def refusal(model: PreTrainedModel, reason: str) -> str:
     """The sentence for a model that cannot share prompts: its name, why, and what to do."""
     return (
         f"{type(model).__name__} cannot share prompts: {reason}. "
-        "Choose attention=plain, which runs one sequence at a time with the model's own attention"
+        "Choose launch.attention=plain, which runs one sequence at a time with the model's own attention"
     )
 
 
@@ -90,11 +90,16 @@ def attend(
     if packed is None:
         raise ValueError(
             f"{type(module).__name__} was run without a pack: score with a Scorer, and generate within own_attention; "
-            "if this is a Scorer, the model does not hand its arguments on, and needs attention=plain"
+            "if this is a Scorer, the model does not hand its arguments on, and needs launch.attention=plain"
         )
     rule = Rule(scaling, sliding_window, softcap, s_aux, dropout)
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
     return packed(query_THD, key_THD, value_THD, rule)[None], None
+
+
+def leave_out_of_graphs() -> None:
+    """Keep attention eager where the rest is compiled: its work depends on the pack, and would be compiled for each."""
+    AttentionInterface.register(NAME, torch.compiler.disable(attend))
 
 
 def _no_mask(**_arguments) -> None:

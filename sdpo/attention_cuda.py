@@ -32,7 +32,7 @@ class Varlen:
 
     def __call__(self, query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, rule: Rule) -> Tensor:
         if rule.softcap is not None or rule.sinks_H is not None or rule.dropout:
-            raise ValueError("varlen attention has no soft cap, sinks or dropout: choose attention=sdpa")
+            raise ValueError("varlen attention has no soft cap, sinks or dropout: choose launch.attention=sdpa")
         window = -1 if rule.window is None else rule.window - 1
         options = {"enable_gqa": query_THD.shape[1] != key_THD.shape[1], "num_splits": 1}
         return varlen.varlen_attn(

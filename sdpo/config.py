@@ -132,6 +132,8 @@ class Launch:
     ranks: int = at_least(1, 1)
     threads: int = at_least(1, 1)  # per rank
     device: str = one_of("auto", "cpu", "cuda")
+    attention: str = one_of("auto", "sdpa", "varlen", "flex", "plain")
+    compile: bool = False  # the decoder, with torch.compile
     tokens_per_pack: int = at_least(1, 8192)  # micro-batches are cut by this many unique tokens
     recompute_activations: bool = False  # in the backward pass
     checkpoint_minutes: float = at_least(0, 10.0)  # between checkpoints inside a step

@@ -140,13 +140,24 @@ class Scorer(nn.Module):
         self.model, self.head, self.attention = model, Head(model), attention
         if attention != "plain":
             backends.share_prompts(model)
+        self.decode = model.get_decoder().__call__  # bound, so that no parameter is here twice
         self.reshaped = backends.reshapes_scores(model)
         self.train(model.training)
         _check(self)
 
-    def backend(self, pack: Pack) -> str:
-        """The attention backend that runs this pack."""
-        return backends.choose(self.attention, pack.tokens_T.device, self.head.weight.dtype, self.reshaped)
+    @property
+    def backend(self) -> str:
+        """The attention backend that packs run with, where the model is now."""
+        weight = self.head.weight
+        return backends.choose(self.attention, weight.device, weight.dtype, self.reshaped)
+
+    def compile_decoder(self) -> None:
+        """Let torch.compile make one graph for all lengths of what lies between two attentions.
+
+        The model itself stays as it is, for generation and for the check with its own forward pass.
+        """
+        backends.leave_out_of_graphs()
+        self.decode = torch.compile(self.decode, dynamic=True)
 
     def forward(self, pack: Pack) -> Both:
         """Summed log-probs [B], fp32, in nats, of the chosen and the rejected responses (0 where one is empty)."""
@@ -159,16 +170,14 @@ class Scorer(nn.Module):
 
     def _hidden(self, pack: Pack) -> Tensor:
         """Last hidden states of the stream [T, H], the head not yet applied."""
-        name = self.backend(pack)
+        name = self.backend
         if name != "plain":
             return self._run(pack.tokens_T, pack.positions_T, packed=backends.BACKENDS[name](pack))
         sequences = zip(pack.keys_K.split(pack.lengths_S), pack.own_S, strict=True)
         return torch.cat([self._run(pack.tokens_T[at], pack.positions_T[at])[-own:] for at, own in sequences])
 
     def _run(self, tokens_T: Tensor, positions_T: Tensor, **extra) -> Tensor:
-        output = self.model.get_decoder()(
-            input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, **extra
-        )
+        output = self.decode(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, **extra)
         return output.last_hidden_state[0]
 
 

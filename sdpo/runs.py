@@ -99,6 +99,8 @@ def check(config: Config) -> None:
     """Bind every choice of every step to its function, so that a wrong one is an error before any work."""
     from sdpo import chunks, evaluate, losses, placebo, references, tune  # here, because losses import torch
 
+    if config.launch.compile and config.deepspeed.stage == 3:
+        raise ValueError("launch.compile: ZeRO-3 gathers parameters between layers, where a graph has no room for it")
     chunks.bind_score(config.score, chunks.bind(config.split))
     for key, measure in config.evaluate.items():
         if "name" not in measure:

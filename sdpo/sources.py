@@ -64,6 +64,7 @@ def _random_gamma(inputs: Inputs, rows: list[TokenPair]) -> dict[str, float]:
         "rows": content_hash(rows),
         "precision": bench.config.precision,
         "device": bench.device.type,
+        "attention": bench.config.launch.attention,
     }
 
     def compute() -> list[float]:
@@ -73,7 +74,7 @@ def _random_gamma(inputs: Inputs, rows: list[TokenPair]) -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=remote)
-        scorer = Scorer(model.eval().to(bench.device))
+        scorer = Scorer(model.eval().to(bench.device), bench.config.launch.attention)
         return scores.gamma(score(scorer, rows, bench.config.launch.tokens_per_pack)).tolist()
 
     gamma = bench.store.make_json("score", determinants, compute)

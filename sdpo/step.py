@@ -125,6 +125,8 @@ def _determinants(
         "seed": config.seed,
         "ranks": config.launch.ranks,
         "threads": config.launch.threads,
+        "attention": config.launch.attention,
+        "compile": config.launch.compile,
         "deepspeed": asdict(config.deepspeed),
         "device": bench.device.type,
     }

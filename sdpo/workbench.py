@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sdpo import adapters, attention, launch, models, tune
+from sdpo import adapters, launch, models, tune
 from sdpo.config import Config
 from sdpo.engine import Engine, open_engine
 from sdpo.logprobs import Scorer, naive_logprobs, score
 from sdpo.memory import explained
 from sdpo.packing import tokens_of
-from sdpo.record import progress
+from sdpo.record import progress, tell
 from sdpo.rooms import choose
 from sdpo.store import Artifact, Store, check, damaged
 from sdpo.tokens import TokenPair, content_hash
@@ -36,6 +36,7 @@ class Workbench:
         self.device = launch.device(config.launch.device)
         self.foreign: dict[str, dict[str, TokenPair]] = {}  # by model key: rows in that model's own tokens
         self.scored = np.zeros(2)  # tokens, and seconds, of all passes for log-probs so far
+        self._attention = ""  # what was told last
         self._engine: Engine | None = None
         self._held: str | None = None  # the key of the weights in memory
         self._place: adapters.Place | None = None  # of the adapter, where one is trained
@@ -54,8 +55,14 @@ class Workbench:
             loaded = adapters.load(self._place, config)
         else:
             loaded = models.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
-        self._engine = open_engine(Scorer(loaded), config or self.config, self.device)
+        scorer = Scorer(loaded, self.config.launch.attention)
+        if self.config.launch.compile:
+            scorer.compile_decoder()
+        self._engine = open_engine(scorer, config or self.config, self.device)
         self._held = model.key
+        if self._attention != scorer.backend:
+            self._attention = scorer.backend
+            tell(f"attention: {self._attention} (launch.attention={self.config.launch.attention})")
         return self._engine
 
     def release(self) -> None:
@@ -94,7 +101,8 @@ class Workbench:
             "weights": model.key,
             "rows": content_hash(rows),
             "precision": self.config.precision,
-            "attention": attention.NAME,
+            "attention": self.config.launch.attention,
+            "compile": self.config.launch.compile,
             "device": self.device.type,
         }
 

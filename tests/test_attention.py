@@ -70,7 +70,7 @@ def test_backends_equal_a_dense_softmax(backend, name, monkeypatch):
     monkeypatch.setattr(attention_cuda.varlen, "varlen_attn", slow_varlen)
     rule, inputs = RULES[name], streams()
     if backend is Varlen and (rule.softcap or rule.sinks_H is not None):
-        with pytest.raises(ValueError, match="choose attention=sdpa"):
+        with pytest.raises(ValueError, match="choose launch.attention=sdpa"):
             Varlen(PACK)(*inputs, rule)
         return
     expected = dense(*inputs, rule, seen(rule.window))
@@ -88,7 +88,7 @@ def test_backends_equal_a_dense_softmax(backend, name, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_models_that_cannot_share_prompts_are_refused_by_name_and_run_plain(architecture):
     model = random_model(architecture, **({"n_head": 4} if architecture == "bloom" else {}))
-    with pytest.raises(ValueError, match=f"(?i){architecture}.*attention=plain"):
+    with pytest.raises(ValueError, match=f"(?i){architecture}.*launch.attention=plain"):
         Scorer(model)
 
 

@@ -29,6 +29,7 @@ ROWS = {  # the second row, and the end of "FILE, row 2: ..."
 HELD_OUT = "data.held_out=[held_out.jsonl]"
 SETTINGS = {
     "no such file": (["data.train=[nowhere.jsonl]"], "nowhere.jsonl: cannot be read (No such file or directory)"),
+    "compiled ZeRO-3": (["launch.compile=true", "deepspeed=zero3"], "launch.compile: ZeRO-3 gathers parameters"),
     "no such measure": (
         ["+evaluate.h4.limit=1"],
         "evaluate.h4 has settings, but evaluate does not list it: evaluate=[",
