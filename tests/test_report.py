@@ -149,6 +149,8 @@ def test_page_in_a_browser(page, sweep, tmp_path):
             assert tab.evaluate(
                 "[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().width > 300)"
             )
+            names = "[...document.querySelectorAll('td:first-child')].filter(c => !c.textContent.includes(' '))"
+            assert tab.evaluate(f"{names}.every(c => c.getBoundingClientRect().height < 50)"), "a name is one line"
             assert tab.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 16
             ink, paper = (
                 tab.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor")
