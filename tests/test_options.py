@@ -23,9 +23,12 @@ FILES = ["data.train=[a.jsonl,b.jsonl]", "data.template=plain", "data.held_out_s
 TOY = ["model=local", "model.path=model", "data=local", *FILES, "optim.pairs_per_update=8"]
 HERE = ["model.name=local", "model.path=model", "data.name=local", *FILES]  # whatever model and data say
 PAPER = [*HERE, "data.held_out=[]", "precision=fp32", "launch.ranks=1", "deepspeed=off", "evaluate=[preference]"]
-SMALL = ["model.lab.width=16", "model.lab.layers=1", "model.sft.epochs=1", "data.lab.num_demonstrations=512"]
-SMALL += [f"data.lab.num_{name}=8" for name in ("held_out", "prompts", "items")]
-SMALL += [f"data.lab.sources.{source}.num_pairs=32" for source in ("teacher", "on_policy", "edits")]
+WORLD = ["model.lab.width=16", "model.lab.layers=1", "model.sft.epochs=1", "data.lab.num_demonstrations=512"]
+WORLD += [f"data.lab.num_{name}=8" for name in ("held_out", "prompts", "items")]
+SMALL, OF_HARDNESS = (
+    [*WORLD, *(f"data.lab.sources.{source}.num_pairs=32" for source in sources)]
+    for sources in (("teacher", "on_policy", "edits"), ("easy", "hard"))
+)
 BESIDE = {  # what the options of a group are trained with, if not on the toy's defaults
     "model": ["data=local", *HERE],
     "data": ["model=local", *HERE],
@@ -62,13 +65,10 @@ INSTEAD = {  # of what its group is trained with
     "experiment=study": SMALL,
     "experiment=study_real": [*HERE, "hydra.sweeper.params.seed=0"],
 }
-IN_THE_LABORATORY = [*SMALL, "hydra.sweeper.params.seed=0"]
-INSTEAD |= {f"experiment={name}": IN_THE_LABORATORY for name in ("demo", "controls")}
-INSTEAD |= {
-    choice: IN_THE_LABORATORY
-    for choice in (f"experiment={name}" for name in help.options("experiment") if name.startswith("study_"))
-    if choice not in INSTEAD
-}
+for name in help.options("experiment"):
+    if name in ("demo", "controls") or name.startswith("study_"):
+        of_sources = OF_HARDNESS if name.startswith("study_hardness") else SMALL
+        INSTEAD.setdefault(f"experiment={name}", [*of_sources, "hydra.sweeper.params.seed=0"])
 
 
 @pytest.fixture(scope="module")
