@@ -65,6 +65,7 @@ INSTEAD = {  # of what its group is trained with
     "experiment=study": SMALL,
     "experiment=study_real": [*HERE, "hydra.sweeper.params.seed=0"],
 }
+ELSEWHERE = ("arm=easy_then_hard", "arm=hard_then_easy")  # trained by the hardness sweeps, whose sources they name
 for name in help.options("experiment"):
     if name in ("demo", "controls") or name.startswith("study_"):
         of_sources = OF_HARDNESS if name.startswith("study_hardness") else SMALL
@@ -131,6 +132,7 @@ def commands():
     """The commands that train all options: of a group the ones that need nothing as one sweep, each other one alone."""
     for group in help.groups():
         options = [f"[{option}]" if group == "evaluate" else option for option in help.options(group)]
+        options = [option for option in options if f"{group}={option}" not in ELSEWHERE]
         choices = [f"{group}={option}" for option in options]
         alone = [choice for choice in choices if choice in NEEDS | INSTEAD or group == "experiment"]  # itself a sweep
         free = [option for option, choice in zip(options, choices, strict=True) if choice not in alone]
