@@ -16,6 +16,7 @@ def test_the_error_of_a_rank_is_the_error_of_the_run(toy, tmp_path, monkeypatch)
     command += [f"data.train=[{toy / 'a.jsonl'}]", "data.template=plain", f"hydra.run.dir={tmp_path / 'run'}"]
     command += ["launch.ranks=2", "split=random", "split.num_chunks=99"]
     ended = subprocess.run(command, capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    told = "attention: sdpa (launch.attention=auto)\n"  # by the ranks, which speak on the parent's stdout
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, told, 1)
     assert ended.stderr.removeprefix("error: ").strip() == (tmp_path / "run" / "error.txt").read_text().splitlines()[0]
     assert "99" in ended.stderr
