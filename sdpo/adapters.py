@@ -1,5 +1,6 @@
 """Low-rank adapters: put on the model that a step starts from, merged into whole weights at its end.
 
+Beside them whole modules may be trained (embeddings, output head); they lie in the adapter's file as they are.
 `between=merge`: a step's adapter stands on M_{t-1}. `between=stack`: it stands on S, beside one frozen adapter that
 is those of all earlier steps, concatenated along the rank. Either way the weights that are kept, scored and evaluated
 are the merged ones; the adapter lies in the folder `adapter` beside them, in peft's format.
@@ -54,9 +55,9 @@ def place(adapter: Adapter, start: Artifact, find: Callable[[str], Artifact]) ->
 
 
 def load(place: Place, config: Config) -> PreTrainedModel:
-    """The start of a step with a fresh adapter, which alone is trained; as a function it is the start still.
+    """The start of a step with what is trained, a fresh adapter and whole modules; as a function it is the start still.
 
-    Raises ValueError where the targets are not linear layers of the model's body.
+    Raises ValueError where the targets are not linear layers of the model's body, or a module is not there.
     """
     from peft import LoraModel
 
@@ -72,6 +73,9 @@ def load(place: Place, config: Config) -> PreTrainedModel:
         tuner.set_adapter([EARLIER, FRESH])
         tuner.set_requires_grad(EARLIER, False)
     _check_targets(model)
+    for name in adapter.modules_to_save:
+        for module in _modules(model, name):
+            module.requires_grad_(True)
     return model.train(adapter.dropout > 0)
 
 
@@ -79,18 +83,24 @@ def finish(place: Place, trained: dict[str, torch.Tensor], folder: Path, config:
     """Write the trained adapter (by parameter name) into a step's folder; returns the base with it merged, fp32."""
     from peft import LoraModel
 
-    weights, num_steps = {_file_name(name, FRESH): tensor for name, tensor in trained.items()}, 1
+    base, num_steps = _base(place, config), 1
+    whole = _under_all_names(base, trained)
+    factors = {name: tensor for name, tensor in trained.items() if ".lora_" in name}
+    weights = {_file_name(name, FRESH): tensor for name, tensor in factors.items()}
     if place.stacked:
         earlier, num_steps = _earlier(place), place.num_earlier + 1
         weights = {name: concatenated(name, earlier[name], tensor) for name, tensor in weights.items()}
-    targets = {name.split(".lora_")[0] for name in trained}
+    weights |= {_file_name(name, FRESH): tensor for name, tensor in whole.items()}
+    targets = {name.split(".lora_")[0] for name in factors}
     settings = _settings(place, num_steps, targets)
     settings.target_modules = sorted(targets)  # peft makes a set of them, whose order varies
+    settings.modules_to_save = sorted({name.rpartition(".")[0] for name in whole}) or None
+    settings.ensure_weight_tying = len(whole) > len(trained) - len(factors)  # a tied weight has two names
     settings.save_pretrained(folder / FOLDER)
     save_file(weights, folder / FOLDER / WEIGHTS, metadata={"format": "pt"})
     lineage = {"base": place.base.key, "start": place.start.key, "num_adapters": place.num_earlier + 1}
     (folder / FOLDER / LINEAGE).write_text(json.dumps(lineage, indent=1))
-    tuner = LoraModel(_base(place, config), settings, FRESH)
+    tuner = LoraModel(base, _settings(place, num_steps, targets), FRESH)
     _fill(tuner.model, FRESH, weights)
     return tuner.merge_and_unload()
 
@@ -156,10 +166,18 @@ def _settings(place: Place, num_steps: int, targets: Iterable[str], dropout: flo
 
 
 def _fill(model: PreTrainedModel, name: str, weights: dict[str, torch.Tensor]) -> None:
-    """Give an adapter the weights of an adapter file."""
-    for parameter, tensor in model.named_parameters():
-        if f".{name}." in parameter:
-            tensor.data.copy_(weights[_file_name(parameter, name)])
+    """Give an adapter, and the modules trained beside it, the weights of an adapter file."""
+    named = model.named_parameters(remove_duplicate=False)
+    parameters = {_file_name(parameter, name): tensor for parameter, tensor in named}
+    for key, tensor in weights.items():
+        parameters[key].data.copy_(tensor)
+
+
+def _under_all_names(base: PreTrainedModel, trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What was trained whole; peft expects weights that two modules share under the names of both."""
+    first = {parameter: name for name, parameter in base.named_parameters()}
+    named = base.named_parameters(remove_duplicate=False)
+    return {name: trained[first[param]].clone() for name, param in named if first[param] in trained}
 
 
 def _file_name(name: str, adapter: str) -> str:
@@ -181,4 +199,18 @@ def _check_targets(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and (layer is head or layer.lora_embedding_A):
-            raise ValueError(f"tune.targets names {name}, which is no linear layer of the model's body; leave it out")
+            raise ValueError(
+                f"tune.targets names {name}, which is no linear layer of the model's body; leave it out, or train it "
+                "whole with tune.modules_to_save"
+            )
+
+
+def _modules(model: PreTrainedModel, name: str) -> list[nn.Module]:
+    """The modules whose path ends in this name, which can be trained whole."""
+    found = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
+    if not found:
+        raise ValueError(f"tune.modules_to_save names {name}, which {type(model).__name__} does not have")
+    for module in found:
+        if any("lora_" in part or not tensor.is_floating_point() for part, tensor in module.named_parameters()):
+            raise ValueError(f"tune.modules_to_save names {name}, which holds adapters or 4-bit weights; leave it out")
+    return found

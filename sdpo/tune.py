@@ -1,4 +1,4 @@
-"""What a step trains: all weights, or low-rank adapters beside frozen ones.
+"""What a step trains: all weights, or low-rank adapters (and modules named) beside frozen ones.
 
 A variant checks its settings and returns what is put beside the weights, None where they are trained themselves.
 Nothing here imports torch.
@@ -11,12 +11,16 @@ from sdpo.config import Config
 
 
 class Adapter(NamedTuple):
-    """A low-rank adapter: a layer's weight W acts as W + alpha / rank * B @ A, with B = 0 at a step's start."""
+    """A low-rank adapter: a layer's weight W acts as W + alpha / rank * B @ A, with B = 0 at a step's start.
+
+    `modules_to_save` (peft's name) are trained whole beside it.
+    """
 
     rank: int
     alpha: float
     dropout: float
     targets: list[str]
+    modules_to_save: list[str]
     between: str
     quantize: str
 
@@ -45,7 +49,16 @@ def full() -> None:
     """All weights are trained."""
 
 
-def lora(*, rank: int, alpha: float, dropout: float, targets: list[str], between: str, quantize: str) -> Adapter:
+def lora(
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: list[str],
+    modules_to_save: list[str],
+    between: str,
+    quantize: str,
+) -> Adapter:
     """LoRA, Hu et al. 2106.09685; with `quantize`, QLoRA, Dettmers et al. 2305.14314.
 
     `between` steps: `merge` the adapter into the weights, or `stack` the next one on it, frozen. ValueError for a
@@ -67,4 +80,4 @@ def lora(*, rank: int, alpha: float, dropout: float, targets: list[str], between
         raise ValueError("tune.quantize=4bit needs tune.between=stack: a merge would round the adapters away")
     if quantize == "4bit" and find_spec("bitsandbytes") is None:
         raise ValueError("tune.quantize=4bit needs bitsandbytes: pip install bitsandbytes, or tune.quantize=none")
-    return Adapter(rank, alpha, dropout, targets, between, quantize)
+    return Adapter(rank, alpha, dropout, targets, modules_to_save, between, quantize)

@@ -45,23 +45,34 @@ class Chain:
         return load_file(self.models[t].folder / "model.safetensors")
 
 
+WHOLE = ["embed_tokens", "lm_head"]  # modules trained whole beside the adapters
+CHAINS = {
+    "merge": ["tune.between=merge"],
+    "stack": ["tune.between=stack"],
+    "merge whole": ["tune.between=merge", f"tune.modules_to_save={WHOLE}"],
+    "stack whole": ["tune.between=stack", f"tune.modules_to_save={WHOLE}"],
+}
+
+
 @pytest.fixture(scope="module")
 def chains(toy, tmp_path_factory):
     store = tmp_path_factory.mktemp("store")
-    return {between: Chain(toy, store, f"tune.between={between}") for between in ("merge", "stack")}
+    return {name: Chain(toy, store, *overrides) for name, overrides in CHAINS.items()}
 
 
-@pytest.mark.parametrize(("between", "tolerance"), [("merge", 0.0), ("stack", 1e-5)])
-def test_margins_are_zero_at_every_start(chains, between, tolerance):
+@pytest.mark.parametrize("name", CHAINS)
+def test_margins_are_zero_at_every_start(chains, name):
     """T2: three steps of adapters."""
-    for step in chains[between].steps:
+    tolerance = 0.0 if "merge" in name else 1e-5
+    for step in chains[name].steps:
         first, *later = step.entries
         assert abs(first["margin"]) <= tolerance and first["loss"] == pytest.approx(np.log(2), abs=1e-6)
         assert max(abs(entry["margin"]) for entry in later) > 0.1
 
 
-def test_merging_and_stacking_are_one_function(chains):
-    merged, stacked = (chains[between].logps_N2 for between in ("merge", "stack"))
+@pytest.mark.parametrize("beside", ["", " whole"])
+def test_merging_and_stacking_are_one_function(chains, beside):
+    merged, stacked = (chains[between + beside].logps_N2 for between in ("merge", "stack"))
     for ours, theirs in zip(merged, stacked, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
     for earlier, later in zip(merged, merged[1:], strict=False):
@@ -69,13 +80,29 @@ def test_merging_and_stacking_are_one_function(chains):
 
 
 @as_peft_reads_it
-@pytest.mark.parametrize("between", ["merge", "stack"])
-def test_an_adapter_gives_the_step_s_model_on_the_base_it_names(chains, between):
-    chain = chains[between]
+@pytest.mark.parametrize("name", CHAINS)
+def test_an_adapter_gives_the_step_s_model_on_the_base_it_names(chains, name):
+    check_adapters(chains[name], stacked="stack" in name)
+
+
+@as_peft_reads_it
+def test_embeddings_that_are_the_head_are_trained_and_written_as_one(toy, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(toy / "model", model)
+    random_model(tie_word_embeddings=True).save_pretrained(model)
+    overrides = [f"model.path={model}", "tune.between=stack", "tune.modules_to_save=[lm_head]"]
+    chain = Chain(toy, tmp_path / "store", *overrides)
+    assert chain.adapter(3)[0].modules_to_save == ["lm_head", "model.embed_tokens"]
+    assert not torch.equal(*(chain.weights(t)["model.embed_tokens.weight"] for t in (0, 3)))
+    check_adapters(chain, stacked=True)
+
+
+def check_adapters(chain, stacked):
+    """Every step's adapter, put by peft on the model that it names, is the step's model."""
     by_key = {model.key: model for model in chain.models}
     for t in (1, 2, 3):
         base = by_key[chain.adapter(t)[0].base_model_name_or_path]
-        assert base is chain.models[t - 1 if between == "merge" else 0]
+        assert base is chain.models[0 if stacked else t - 1]
         adapted = PeftModel.from_pretrained(models.load(base.folder), chain.models[t].folder / "adapter")
         expected = chain.logps_N2[t]
         with torch.no_grad():
@@ -83,11 +110,12 @@ def test_an_adapter_gives_the_step_s_model_on_the_base_it_names(chains, between)
         np.testing.assert_allclose(np.array(found), expected, atol=1e-4, rtol=0)
 
 
-def test_the_steps_weights_are_plain_models_changed_in_the_targets_alone(chains):
-    before, after = chains["merge"].weights(0), chains["merge"].weights(3)
+@pytest.mark.parametrize(("name", "whole"), [("merge", []), ("stack whole", WHOLE)])
+def test_the_steps_weights_are_plain_models_changed_in_the_targets_alone(chains, name, whole):
+    before, after = chains[name].weights(0), chains[name].weights(3)
     assert before.keys() == after.keys()
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", *whole}
 
 
 def test_two_adapters_side_by_side_add_up():
@@ -225,3 +253,9 @@ def test_mixing_all_of_the_policy_is_no_mixing():
 def test_only_linear_layers_of_the_body_are_targets(run, target):
     with pytest.raises(ValueError, match=rf"tune.targets names (model\.)?{target}"):
         run("tune=lora", f"tune.targets=[q_proj,{target}]")
+
+
+@pytest.mark.parametrize(("module", "message"), [("head", "does not have"), ("mlp", "holds adapters")])
+def test_only_modules_that_are_there_and_bear_no_adapter_are_trained_whole(run, module, message):
+    with pytest.raises(ValueError, match=f"tune.modules_to_save names {module}, which .*{message}"):
+        run("tune=lora", f"tune.modules_to_save=[{module}]")
