@@ -8,6 +8,7 @@ are the merged ones; the adapter lies in the folder `adapter` beside them, in pe
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from sdpo.tune import Adapter
 FOLDER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
 LINEAGE = "lineage.json"
+PREFIX = "base_model.model."  # of the names in an adapter file
 FRESH, EARLIER = "fresh", "earlier"  # peft's names of the trained and the frozen adapter
 
 
@@ -64,6 +66,7 @@ def load(place: Place, config: Config) -> PreTrainedModel:
     adapter = place.adapter
     model = _base(place, config) if adapter.quantize == "none" else _quantised(place.base, config)
     targets = _all_linear(model) if adapter.targets == ["all-linear"] else adapter.targets
+    whole = {name: _modules(model, name) for name in adapter.modules_to_save}
     torch.manual_seed(config.seed * 1_000_003 - 1 - place.num_earlier)  # the updates' seeds count up from there
     tuner = LoraModel(model, _settings(place, 1, targets, adapter.dropout), FRESH)
     if place.stacked:
@@ -73,9 +76,8 @@ def load(place: Place, config: Config) -> PreTrainedModel:
         tuner.set_adapter([EARLIER, FRESH])
         tuner.set_requires_grad(EARLIER, False)
     _check_targets(model)
-    for name in adapter.modules_to_save:
-        for module in _modules(model, name):
-            module.requires_grad_(True)
+    for name, modules in whole.items():
+        _train_whole(name, modules)
     return model.train(adapter.dropout > 0)
 
 
@@ -83,26 +85,30 @@ def finish(place: Place, trained: dict[str, torch.Tensor], folder: Path, config:
     """Write the trained adapter (by parameter name) into a step's folder; returns the base with it merged, fp32."""
     from peft import LoraModel
 
-    base, num_steps = _base(place, config), 1
-    whole = _under_all_names(base, trained)
+    base, num_adapters = _base(place, config), 1
     factors = {name: tensor for name, tensor in trained.items() if ".lora_" in name}
+    whole = _under_all_names(base, {name: trained[name] for name in trained.keys() - factors.keys()})
     weights = {_file_name(name, FRESH): tensor for name, tensor in factors.items()}
     if place.stacked:
-        earlier, num_steps = _earlier(place), place.num_earlier + 1
+        earlier, num_adapters = _earlier(place), place.num_earlier + 1
         weights = {name: concatenated(name, earlier[name], tensor) for name, tensor in weights.items()}
     weights |= {_file_name(name, FRESH): tensor for name, tensor in whole.items()}
-    targets = {name.split(".lora_")[0] for name in factors}
-    settings = _settings(place, num_steps, targets)
-    settings.target_modules = sorted(targets)  # peft makes a set of them, whose order varies
-    settings.modules_to_save = sorted({name.rpartition(".")[0] for name in whole}) or None
-    settings.ensure_weight_tying = len(whole) > len(trained) - len(factors)  # a tied weight has two names
-    settings.save_pretrained(folder / FOLDER)
-    save_file(weights, folder / FOLDER / WEIGHTS, metadata={"format": "pt"})
-    lineage = {"base": place.base.key, "start": place.start.key, "num_adapters": place.num_earlier + 1}
-    (folder / FOLDER / LINEAGE).write_text(json.dumps(lineage, indent=1))
-    tuner = LoraModel(base, _settings(place, num_steps, targets), FRESH)
+    settings = _settings(place, num_adapters, {name.split(".lora_")[0] for name in factors})
+    _write(place, weights, settings, folder / FOLDER, tied=len(whole) + len(factors) > len(trained))
+    tuner = LoraModel(base, settings, FRESH)
     _fill(tuner.model, FRESH, weights)
     return tuner.merge_and_unload()
+
+
+def _write(place: Place, weights: dict[str, torch.Tensor], settings, folder: Path, tied: bool) -> None:
+    """An adapter's folder as peft reads it, and beside its settings what it stands on."""
+    whole = {_module_name(name) for name in weights if ".lora_" not in name}
+    described = replace(settings, modules_to_save=sorted(whole) or None, ensure_weight_tying=tied)
+    described.target_modules = sorted(settings.target_modules)  # peft made a set of them, whose order varies
+    described.save_pretrained(folder)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    lineage = {"base": place.base.key, "start": place.start.key, "num_adapters": place.num_earlier + 1}
+    (folder / LINEAGE).write_text(json.dumps(lineage, indent=1))
 
 
 def concatenated(name: str, earlier: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
@@ -173,16 +179,22 @@ def _fill(model: PreTrainedModel, name: str, weights: dict[str, torch.Tensor]) -
         parameters[key].data.copy_(tensor)
 
 
-def _under_all_names(base: PreTrainedModel, trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What was trained whole; peft expects weights that two modules share under the names of both."""
-    first = {parameter: name for name, parameter in base.named_parameters()}
-    named = base.named_parameters(remove_duplicate=False)
-    return {name: trained[first[param]].clone() for name, param in named if first[param] in trained}
+def _under_all_names(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights under every name that the model has for them: peft expects a tied one under the names of both modules."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    assert weights.keys() <= set(first.values())
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: weights[first[param]].clone() for name, param in named if first[param] in weights}
 
 
 def _file_name(name: str, adapter: str) -> str:
     """A parameter's name in an adapter file."""
-    return "base_model.model." + name.replace(f".{adapter}.", ".")
+    return PREFIX + name.replace(f".{adapter}.", ".")
+
+
+def _module_name(name: str) -> str:
+    """The module of a parameter in an adapter file."""
+    return name.removeprefix(PREFIX).rpartition(".")[0]
 
 
 def _all_linear(model: PreTrainedModel) -> list[str]:
@@ -206,11 +218,15 @@ def _check_targets(model: PreTrainedModel) -> None:
 
 
 def _modules(model: PreTrainedModel, name: str) -> list[nn.Module]:
-    """The modules whose path ends in this name, which can be trained whole."""
+    """The modules whose path ends in this name."""
     found = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
     if not found:
         raise ValueError(f"tune.modules_to_save names {name}, which {type(model).__name__} does not have")
-    for module in found:
+    return found
+
+
+def _train_whole(name: str, modules: list[nn.Module]) -> None:
+    for module in modules:
         if any("lora_" in part or not tensor.is_floating_point() for part, tensor in module.named_parameters()):
             raise ValueError(f"tune.modules_to_save names {name}, which holds adapters or 4-bit weights; leave it out")
-    return found
+        module.requires_grad_(True)

@@ -19,7 +19,7 @@ from sdpo.record import progress
 from sdpo.store import Artifact, key_of
 from sdpo.templates import ChatFormat
 from sdpo.tokens import prompt_ids
-from sdpo.workbench import Workbench, host_model
+from sdpo.workbench import Workbench
 
 Answer = dict  # of one turn: text, prompt_ids, ids (the stop token included), ended (whether there is one)
 LIBRARIES = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -123,7 +123,7 @@ def told(asked: list[Prompt], answers: list[list[Answer]]) -> list[dict]:
 def _alone(model: Artifact, bench: Workbench) -> PreTrainedModel:
     """A copy on this rank's device, in the run's precision, while the workbench holds nothing."""
     bench.release()
-    return host_model(model).to(bench.device, models.DTYPES[bench.config.precision])
+    return bench.host_model(model).to(bench.device, models.DTYPES[bench.config.precision])
 
 
 def _generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int]], decoding: Decoding) -> list[Answer]:

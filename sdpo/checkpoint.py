@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from sdpo import launch
 from sdpo.engine import Engine
 from sdpo.moving import MovingReference
+from sdpo.store import hash_files
+
+REFERENCE = "reference.safetensors"  # log-probs that the next updates read: no gate would notice that they changed
 
 
 class Checkpoint:
@@ -30,8 +33,10 @@ class Checkpoint:
             return []
         _load_masters(engine, newest)
         load_moments(engine, newest)
-        reference.restore(load_file(newest / "reference.safetensors"))
         log = json.loads((newest / "log.json").read_text())
+        if log["hashes"] != hash_files(newest, [newest / REFERENCE]):
+            raise ValueError(f"{newest / REFERENCE} has changed since it was written; remove {self.folder}")
+        reference.restore(load_file(newest / REFERENCE))
         reference.report = log["windows"]
         return log["entries"]
 
@@ -47,8 +52,10 @@ class Checkpoint:
         _save_masters(engine, work)
         save_moments(engine, work)
         if launch.is_main():
-            save_file(reference.state(), work / "reference.safetensors")
-            (work / "log.json").write_text(json.dumps({"entries": entries, "windows": reference.report}))
+            save_file(reference.state(), work / REFERENCE)
+            hashes = hash_files(work, [work / REFERENCE])
+            log = {"entries": entries, "windows": reference.report, "hashes": hashes}
+            (work / "log.json").write_text(json.dumps(log))
         launch.barrier()
         if launch.is_main():
             earlier = self._newest()

@@ -1,6 +1,7 @@
 """Plain PyTorch or DeepSpeed ZeRO 1-3 behind the same verbs: forward, backward, update, weights, set_weights.
 
-A checkpoint reads and sets `parts`, the fp32 masters of this rank's optimiser, and calls `refresh` after it.
+A checkpoint reads and sets `parts`, the fp32 masters of this rank's optimiser, and calls `refresh` after it. An engine
+whose parameters are all frozen has no masters and no optimiser: it scores, in the memory of the weights alone.
 
 Masters are fp32 whenever parameters are bf16: at DPO's learning rates a bf16 weight would hardly ever move. Gradients
 are sums over an update's micro-batches, so the caller divides the loss by the update's pairs over all ranks.
@@ -29,16 +30,15 @@ class Plain:
     part = 0  # all ranks have the same part of masters and optimiser state: the whole
 
     def __init__(self, scorer: nn.Module, optim: config.Optim, precision: str, device: torch.device):
-        self.scorer, self.module, self.clip = scorer.to(device), scorer, optim.clip or math.inf
-        self.params = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
-        if precision == "fp32":
-            self.masters = self.params
-        else:
-            self.masters = {name: p.detach().clone().float() for name, p in self.params.items()}
-            scorer.to(DTYPES[precision])
+        self.scorer, self.module, self.clip = scorer, scorer, optim.clip or math.inf
+        self.params = self.masters = _trained(scorer)
+        if precision != "fp32":
+            self.masters = {name: p.detach().to(device, torch.float32, copy=True) for name, p in self.params.items()}
+        scorer.to(device, DTYPES[precision])  # cast on the way: fp32 weights beside the masters never fill the device
+        if precision != "fp32":
             for name, param in self.params.items():
                 param.register_post_accumulate_grad_hook(_accumulate_in(self.masters[name]))
-        self.optimizer = adamw(list(self.masters.values()), optim)
+        self.optimizer = adamw(list(self.masters.values()), optim) if self.masters else None
 
     def forward(self, pack):
         return self.scorer(pack)
@@ -61,8 +61,9 @@ class Plain:
         return norm
 
     def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
-        """A copy of the full fp32 weights on the host, by parameter name."""
-        return {name: master.detach().to("cpu", copy=True) for name, master in self.masters.items()}
+        """A copy of the full fp32 weights that are trained on the host, by parameter name; of all where none is."""
+        full = self.masters or dict(self.scorer.named_parameters())
+        return {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in full.items()}
 
     @torch.no_grad()
     def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
@@ -83,6 +84,10 @@ class Plain:
 
     def close(self) -> None:
         """Nothing to release: the next engine's memory comes from the garbage collector."""
+
+
+def _trained(scorer: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: param for name, param in scorer.named_parameters() if param.requires_grad}
 
 
 def _accumulate_in(master: torch.Tensor):
@@ -114,14 +119,16 @@ class Zero:
         # Compiled at first use on CPU, for inference alone; a rank killed meanwhile leaves a lock that hangs the next.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.stage = settings.stage
-        trained = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
+        trained = _trained(scorer)
         exact = {name: p.detach().clone() for name, p in trained.items()} if precision == "bf16" else None
         self.module, wrapped, _, _ = deepspeed.initialize(
             model=scorer,
-            optimizer=adamw(list(trained.values()), optim),
+            optimizer=adamw(list(trained.values()), optim) if trained else None,
             config=_zero_config(optim, precision, settings),
         )
-        self.zero, self.optimizer, self.scorer, self.part = wrapped, wrapped.optimizer, scorer, launch.rank()
+        self.scorer, self.part = scorer, launch.rank()
+        if trained:
+            self.zero, self.optimizer = wrapped, wrapped.optimizer
         self.module.training = scorer.training  # its own train() and eval() leave this alone
         if exact:  # DeepSpeed builds its masters from the bf16 cast; ours are the bits that were saved
             self.set_weights(exact)
@@ -142,20 +149,22 @@ class Zero:
         return torch.as_tensor(self.module.get_global_grad_norm())
 
     def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
-        """Full fp32 weights on the host, gathered one by one; of rank 0 alone unless `everywhere`."""
+        """Full fp32 weights on the host as Plain's, gathered one by one; of rank 0 alone unless `everywhere`."""
+        import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
-        full = {}
-        for name, param in self._trained():
-            tensor = safe_get_full_fp32_param(param)
-            if everywhere or launch.is_main():
-                full[name] = tensor.cpu().clone()
+        full, trained = {}, _trained(self.scorer)
+        for name, param in (trained or dict(self.scorer.named_parameters())).items():
+            with deepspeed.zero.GatheredParameters([param], enabled=not trained):
+                tensor = safe_get_full_fp32_param(param) if trained else param.detach().float()
+                if everywhere or launch.is_main():
+                    full[name] = tensor.to("cpu", copy=True)
         return full
 
     def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        for name, param in self._trained():
+        for name, param in _trained(self.scorer).items():
             tensor = weights[name].to(param.device)
             if self.stage < 3:
                 safe_set_full_fp32_param(param, tensor)
@@ -179,12 +188,9 @@ class Zero:
         if self.stage < 3:
             self.zero.update_lp_params()
             return
-        for _, param in self._trained():
+        for param in _trained(self.scorer).values():
             param.partition()  # small parameters stay whole after an update
             param.ds_tensor.copy_(safe_get_local_fp32_param(param))
-
-    def _trained(self) -> list[tuple[str, torch.Tensor]]:
-        return [(name, param) for name, param in self.scorer.named_parameters() if param.requires_grad]
 
     def close(self) -> None:
         self.module.destroy()
@@ -213,11 +219,12 @@ Engine = Plain | Zero
 def open_engine(scorer: nn.Module, settings: config.Config, device: torch.device) -> Engine:
     """The engine that the configuration asks for, with masters equal to the scorer's fp32 weights.
 
-    Raises ValueError for bf16 on a processor without bf16 arithmetic, where it is 50 times slower than fp32.
+    To score alone, ZeRO 1 and 2 have nothing to divide, and are plain. Raises ValueError for bf16 on a processor
+    without bf16 arithmetic, where it is 50 times slower than fp32.
     """
     has_bf16 = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if settings.precision == "bf16" and not has_bf16:
         raise ValueError("precision=bf16: this processor has neither avx512_bf16 nor AMX; use precision=fp32")
-    if settings.deepspeed.stage is None:
+    if settings.deepspeed.stage is None or (settings.deepspeed.stage < 3 and not _trained(scorer)):
         return Plain(scorer, settings.optim, settings.precision, device)
     return Zero(scorer, settings.optim, settings.precision, device, settings.deepspeed)

@@ -17,7 +17,7 @@ from sdpo.answers import LIBRARIES, Decoding
 from sdpo.data import Pair
 from sdpo.measures import Measures, length_controlled, mean, share_above
 from sdpo.store import Artifact, hash_files
-from sdpo.workbench import Workbench, host_model
+from sdpo.workbench import Workbench
 
 
 def preference(
@@ -61,17 +61,17 @@ def lab(model: Artifact, initial_model: Artifact, exam: laboratory.Exam | None, 
     and of S the gold reward of its best of n; nothing on other data. Kept in the store by model, S and exam."""
     if exam is None:
         return {}
-    given = {"exam": asdict(exam), **LIBRARIES}
+    given, host = {"exam": asdict(exam), **LIBRARIES}, bench.host_model
     measures = bench.store.make_json(
         "evaluation",
         {"suite": "lab", "weights": model.key, "initial": initial_model.key} | given,
-        lambda: laboratory.measure(host_model(model), host_model(initial_model), bench.tokenizer, exam, seed=0),
+        lambda: laboratory.measure(host(model), host(initial_model), bench.tokenizer, exam, seed=0),
     )
     if model.key == initial_model.key:
         measures |= bench.store.make_json(
             "evaluation",
             {"suite": "best_of_n", "weights": model.key} | given,
-            lambda: laboratory.best_of_n(host_model(model), bench.tokenizer, exam, seed=0),
+            lambda: laboratory.best_of_n(host(model), bench.tokenizer, exam, seed=0),
         )
     return measures
 
@@ -170,5 +170,5 @@ def _benchmark(model: Artifact, bench: Workbench, settings: dict) -> Measures:
     data = {"data": hash_files(folder, folder.iterdir())} if folder else {}
     determinants = {"weights": model.key, "lm_eval": version("lm_eval"), **settings, **data}
     return bench.store.make_json(
-        "evaluation", determinants, lambda: suite(host_model(model).to(bench.device), bench.tokenizer, **call)
+        "evaluation", determinants, lambda: suite(bench.host_model(model).to(bench.device), bench.tokenizer, **call)
     )

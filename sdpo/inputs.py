@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from sdpo import adapters, data, lab, launch, models, probes
+from sdpo import adapters, data, lab, launch, losses, models, probes
 from sdpo.config import Config
 from sdpo.data import Pair, Preferences
 from sdpo.fit import Chunk
+from sdpo.losses import Both
+from sdpo.rooms import choose, needs
 from sdpo.step import take_step
 from sdpo.store import Artifact, Store
 from sdpo.tokens import TokenPair, encode
 from sdpo.windows import external
-from sdpo.workbench import Workbench, host_model
+from sdpo.workbench import Workbench
 
 
 class Inputs(NamedTuple):
@@ -57,6 +60,7 @@ def prepare(config: Config, store: Store, take: Callable = take_step) -> Inputs:
     else:
         initial, exam = base, None
         preferences = data.load(config.data)
+    _check_ratings(config, preferences.train)
     if config.tune.get("quantize", "none") != "none":
         initial = adapters.rounded(initial, config, store, tokenizer)
     settings = {k: getattr(config.data, k) for k in ("template", "max_tokens", "on_long")}
@@ -67,6 +71,20 @@ def prepare(config: Config, store: Store, take: Callable = take_step) -> Inputs:
         _read_by_external(config, bench, list(pairs.values()))
     report = preferences.report | {"tokens": {"train": train_report, "held_out": held_out_report}}
     return Inputs(bench, initial, list(train.values()), list(held_out.values()), pairs, report, exam)
+
+
+def _check_ratings(config: Config, pairs: list[Pair]) -> None:
+    """ValueError where the loss reads ratings that a training pair lacks, or that it does not accept."""
+    loss = choose(losses, config.loss)
+    if "ratings" not in needs(loss):
+        return
+    if unrated := [pair.id for pair in pairs if None in (pair.chosen_rating, pair.rejected_rating)]:
+        raise ValueError(
+            f"loss={config.loss['name']} needs chosen_rating and rejected_rating, which {len(unrated)} of {len(pairs)} "
+            f"training pairs lack, {unrated[0]} among them; choose another loss, or data with ratings"
+        )
+    ratings = Both(*torch.tensor([(pair.chosen_rating, pair.rejected_rating) for pair in pairs]).T)
+    loss(*(ratings for _ in needs(loss)))  # says what it does not accept; of the rest any number will do
 
 
 def _read_by_external(config: Config, bench: Workbench, pairs: list[Pair]) -> None:
@@ -115,7 +133,7 @@ def _lab_pairs(config: Config, bench: Workbench, initial: Artifact) -> tuple[Pre
 
     def build(folder: Path) -> None:
         if launch.is_main():
-            preferences, exam = lab.build(config.data, host_model(initial), bench.tokenizer)
+            preferences, exam = lab.build(config.data, bench.host_model(initial), bench.tokenizer)
             data.write_jsonl(folder / "train.jsonl", preferences.train)
             data.write_jsonl(folder / "held_out.jsonl", preferences.held_out)
             kept = {"report": preferences.report, "exam": asdict(exam)}

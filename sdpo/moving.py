@@ -4,6 +4,8 @@ computed with the one model in memory, then its weights are put away again on th
 Shape suffixes: N pairs of the chunk; columns are the chosen and the rejected response.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -14,22 +16,32 @@ from sdpo.probes import Probes
 from sdpo.tokens import TokenPair
 
 Weights = dict[str, torch.Tensor]
+StandIn = Callable[[np.ndarray, np.ndarray], np.ndarray]  # members, their log-probs under the rule -> what is read
 
 
 class MovingReference:
     """The log-probs that a step's loss reads, window by window.
 
     `windows` are the rule's, the first of which is already scored: `logps_N2` are its log-probs of the whole chunk,
-    `weights_hash` says which weights gave them. Later ones are seen by the `probes` too.
+    `weights_hash` says which weights gave them. Later ones are seen by the `probes` too. In every window a placebo,
+    where there is one, is the `stand_in` of what the weights gave.
     """
 
-    def __init__(self, windows: list[dict], logps_N2: np.ndarray, weights_hash: str | None, probes: Probes):
-        self.logps_N2, self.probes = logps_N2.copy(), probes
+    def __init__(
+        self,
+        windows: list[dict],
+        logps_N2: np.ndarray,
+        weights_hash: str | None,
+        probes: Probes,
+        stand_in: StandIn | None = None,
+    ):
+        self.stand_in, self.probes = stand_in or (lambda members, rule_N2: rule_N2), probes
+        self.logps_N2 = self.stand_in(np.arange(len(logps_N2)), logps_N2).copy()
         ends = np.cumsum([window["num_updates"] for window in windows])
         self.begins = dict(zip(ends.tolist(), windows[1:], strict=False))  # update -> the window that begins there
         self.mixes = any("reference" in window["weights"] for window in windows)
         self.weights: Weights = {}
-        self.report = [self._seen(0, weights_hash, logps_N2)] if windows else []  # per window
+        self.report = [self._seen(0, weights_hash, self.logps_N2)] if windows else []  # per window
 
     def begin(self, engine: Engine) -> None:
         """Keep the start's weights where later windows are mixed from them."""
@@ -46,7 +58,7 @@ class MovingReference:
             policy = engine.weights(everywhere=True)
             self.weights = _mix(window["weights"], {"policy": policy, "reference": self.weights})
             engine.set_weights(self.weights)
-        self.logps_N2[members] = score(engine.module, [rows[i] for i in members], budget)
+        self.logps_N2[members] = self.stand_in(members, score(engine.module, [rows[i] for i in members], budget))
         self.probes.look("reference", update, engine, budget)
         self.report.append(self._seen(update, hash_of_weights(engine), self.logps_N2[members]))
         if self.mixes:

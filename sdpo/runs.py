@@ -117,6 +117,11 @@ def check(config: Config) -> None:
             raise ValueError("loss.beta is 0, at which no pair says anything; set it above 0")
         choose(references, {key: value for key, value in step.reference.items() if key != "placebo"})
         choose(placebo, {"name": step.reference.get("placebo", "none")})
+        if step.optim.moments == "carry" and step.start == "initial":
+            raise ValueError("optim.moments=carry has nothing to carry where a step starts from S: use start=previous")
+        for key in ("moments", "schedule_over"):
+            if key in config.steps.get(t, {}).get("optim", {}):
+                raise ValueError(f"steps.{t}.optim.{key}: it binds steps together and is set for all: optim.{key}=...")
         if adapter := choose(tune, step.tune)():
             adapter.check(step)
 

@@ -12,11 +12,11 @@ from sdpo.checkpoint import Checkpoint, load_moments, save_moments
 from sdpo.config import Config
 from sdpo.cost import Pace, Speed
 from sdpo.fit import Chunk, Fit, Span, updates
-from sdpo.moving import MovingReference, hash_of_weights
+from sdpo.moving import MovingReference, StandIn, hash_of_weights
 from sdpo.probes import Probes
 from sdpo.rooms import choose, needs
-from sdpo.store import Artifact, key_of
-from sdpo.tokens import content_hash
+from sdpo.store import Artifact, check, key_of
+from sdpo.tokens import TokenPair, content_hash
 from sdpo.windows import Windows, resolve
 from sdpo.workbench import Workbench, read_table, write_table
 
@@ -56,10 +56,12 @@ def name_step(
     `config` has this step's overrides in it; `history` is M_0 .. M_{t-1}; `span` is None where the schedule is the
     step's own.
     """
-    num_updates = len(updates(len(chunk.rows), config.optim, config.seed))
-    windows = resolve(config, t, num_updates, start, history, bench.store, bench.tokenizer)
-    if "reference" in needs(choose(losses, config.loss)) and not windows.listed:
-        raise ValueError(f"loss={config.loss['name']} reads a reference, which reference=none does not give")
+    windows = Windows([], None)
+    if "reference" in needs(choose(losses, config.loss)):
+        num_updates = len(updates(len(chunk.rows), config.optim, config.seed))
+        windows = resolve(config, t, num_updates, start, history, bench.store, bench.tokenizer)
+        if not windows.listed:
+            raise ValueError(f"loss={config.loss['name']} reads a reference, which reference=none does not give")
     determinants = _determinants(bench, config, start, windows, chunk, history[0])
     if span:
         determinants["span"] = span
@@ -101,6 +103,7 @@ def take_step(
         checkpoint.clear()
 
     model = bench.store.make("step", determinants, build)
+    check(model, "train.json", "reference.parquet")
     log = json.loads((model.folder / "train.json").read_text())
     reference_N2 = read_table(model.folder / "reference.parquet")
     listed = [listed | seen for listed, seen in zip(windows.listed, log["windows"], strict=True)]
@@ -155,8 +158,14 @@ def _anchor(
         first = updates(len(rows), config.optim, config.seed)[0]
         start_N2 = np.full_like(reference_N2, np.nan)
         start_N2[first] = bench.logprobs(start, [rows[i] for i in first])
-    if model is not None and config.reference["placebo"] != "none":
-        transform = choose(placebo, {"name": config.reference["placebo"]})
-        reference_N2 = transform(bench.logprobs(initial, rows), reference_N2, config.seed)
     probes = Probes(chunk.probes, config.probe.every)
-    return MovingReference(windows.listed, reference_N2, weights_hash, probes), start_N2
+    stand_in = _placebo(bench, config, rows, initial) if model is not None else None
+    return MovingReference(windows.listed, reference_N2, weights_hash, probes, stand_in), start_N2
+
+
+def _placebo(bench: Workbench, config: Config, rows: list[TokenPair], initial: Artifact) -> StandIn | None:
+    """What takes the place of a window's log-probs; None where they are read as they are."""
+    if config.reference["placebo"] == "none":
+        return None
+    transform, initial_N2 = choose(placebo, {"name": config.reference["placebo"]}), bench.logprobs(initial, rows)
+    return lambda members, rule_N2: transform(initial_N2[members], rule_N2, config.seed)

@@ -11,13 +11,14 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
-from sdpo import config, launch, outcome
+from sdpo import config, launch, losses, outcome
 from sdpo.config import Config
 from sdpo.evidence import Evidence
 from sdpo.fit import Span, updates
 from sdpo.inputs import prepare
 from sdpo.ordering import in_order
-from sdpo.record import Recorder
+from sdpo.record import Recorder, tell
+from sdpo.rooms import choose, needs
 from sdpo.step import take_step
 from sdpo.store import Store
 
@@ -26,6 +27,8 @@ def run(settings: Config, folder: Path) -> dict:
     """Train and measure M_1 .. M_T; returns what summary.json holds. Steps that exist are found, not trained."""
     began = time.monotonic()
     inputs = prepare(settings, Store())
+    if "reference" not in needs(choose(losses, settings.loss)) and settings.reference["name"] != "none":
+        tell(f"loss={settings.loss['name']} reads no reference: reference={settings.reference['name']} is left out")
     history, chunks = [inputs.initial], []
     origin = json.loads((folder / "manifest.json").read_text())
     names = {"choices": origin["choices"], "sweep": origin["sweep"]}

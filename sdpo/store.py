@@ -122,17 +122,18 @@ class ReadOnly(Store):
         return found
 
 
-def damaged(artifact: Artifact) -> list[str]:
-    """The files that are not what was stored, and `manifest.json` where it is not this artifact's."""
+def damaged(artifact: Artifact, *names: str) -> list[str]:
+    """The files (of these names, or all) that are not what was stored, and `manifest.json` where it is another's."""
     manifest = json.loads((artifact.folder / "manifest.json").read_text())
-    found = hash_files(artifact.folder, artifact.folder.rglob("*"))
-    wrong = [name for name, digest in manifest["files"].items() if found.get(name) != digest]
+    stored = {name: manifest["files"][name] for name in names or manifest["files"]}
+    found = hash_files(artifact.folder, [artifact.folder / name for name in stored])
+    wrong = [name for name, digest in stored.items() if found.get(name) != digest]
     return wrong + ["manifest.json"] * (manifest["key"] != artifact.key)
 
 
-def check(artifact: Artifact) -> None:
-    """ValueError where an artifact is not what was stored: nothing stale or damaged is ever served."""
-    if wrong := damaged(artifact):
+def check(artifact: Artifact, *names: str) -> None:
+    """ValueError where an artifact (or its files of these names) is not what was stored: nothing damaged is served."""
+    if wrong := damaged(artifact, *names):
         raise ValueError(
             f"{artifact.folder} has changed since it was written ({', '.join(wrong)}); remove it and start again"
         )

@@ -44,7 +44,7 @@ def resolve(
     keys.pop("policy")  # from here on it has moved
     listed += [{"num_updates": w.num_updates, "weights": _by_key(w.weights, keys)} for w in windows[1:]]
     by_key = {model.key: model for model in handles.values()}
-    return Windows(listed, _mean(listed[0]["weights"], by_key, store, tokenizer))
+    return Windows(listed, _mean(listed[0]["weights"], by_key, config, store, tokenizer))
 
 
 def external(settings: dict) -> Artifact:
@@ -64,7 +64,11 @@ def _by_key(weights: dict[str, float], keys: dict[str, str]) -> dict[str, float]
 
 
 def _mean(
-    weights: dict[str, float], by_key: dict[str, Artifact], store: Store, tokenizer: PreTrainedTokenizerBase
+    weights: dict[str, float],
+    by_key: dict[str, Artifact],
+    config: Config,
+    store: Store,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Artifact:
     """The model whose weights are this mean, accumulated in fp32."""
     if len(weights) == 1:
@@ -72,7 +76,8 @@ def _mean(
 
     def build(folder: Path) -> None:
         if launch.is_main():
-            parts = ((c, models.load(by_key[key].folder)) for key, c in weights.items())
+            trusted = config.model.trust_remote_code
+            parts = ((c, models.load(by_key[key].folder, trust_remote_code=trusted)) for key, c in weights.items())
             coefficient, model = next(parts)
             state = {name: coefficient * tensor for name, tensor in model.state_dict().items()}
             for coefficient, other in parts:

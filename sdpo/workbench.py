@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo import adapters, launch, models, tune
 from sdpo.config import Config
@@ -42,7 +42,7 @@ class Workbench:
         self._place: adapters.Place | None = None  # of the adapter, where one is trained
 
     def hold(self, model: Artifact, config: Config | None = None) -> Engine:
-        """Take a model up; with `config`, freshly from its bytes, with a new optimiser, to train a step."""
+        """Take a model up, to score alone; with `config`, freshly from its bytes, with a new optimiser, for a step."""
         if config is None and self._held == model.key:
             return self._engine
         self.release()
@@ -54,7 +54,7 @@ class Workbench:
             self._place = adapters.place(adapter, model, self.find)
             loaded = adapters.load(self._place, config)
         else:
-            loaded = models.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
+            loaded = self._load(model).requires_grad_(config is not None)
         scorer = Scorer(loaded, self.config.launch.attention)
         if self.config.launch.compile:
             scorer.compile_decoder()
@@ -64,6 +64,14 @@ class Workbench:
             self._attention = scorer.backend
             tell(f"attention: {self._attention} (launch.attention={self.config.launch.attention})")
         return self._engine
+
+    def host_model(self, model: Artifact) -> torch.nn.Module:
+        """A plain copy of a (small) model outside the engine, to sample from."""
+        verify(model)
+        return self._load(model)
+
+    def _load(self, model: Artifact) -> PreTrainedModel:
+        return models.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
 
     def release(self) -> None:
         if self._engine:
@@ -175,9 +183,3 @@ def verify(model: Artifact) -> None:
         check(model)
     elif models.fingerprint(model.folder) != model.key:
         raise ValueError(f"{model.folder} has changed since this run began; start again to use the new weights")
-
-
-def host_model(model: Artifact) -> torch.nn.Module:
-    """A plain copy of a (small) model outside the engine, to sample from."""
-    verify(model)
-    return models.load(model.folder)

@@ -49,6 +49,18 @@ SETTINGS = {
         "unknown key foo; the configuration has",
     ),
     "unknown option in a sweep": (["experiment=demo", "seed=range(2)", "loss=dppo"], "loss has no 'dppo'; it has apo_"),
+    "no ratings": (
+        ["loss=odpo"],
+        "loss=odpo needs chosen_rating and rejected_rating, which 3 of 3 training pairs lack, a-",
+    ),
+    "moments from S": (
+        ["optim.moments=carry", "start=initial"],
+        "optim.moments=carry has nothing to carry where a step starts from S: use start=previous",
+    ),
+    "moments of one step": (
+        ["+steps.2.optim.moments=carry"],
+        "steps.2.optim.moments: it binds steps together and is set for all: optim.moments=...",
+    ),
     "no sweep": (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
     "overlap": ([HELD_OUT], "a.jsonl, row 1: field 'prompt' is held out too, in held_out.jsonl, row 1; repair it or"),
 }

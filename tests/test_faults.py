@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from conftest import random_model, read_lines
+from safetensors.torch import load_file, save_file
 
 from sdpo import engine
 from sdpo.store import hash_files
@@ -110,6 +111,29 @@ def test_a_stale_table_under_a_right_hash_is_caught_by_the_audit(run, tmp_path):
     (table.parent / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"the reference log-probs of row \S+ are"):
         run("split=all_at_once", "loss.beta=0.2")
+
+
+def test_reference_log_probs_that_changed_beside_a_killed_step_are_not_read(run, monkeypatch, tmp_path):
+    """After the first update no gate would notice them."""
+    overrides = ["split=all_at_once", "launch.checkpoint_minutes=0"]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(Killed):
+            run(*overrides)
+    (table,) = (tmp_path / "store").glob("partial/*/*/reference.safetensors")
+    kept = load_file(table)
+    kept["logps"][5, 0] += 0.5
+    save_file(kept, table)
+    with pytest.raises(ValueError, match=r"reference.safetensors has changed since it was written; remove "):
+        run(*overrides)
+
+
+def test_reference_log_probs_that_changed_in_a_finished_step_are_not_read(run, tmp_path):
+    run("split=all_at_once")
+    (table,) = (tmp_path / "store").glob("step/*/reference.parquet")
+    poison(table, 5)
+    with pytest.raises(ValueError, match=r"has changed since it was written \(reference.parquet\)"):
+        run("split=all_at_once", name="again")
 
 
 def test_a_checkpoint_swapped_behind_its_path_is_another_model(run, toy):

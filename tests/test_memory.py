@@ -36,6 +36,13 @@ def room_for(megabytes):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+def test_a_model_that_is_only_scored_has_the_memory_of_its_weights_alone():
+    scorer = Scorer(random_model().requires_grad_(False))
+    opened = open_engine(scorer, compose("deepspeed=zero2"), CPU)
+    assert opened.optimizer is None and opened.parts == []
+    assert opened.weights().keys() == dict(scorer.named_parameters()).keys()
+
+
 def rows_of(*lengths):
     """Rows r0, r1, ... of these many prompt, chosen and rejected tokens."""
     return [TokenPair(f"r{i}", *(np.full(n, 3 + n % 290, np.int32) for n in three)) for i, three in enumerate(lengths)]

@@ -1,6 +1,7 @@
 """Placebo references keep the height of the bound and lose the pairs."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from sdpo import placebo
@@ -31,3 +32,15 @@ def test_permute_gives_every_shift_to_another_pair(seed):
     assert (permuted != RULE).any(axis=1).all()
     assert gamma(permuted).mean() == gamma(RULE).mean()
     assert np.array_equal(permuted, placebo.permute(INITIAL, RULE, seed))
+
+
+def test_a_reference_that_moves_has_its_placebo_in_every_window(run, tmp_path):
+    """Two windows of an epoch each: what the last one gave is S's log-probs, all raised alike."""
+    every = ["split=all_at_once", "optim.epochs=2", "optim.pairs_per_update=33"]
+    folder = run(*every, "reference=periodic", "reference.updates=2", "reference.placebo=mean_shift")
+    read = pd.read_parquet(folder / "steps" / "1" / "reference.parquet").set_index("id")
+    tables = map(pd.read_parquet, (tmp_path / "store").glob("logprobs/*/logprobs.parquet"))
+    (initial,) = (table for table in tables if set(table["id"]) == set(read.index))
+    shift = (read - initial.set_index("id")).to_numpy()
+    assert np.abs(shift.mean(0)).max() > 0.1
+    np.testing.assert_allclose(shift, np.broadcast_to(shift[0], shift.shape), atol=1e-4)

@@ -1,5 +1,7 @@
 """The windows of every reference rule, by hand."""
 
+import json
+
 import pytest
 
 from sdpo import references
@@ -44,3 +46,12 @@ def test_mixed_refuses_a_share_that_is_none(alpha):
 def test_windows_of_no_updates_are_refused():
     with pytest.raises(ValueError, match="reference.updates must be at least 1, not 0"):
         references.periodic(1, 8, updates=0)
+
+
+def test_a_loss_that_reads_no_reference_makes_one_model_whatever_the_rule(run, capsys, tmp_path):
+    keys = set()
+    for rule in ("none", "initial", "previous"):
+        folder = run("loss=simpo", "split=random", "split.num_chunks=2", f"reference={rule}", name=rule)
+        keys.add(json.loads((folder / "manifest.json").read_text())["steps"][1]["key"])
+    assert len(keys) == 1
+    assert capsys.readouterr().err.count("loss=simpo reads no reference: reference=") == 2

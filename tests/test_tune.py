@@ -255,7 +255,10 @@ def test_only_linear_layers_of_the_body_are_targets(run, target):
         run("tune=lora", f"tune.targets=[q_proj,{target}]")
 
 
-@pytest.mark.parametrize(("module", "message"), [("head", "does not have"), ("mlp", "holds adapters")])
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [("head", "does not have"), ("mlp", "holds adapters"), ("base_layer", "does not have")],
+)
 def test_only_modules_that_are_there_and_bear_no_adapter_are_trained_whole(run, module, message):
     with pytest.raises(ValueError, match=f"tune.modules_to_save names {module}, which .*{message}"):
         run("tune=lora", f"tune.modules_to_save=[{module}]")
