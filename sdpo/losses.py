@@ -40,8 +40,8 @@ def dpo(policy: Both, reference: Both, *, beta: float, label_smoothing: float = 
 
 
 def robust(policy: Both, reference: Both, *, beta: float, label_smoothing: float) -> Tensor:
-    """DPO made unbiased under labels that are turned round with chance `label_smoothing`, Chowdhury et al.
-    2403.00409. TRL: `robust`.
+    """DPO made unbiased under labels that are turned round with chance e = `label_smoothing`:
+    ((1 - e) dpo(margin) - e dpo(-margin)) / (1 - 2 e), Chowdhury et al. 2403.00409. TRL: `robust`.
     """
     _check_share("label_smoothing", label_smoothing)
     logits_B = beta * _margin(policy, reference)
@@ -71,8 +71,9 @@ def hinge(policy: Both, reference: Both, *, beta: float) -> Tensor:
 
 
 def exo(policy: Both, reference: Both, *, beta: float, label_smoothing: float) -> Tensor:
-    """KL from the policy's preference to the label's, smoothed to be finite, Ji et al. 2402.00856 eq. 16.
-    TRL: `exo_pair`. ValueError unless 0 < label_smoothing < 0.5.
+    """KL from the policy's preference p = sigmoid(beta * margin) to the label's, smoothed by e = `label_smoothing` to
+    be finite: p log(p / (1 - e)) + (1 - p) log((1 - p) / e), Ji et al. 2402.00856 eq. 16. TRL: `exo_pair`.
+    ValueError unless 0 < label_smoothing < 0.5.
     """
     _check_share("label_smoothing", label_smoothing)
     if label_smoothing == 0:
@@ -84,13 +85,15 @@ def exo(policy: Both, reference: Both, *, beta: float, label_smoothing: float) -
 
 
 def nca(policy: Both, reference: Both, *, beta: float) -> Tensor:
-    """Noise-contrastive alignment for pairs, Chen et al. 2402.05369. TRL: `nca_pair`."""
+    """Noise-contrastive alignment for pairs, r being beta * log-ratio, w the chosen and l the rejected response:
+    -log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2, Chen et al. 2402.05369. TRL: `nca_pair`.
+    """
     chosen_B, rejected_B = _rewards(policy, reference, beta)
     return -F.logsigmoid(chosen_B) - 0.5 * F.logsigmoid(-chosen_B) - 0.5 * F.logsigmoid(-rejected_B)
 
 
 def sppo_hard(policy: Both, reference: Both, *, beta: float) -> Tensor:
-    """Squared distance of the log-ratios to +-1 / (2 beta), Wu et al. 2405.00675 eq. 4.7 with win chances 1
+    """(log-ratio_w - 1 / (2 beta))^2 + (log-ratio_l + 1 / (2 beta))^2, Wu et al. 2405.00675 eq. 4.7 with win chances 1
     and 0 and their eta = 1 / beta. TRL: `sppo_hard`.
     """
     chosen_B, rejected_B = _log_ratios(policy, reference)
@@ -98,24 +101,24 @@ def sppo_hard(policy: Both, reference: Both, *, beta: float) -> Tensor:
 
 
 def apo_zero(policy: Both, reference: Both, *, beta: float) -> Tensor:
-    """Raises the chosen and lowers the rejected response: for chosen answers better than the model's own,
-    D'Oosterlinck et al. 2408.06266 eq. 7. TRL: `apo_zero`.
+    """Raises the chosen and lowers the rejected response, r being beta * log-ratio: 1 - sigmoid(r_w) + sigmoid(r_l),
+    for chosen answers better than the model's own, D'Oosterlinck et al. 2408.06266 eq. 7. TRL: `apo_zero`.
     """
     chosen_B, rejected_B = _rewards(policy, reference, beta)
     return torch.sigmoid(-chosen_B) + torch.sigmoid(rejected_B)
 
 
 def apo_down(policy: Both, reference: Both, *, beta: float) -> Tensor:
-    """Lowers both responses, the rejected one more: for chosen answers worse than the model's own,
-    D'Oosterlinck et al. 2408.06266 eq. 8. TRL: `apo_down`.
+    """Lowers both responses, the rejected one more, r being beta * log-ratio: sigmoid(r_w) + 1 - sigmoid(r_w - r_l),
+    for chosen answers worse than the model's own, D'Oosterlinck et al. 2408.06266 eq. 8. TRL: `apo_down`.
     """
     chosen_B, rejected_B = _rewards(policy, reference, beta)
     return torch.sigmoid(chosen_B) + torch.sigmoid(rejected_B - chosen_B)
 
 
 def discopop(policy: Both, reference: Both, *, beta: float, tau: float) -> Tensor:
-    """Logistic and exponential loss mixed by the size of the margin, Lu et al. 2406.08414 eq. 5 (LRML).
-    TRL: `discopop`.
+    """Logistic and exponential loss mixed by the size of z = beta * margin: (1 - m) log(1 + exp(-z)) + m exp(-z) with
+    m = sigmoid(z / tau), Lu et al. 2406.08414 eq. 5 (LRML). TRL: `discopop`.
     """
     logits_B = beta * _margin(policy, reference)
     mix_B = torch.sigmoid(logits_B / tau)
@@ -141,15 +144,16 @@ def odpo(policy: Both, reference: Both, ratings: Both, *, beta: float, alpha: fl
 
 
 def simpo(policy: Both, lengths: Both, *, beta: float, target_margin: float) -> Tensor:
-    """Reference-free DPO on log-probs per token with a target margin (their gamma), Meng et al. 2405.14734.
-    TRL's CPO: `simpo`.
+    """Reference-free DPO on log-probs per token with a target margin (their gamma):
+    -log sigmoid(beta * (logp_w / n_w - logp_l / n_l) - target_margin), Meng et al. 2405.14734. TRL's CPO: `simpo`.
     """
     per_token_B = policy.chosen / lengths.chosen - policy.rejected / lengths.rejected
     return -F.logsigmoid(beta * per_token_B - target_margin)
 
 
 def cpo(policy: Both, lengths: Both, *, beta: float, alpha: float, over_tokens: OverTokens = OverTokens.mean) -> Tensor:
-    """DPO against a uniform reference plus alpha times the chosen response's NLL, Xu et al. 2401.08417.
+    """DPO against a uniform reference plus the chosen response's NLL: -log sigmoid(beta * (logp_w - logp_l)) + alpha *
+    nll_w, Xu et al. 2401.08417.
 
     The paper sums the NLL over tokens (`over_tokens=sum`); the authors' code and TRL's CPO average it
     (`mean`), over the batch's tokens where this averages over each response's.
@@ -169,8 +173,8 @@ def orpo(policy: Both, lengths: Both, *, beta: float) -> Tensor:
 
 
 def dpop(policy: Both, reference: Both, *, beta: float, penalty: float) -> Tensor:
-    """DPO with a penalty (their lambda) where the chosen response falls below its reference, DPO-Positive,
-    Pal et al. 2402.13228.
+    """DPO with a penalty (their lambda) where the chosen response falls below its reference: -log sigmoid(beta *
+    (margin - penalty * max(0, -log-ratio_w))), DPO-Positive, Pal et al. 2402.13228.
     """
     chosen_B, rejected_B = _log_ratios(policy, reference)
     return -F.logsigmoid(beta * (chosen_B - rejected_B - penalty * F.relu(-chosen_B)))
@@ -185,7 +189,7 @@ def rpo(
     alpha: float,
     over_tokens: OverTokens = OverTokens.mean,
 ) -> Tensor:
-    """DPO plus alpha times the chosen response's NLL.
+    """-log sigmoid(beta * margin) + alpha * nll_w: DPO plus the chosen response's NLL.
 
     `over_tokens=mean` is Pang et al. 2404.19733 (TRL: `sigmoid` and `sft`, weights 1 and alpha), who
     divide by the prompt's tokens too; `sum` is Liu et al. 2405.16436, who go by the same name.

@@ -62,6 +62,7 @@ INSTEAD = {  # of what its group is trained with
     "arm=intel_dpo": [*TOY, *OTHERS],
     "arm=solar_70b": [*TOY, *OTHERS],
     "experiment=smoke": [],
+    "experiment=pre_dpo": SMALL,
     "experiment=study": SMALL,
     "experiment=study_real": [*HERE, "hydra.sweeper.params.seed=0"],
 }
