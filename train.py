@@ -6,6 +6,7 @@ python train.py --help                                the axes and their options
 """
 
 import os
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ def compose(job: DictConfig) -> None:
 
 def main(arguments: list[str]) -> None:
     if {"--help", "-h"} & set(arguments):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into `head` it ends quietly
         print(help.show([argument for argument in arguments if not argument.startswith("-")]))
         return
     launch.refuse_ranks()

@@ -28,7 +28,15 @@ class Schema(Config):
     steps: dict[Any, Any] = field(default_factory=dict)  # a command line writes the number of a step as a word
 
 
-ConfigStore.instance().store("schema", Schema)
+def _schema() -> DictConfig:
+    """What every configuration is composed onto; into its mappings a command line may write keys of its own."""
+    schema = OmegaConf.structured(Schema)
+    for mapping in (schema.steps, schema.data.columns, schema.data.revisions, schema.data.nominal):
+        OmegaConf.set_struct(mapping, False)
+    return schema
+
+
+ConfigStore.instance().store("schema", _schema())
 OmegaConf.register_new_resolver("run_name", runs.run_name, replace=True)
 OmegaConf.register_new_resolver("sweep_name", runs.sweep_name, replace=True)
 OmegaConf.register_new_resolver("over", lambda value, *divisors: value / prod(divisors), replace=True)

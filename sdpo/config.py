@@ -64,6 +64,7 @@ class Model:
     trust_remote_code: bool = False
     template: str | None = one_of(*TEMPLATES)  # what data.template is unless it is set
     parameters: float | None = None  # how many, for a plan made where the model is not
+    lr: float = at_least(0, 5e-7)  # what optim.lr is unless it is set
     seed: int = at_least(0, 0)  # governs the laboratory's S
     lab: LabModel = field(default_factory=LabModel)
     sft: Optim | None = None  # where set, S is trained first, as step 0
@@ -231,15 +232,25 @@ def sentence(error: OmegaConfBaseException, whole: str = "the configuration") ->
     """One line for the user: the key that is wrong, and what exists; `whole` is the name of the outermost level."""
     if isinstance(error, AttributeError | KeyError) and error.parent_node:
         parent = error.parent_node._get_full_key(None) or whole
-        return f"unknown key {error.full_key}; {parent} has {', '.join(map(str, error.parent_node))}"
+        meant = [] if parent != whole else _inner_keys(error.parent_node, error.full_key)
+        exists = f"did you mean {' or '.join(meant)}?" if meant else f"{parent} has {', '.join(error.parent_node)}"
+        return f"unknown key {error.full_key}; {exists}"
+    if "is not a ListConfig" in str(error):
+        return f"{error.full_key} is a list; write '{error.full_key}=[...]'"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value"
     return ": ".join(filter(None, [error.full_key, str(error).splitlines()[0]]))
 
 
+def _inner_keys(node: DictConfig, name: str) -> list[str]:
+    """The keys one level down that have this name."""
+    given = OmegaConf.to_container(node, resolve=False)
+    return [f"{group}.{name}" for group, inner in given.items() if isinstance(inner, dict) and name in inner]
+
+
 def _step_number(key: Any) -> int:
     if not str(key).isdigit() or int(key) < 1:
-        raise ValueError(f"steps.{key}: steps are counted from 1, as in +steps.2.optim.lr=1e-6")
+        raise ValueError(f"steps.{key}: steps are counted from 1, as in steps.2.optim.lr=1e-6")
     return int(key)
 
 

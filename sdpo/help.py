@@ -23,7 +23,7 @@ python train.py split=all_at_once reference=initial     plain DPO
 python train.py -m seed=0,1,2 reference=initial,previous   a sweep
 python train.py experiment=demo                         a sweep kept as a file
 python train.py data=local 'data.train=[a.jsonl,b.parquet]' model=hub model.path=HuggingFaceTB/SmolLM2-135M
-python train.py +steps.2.optim.lr=1e-6                  another learning rate in step 2
+python train.py steps.2.optim.lr=1e-6                   another learning rate in step 2
 python train.py experiment=demo plan=true               what exists, what would be trained, what it costs"""
 
 

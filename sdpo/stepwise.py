@@ -42,6 +42,8 @@ def run(settings: Config, folder: Path) -> dict:
             here = config.for_step(settings, t)
             start = history[-1] if here.start == "previous" else history[0]
             step = take_step(inputs.bench, here, t, start, history, inputs.chunk(ids), spans.get(t))
+            if "updates" in here.reference and len(step.windows) == 1:
+                tell(f"step {t} has no more than reference.updates={here.reference['updates']}: its reference stays")
             history.append(step.model)
             chunks.append(ids)
             evidence.add(t, step, here, time.monotonic() - step_began)

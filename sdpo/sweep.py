@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from multiprocessing.connection import wait
@@ -50,6 +51,7 @@ def run(sweep: Sweep) -> None:
         from sdpo import plan
 
         plan.show(sweep.runs)
+        _leave_nothing(sweep.folder)
         return
     _prepare(sweep, todo)
     try:
@@ -66,6 +68,14 @@ def run(sweep: Sweep) -> None:
     print(f"report: {report.write_report(sweep.folder)}")
     if failed := [one for one in sweep.runs if one.error]:
         raise ValueError(f"{len(failed)} of {len(sweep.runs)} runs failed; the same command retries them alone")
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Remove what Hydra wrote of a sweep that was only planned."""
+    if not (folder / "sweep.json").exists():
+        (folder / "multirun.yaml").unlink(missing_ok=True)
+        with suppress(OSError):  # there is none, or somebody keeps something in it
+            folder.rmdir()
 
 
 def _prepare(sweep: Sweep, todo: list[Run]) -> None:

@@ -115,7 +115,7 @@ def test_help_fits_a_screen_and_explains_every_axis():
         heads = [line for line in help.show([group]).splitlines() if not line.startswith(" ")]
         assert [head.split()[0] for head in heads] == help.options(group)
         assert all(re.fullmatch(r"\S+ +\S.* .*\.", head) and "@" not in head for head in heads)
-    assert "lr: 5e-7" in help.show(["optim"])
+    assert "lr: ${model.lr}" in help.show(["optim"])
     with pytest.raises(ValueError, match="no help on 'los'; there is help on model, data"):
         help.show(["los"])
 
