@@ -93,15 +93,21 @@ def share(count: int, n: int) -> Interval:
     return Interval(count / n, low, high, n)
 
 
-def verdict(difference: Interval, p_holm: float, *, num_contrasts: int, inert: bool) -> str:
-    """What a contrast says in words: higher, lower, within noise, too few seeds, or an inert reference."""
+def verdict(
+    difference: Interval, p_holm: float, *, num_contrasts: int, inert: bool, at_equal_kl: Interval | None = None
+) -> str:
+    """What a contrast says in words: higher, lower, within noise, too few seeds, or an inert reference.
+
+    What is higher or lower is a gain or a loss only where it is so at equal KL, too.
+    """
     if difference.n < 2:
         return "one seed: no verdict" if difference.n else "no common seed"
-    if p_holm < LEVEL:
-        direction = "higher" if difference.value > 0 else "lower"
-        return f"{direction}, though the reference was inert" if inert else direction
     if inert:
         return "the reference was inert"
+    if p_holm < LEVEL:
+        direction = "higher" if difference.value > 0 else "lower"
+        by_kl_alone = at_equal_kl is not None and at_equal_kl.low <= 0 <= at_equal_kl.high
+        return f"{direction}, at equal KL within noise" if by_kl_alone else direction
     clear = difference.low > 0 or difference.high < 0
     if clear and smallest_p(difference.n) * num_contrasts > LEVEL:
         return "too few seeds to tell"

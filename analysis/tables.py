@@ -30,7 +30,14 @@ STEP_COLUMNS = {
     "gamma_ref_negative_share": "gamma_ref < 0",
     "reference_leverage": "leverage",
 }
-DIGITS = {"seconds": 1, "KL to S (nats)": 2, "KL of answers (nats)": 2, "gamma_ref (nats)": 2, "first loss": 4}
+DIGITS = {
+    "seconds": 1,
+    "seeds there": 0,
+    "KL to S (nats)": 2,
+    "KL of answers (nats)": 2,
+    "gamma_ref (nats)": 2,
+    "first loss": 4,
+}
 
 
 def arms(*paths: Path | str) -> pd.DataFrame:
@@ -63,18 +70,19 @@ def contrasts(*paths: Path | str) -> pd.DataFrame:
         name: pair for name, pair in collect.declared(*paths)["contrasts"].items() if set(pair) <= set(runs["arm"])
     }
     table = pd.DataFrame(
-        {"of": name} | _contrast(*pair, runs, steps) | {"at equal KL": _at_equal_kl(*pair, gains)}
-        for name, pair in declared.items()
+        {"of": name} | _contrast(*pair, runs, steps) | _at_equal_kl(*pair, gains) for name, pair in declared.items()
     )
     if table.empty:
         return table
     table["p, Holm"] = holm(table["p"])
     table["verdict"] = [
-        verdict(row["difference"], row["p, Holm"], num_contrasts=len(table), inert=row["inert"])
-        for _, row in table.iterrows()
+        verdict(difference, p, num_contrasts=len(table), inert=inert, at_equal_kl=at_equal_kl)
+        for difference, p, inert, at_equal_kl in zip(
+            *(table[name] for name in ("difference", "p, Holm", "inert", "at equal KL")), strict=True
+        )
     ]
-    columns = ["of", "verdict", "contrast", "difference", "at equal KL", "seeds", "p", "p, Holm", "leverage"]
-    return table[columns].dropna(axis=1, how="all")
+    tested, by_kl = ["contrast", "difference", "seeds", "p", "p, Holm"], ["at equal KL", "seeds there"]
+    return table[["of", "verdict", *tested, *by_kl, "leverage"]].dropna(axis=1, how="all")
 
 
 def steps(*paths: Path | str) -> pd.DataFrame:
@@ -155,13 +163,12 @@ def _contrast(first: str, second: str, runs: pd.DataFrame, steps: pd.DataFrame) 
     }
 
 
-def _at_equal_kl(first: str, second: str, gains: pd.DataFrame) -> Interval | None:
-    """The difference of two arms' gains over plain DPO's line; None where that line says nothing of them."""
+def _at_equal_kl(first: str, second: str, gains: pd.DataFrame) -> dict:
+    """The difference of two arms' gains over plain DPO's line, on the seeds of which that line says something."""
     by_arm = {arm: group.set_index("seed")["gain"] for arm, group in gains.groupby("arm")}
-    if not {first, second} <= by_arm.keys():
-        return None
-    found = over_seeds(paired(by_arm[first], by_arm[second]))
-    return found if found.n else None
+    known = {first, second} <= by_arm.keys()
+    found = over_seeds(paired(by_arm[first], by_arm[second]) if known else [])
+    return {"at equal KL": found if found.n else None, "seeds there": found.n or None}
 
 
 def _leverage(steps: pd.DataFrame) -> float:
@@ -175,7 +182,7 @@ def _of_runs(paths: list[Path], form: str) -> list[str]:
     tables = {
         f"Arms: {of_seeds}": arms(*paths),
         "Declared contrasts: paired over seeds, exact sign-flip test, Holm's correction": contrasts(*paths),
-        "Gold reward above plain DPO's line at equal KL to S": equal_kl.above_plain(*paths),
+        "Exploratory: gold reward above plain DPO's line at equal KL to S": equal_kl.above_plain(*paths),
         f"Steps: {of_seeds}": steps(*paths),
     }
     return [layout.setting(show(table), title, [], form) for title, table in tables.items() if len(table)]

@@ -5,6 +5,7 @@ imported torch but computed nothing and started no thread. On a cluster each is 
 configuration as it was when the job was submitted.
 """
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -79,12 +80,19 @@ def _leave_nothing(folder: Path) -> None:
 
 
 def _prepare(sweep: Sweep, todo: list[Run]) -> None:
-    """Make the folders ready, and write down what the sweep is."""
+    """Make the folders ready, and write down what the sweep is. ValueError for contrasts that follow results."""
+    written = sweep.folder / "sweep.json"
+    if written.is_file() and any(one.finished for one in sweep.runs):
+        if json.loads(written.read_text())["contrasts"] != sweep.contrasts:
+            raise ValueError(
+                f"{written} declares other contrasts, and some of its runs are finished: declare these in a sweep of "
+                "another folder, hydra.sweep.dir=..., which finds their steps in the store"
+            )
     for one in todo:
         one.prepare()
     names = {"name": sweep.folder.name, "command": sys.argv, "overrides": sweep.overrides}
     folders = [one.folder.name for one in sweep.runs]
-    record.write_json(sweep.folder / "sweep.json", {**names, "runs": folders, "contrasts": sweep.contrasts})
+    record.write_json(written, {**names, "runs": folders, "contrasts": sweep.contrasts})
 
 
 def _check(sweep: Sweep) -> None:

@@ -40,7 +40,7 @@ def _headline(summaries: list[dict]) -> str:
     """Mean and 95 % interval over the seeds."""
     from analysis.statistics import over_seeds
 
-    headlines = [summary["headline"] for summary in summaries if summary["headline"]]
+    headlines = [summary["headline"] for summary in summaries if summary["headline"]["value"] is not None]
     if not headlines:
         return "-"
     mean = over_seeds([headline["value"] for headline in headlines])

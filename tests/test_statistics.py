@@ -64,7 +64,7 @@ def test_wilson_share():
     [
         ([0.1] * 8, False, "higher"),
         ([-0.1] * 8, False, "lower"),
-        ([0.1] * 8, True, "higher, though the reference was inert"),
+        ([0.1] * 8, True, "the reference was inert"),
         ([0.1, -0.1] * 4, False, "within noise"),
         ([0.1, -0.1] * 4, True, "the reference was inert"),
         ([0.10, 0.11, 0.12], False, "too few seeds to tell"),
@@ -76,3 +76,12 @@ def test_wilson_share():
 def test_verdict(differences, inert, said):
     difference, p = statistics.over_seeds(differences), statistics.sign_flip(differences)
     assert statistics.verdict(difference, p, num_contrasts=1, inert=inert) == said
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [([0.1] * 8, "higher"), ([0.1, -0.1] * 4, "higher, at equal KL within noise"), ([], "higher")],
+)
+def test_what_is_higher_is_said_to_be_so_by_kl_alone(gains, said):
+    difference, at_equal_kl = statistics.over_seeds([0.1] * 8), statistics.over_seeds(gains)
+    assert statistics.verdict(difference, 0.01, num_contrasts=1, inert=False, at_equal_kl=at_equal_kl) == said

@@ -159,6 +159,10 @@ def test_a_run_that_fails_is_named_and_it_alone_is_done_again(multirun, toy, tmp
     manifest = json.loads((failed.parent / "manifest.json").read_text())
     assert (manifest["sweep"], manifest["arm"]) == ("sweep", arms[1])
 
+    third = multirun(overrides[0], f"+hydra.launcher.contrasts.later={json.dumps(arms)}")
+    _, error = third.communicate()
+    assert third.returncode == 1 and "declares other contrasts, and some of its runs are finished" in error
+
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
 def test_an_ended_sweep_leaves_no_run_behind(multirun, tmp_path, ending):
