@@ -4,6 +4,7 @@ A run of one rank is done in the process that asks for it. A run of several is d
 which read the run folder's config.yaml, as a job of a cluster does: `python -m sdpo.launch RUN/config.yaml`.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -12,7 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +114,28 @@ def run(settings: Config, folder: Path) -> dict:
     What it raises also stands in the folder's error.txt.
     """
     try:
-        if settings.launch.ranks == 1:
-            return _work(settings, folder)
-        _start_ranks(settings, folder)
+        with _alone(folder):
+            if not runs.Run(settings, folder, choices={}, arm="").finished:  # by the process that was waited for
+                (_work if settings.launch.ranks == 1 else _start_ranks)(settings, folder)
         return json.loads((folder / "summary.json").read_text())
     except Exception as error:
         runs.fail(folder, error)
         raise
 
 
-def _work(settings: Config, folder: Path) -> dict:
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process does this run meanwhile: a sweep that is started anew submits the jobs that still run, too."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process does the run in {folder}; waiting for it to end", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _work(settings: Config, folder: Path) -> None:
     """This rank's part of a run."""
     set_threads(settings.launch.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
@@ -135,10 +149,9 @@ def _work(settings: Config, folder: Path) -> dict:
     torch.utils.deterministic.fill_uninitialized_memory = False  # helps to find errors, at a tenth of a small step
     _join(settings)
     try:
-        summary = stepwise.run(settings, folder)
+        stepwise.run(settings, folder)
         if is_main():
             runs.finish(settings, folder)
-        return summary
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -2,9 +2,14 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import toys
+from conftest import read_lines
+
+from sdpo import launch, runs
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -20,3 +25,20 @@ def test_the_error_of_a_rank_is_the_error_of_the_run(toy, tmp_path, monkeypatch)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, told, 1)
     assert ended.stderr.removeprefix("error: ").strip() == (tmp_path / "run" / "error.txt").read_text().splitlines()[0]
     assert "99" in ended.stderr
+
+
+def test_a_job_that_is_submitted_twice_is_done_once(toy, tmp_path, monkeypatch):
+    """As by a sweep whose parent died, started again while the cluster still works."""
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
+    settings, _ = toys.prepare(toy, tmp_path / "store", "split=all_at_once", "optim.epochs=60")
+    folder = tmp_path / "run"
+    runs.Run(settings, folder, choices={}, arm="once").prepare()
+    jobs = [subprocess.Popen(launch.job(folder), stderr=subprocess.PIPE, text=True)]
+    while not (folder / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    jobs.append(subprocess.Popen(launch.job(folder), stderr=subprocess.PIPE, text=True))
+    said = [job.communicate()[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert ["waiting for it to end" in text for text in said] == [False, True]
+    assert [entry["update"] for entry in read_lines(folder, "train")] == list(range(1, 361))
+    assert not read_lines(folder, "step")[0]["reused"]
