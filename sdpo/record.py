@@ -30,10 +30,10 @@ OTHER_RUNS = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SWEEP_ID")  # would merge t
 class Recorder:
     """The metrics of one run. As a context manager it records a run that ends in an exception as failed."""
 
-    def __init__(self, folder: Path, config: Config, *, choices: dict[str, str], sweep: str | None = None):
+    def __init__(self, folder: Path, config: Config, *, arm: str, choices: dict[str, str], sweep: str | None = None):
         """`choices` are the run's options by axis. Raises ValueError where W&B cannot start."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._mirror = _Mirror(folder, config, choices, sweep) if config.record.wandb else None
+        self._mirror = _Mirror(folder, config, {"arm": arm, "choices": choices}, sweep) if config.record.wandb else None
         self._lines = (folder / "metrics.jsonl").open("w", encoding="utf-8")
 
     def log(self, entry: Entry) -> None:
@@ -87,7 +87,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 class _Mirror:
     """One W&B run that repeats the metrics of one run folder."""
 
-    def __init__(self, folder: Path, config: Config, choices: dict[str, str], sweep: str | None):
+    def __init__(self, folder: Path, config: Config, names: Entry, sweep: str | None):
         for name in OTHER_RUNS:
             os.environ.pop(name, None)
         import wandb  # here, because it takes a second and most runs do without
@@ -105,8 +105,8 @@ class _Mirror:
                 id=_replace_mirror(folder / "wandb"),
                 name=folder.name,
                 group=sweep,
-                tags=[f"{axis}={choice}"[:64] for axis, choice in choices.items()],  # 64: W&B's limit
-                config=dataclasses.asdict(config) | {"choices": choices},
+                tags=[f"{axis}={choice}"[:64] for axis, choice in names["choices"].items()],  # 64: W&B's limit
+                config=dataclasses.asdict(config) | names,
                 mode="online" if online else "offline",
                 reinit="create_new",
                 settings=_silent(wandb.Settings),

@@ -14,6 +14,7 @@ from sdpo.cost import Pace, Speed
 from sdpo.fit import Chunk, Fit, Span, updates
 from sdpo.moving import MovingReference, StandIn, hash_of_weights
 from sdpo.probes import Probes
+from sdpo.record import tell
 from sdpo.rooms import choose, needs
 from sdpo.store import Artifact, check, key_of
 from sdpo.tokens import TokenPair, content_hash
@@ -79,6 +80,7 @@ def take_step(
 ) -> Step:
     """M_t as name_step names it: found in the store, or trained from `start` on the chunk against its windows."""
     key, determinants, windows = name_step(bench, config, t, start, history, chunk, span)
+    _tell_what_is_ignored(config, t, windows)
 
     def build(folder: Path) -> None:
         checkpoint = Checkpoint(bench.store.folder("partial", key), f"step {t}", config.launch.checkpoint_minutes)
@@ -109,6 +111,14 @@ def take_step(
     listed = [listed | seen for listed, seen in zip(windows.listed, log["windows"], strict=True)]
     speed = Speed(**log["speed"])
     return Step(model, start, windows.first, listed, chunk, reference_N2, log["entries"], speed)
+
+
+def _tell_what_is_ignored(config: Config, t: int, windows: Windows) -> None:
+    rule = config.reference["name"]
+    if not windows.listed and rule != "none":
+        tell(f"step {t}: loss={config.loss['name']} reads no reference, so reference={rule} is left out")
+    if len(windows.listed) == 1 and "updates" in config.reference:
+        tell(f"step {t} has no more updates than reference.updates, so its reference stays where it is")
 
 
 def _determinants(

@@ -11,14 +11,13 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
-from sdpo import config, launch, losses, outcome
+from sdpo import config, launch, outcome
 from sdpo.config import Config
 from sdpo.evidence import Evidence
 from sdpo.fit import Span, updates
 from sdpo.inputs import prepare
 from sdpo.ordering import in_order
-from sdpo.record import Recorder, tell
-from sdpo.rooms import choose, needs
+from sdpo.record import Recorder
 from sdpo.step import take_step
 from sdpo.store import Store
 
@@ -26,13 +25,11 @@ from sdpo.store import Store
 def run(settings: Config, folder: Path) -> dict:
     """Train and measure M_1 .. M_T; returns what summary.json holds. Steps that exist are found, not trained."""
     began = time.monotonic()
-    inputs = prepare(settings, Store())
-    if "reference" not in needs(choose(losses, settings.loss)) and settings.reference["name"] != "none":
-        tell(f"loss={settings.loss['name']} reads no reference: reference={settings.reference['name']} is left out")
-    history, chunks = [inputs.initial], []
     origin = json.loads((folder / "manifest.json").read_text())
-    names = {"choices": origin["choices"], "sweep": origin["sweep"]}
+    names = {name: origin[name] for name in ("arm", "choices", "sweep")}
     with Recorder(folder, settings, **names) if launch.is_main() else nullcontext() as recorder:
+        inputs = prepare(settings, Store())
+        history, chunks = [inputs.initial], []
         evidence = Evidence(inputs, settings, recorder)
         evidence.add_initial()
         plan = in_order(inputs, settings, history)
@@ -42,8 +39,6 @@ def run(settings: Config, folder: Path) -> dict:
             here = config.for_step(settings, t)
             start = history[-1] if here.start == "previous" else history[0]
             step = take_step(inputs.bench, here, t, start, history, inputs.chunk(ids), spans.get(t))
-            if "updates" in here.reference and len(step.windows) == 1:
-                tell(f"step {t} has no more than reference.updates={here.reference['updates']}: its reference stays")
             history.append(step.model)
             chunks.append(ids)
             evidence.add(t, step, here, time.monotonic() - step_began)

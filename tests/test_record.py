@@ -25,7 +25,7 @@ class Terminal(io.StringIO):
 
 def test_metrics_are_readable_at_once_and_begin_empty(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"of": "an earlier attempt"}\n')
-    with Recorder(tmp_path, Config(), choices={}) as recorder:
+    with Recorder(tmp_path, Config(), arm="", choices={}) as recorder:
         recorder.log(TRAIN)
         recorder.log(EVAL)
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -34,7 +34,7 @@ def test_metrics_are_readable_at_once_and_begin_empty(tmp_path):
 
 
 def test_a_number_that_is_not_finite_is_refused_by_name(tmp_path):
-    with Recorder(tmp_path, Config(), choices={}) as recorder:
+    with Recorder(tmp_path, Config(), arm="", choices={}) as recorder:
         with pytest.raises(ValueError, match="step 1, update 3: train/loss is not finite"):
             recorder.log(TRAIN | {"loss": math.nan})
         recorder.log(TRAIN | {"loss": None})

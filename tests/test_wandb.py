@@ -62,7 +62,7 @@ def check_agreement(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep") / "random-seed7"
-    with Recorder(folder, CONFIG, choices=CHOICES, sweep="controls") as recorder:
+    with Recorder(folder, CONFIG, arm="stepwise", choices=CHOICES, sweep="controls") as recorder:
         for entry in entries(num_updates=200):
             recorder.log(entry)
     return folder
@@ -85,7 +85,7 @@ def test_answers_stand_side_by_side(tmp_path):
     def said(t, text):
         return {"kind": "answers", "t": t, "answers": [{"id": 7, "turns": ["what?"], "answers": [text]}]}
 
-    with Recorder(tmp_path, CONFIG, choices=CHOICES) as recorder:
+    with Recorder(tmp_path, CONFIG, arm="stepwise", choices=CHOICES) as recorder:
         recorder.log(said(0, "this"))
         recorder.log(said(1, "that"))
     rows = mirrored(tmp_path)[1]
@@ -109,19 +109,19 @@ def test_the_run_says_what_it_is(finished):
     assert (start.project, start.run_group, start.display_name) == ("trial", "controls", "random-seed7")
     assert list(start.tags) == ["split=random", "loss=dpo"]
     config = {update.key: json.loads(update.value_json) for update in start.config.update}
-    assert config["choices"] == CHOICES
+    assert (config["arm"], config["choices"]) == ("stepwise", CHOICES)
     assert {name: config[name] for name in asdict(CONFIG)} == asdict(CONFIG)
     assert start.host == "" and not list(finished.glob("wandb/latest-run"))
 
 
 def test_a_failed_run_is_shown_as_failed_and_its_repeat_replaces_it(tmp_path):
-    with pytest.raises(RuntimeError), Recorder(tmp_path, CONFIG, choices=CHOICES) as recorder:
+    with pytest.raises(RuntimeError), Recorder(tmp_path, CONFIG, arm="stepwise", choices=CHOICES) as recorder:
         recorder.log({"kind": "train", "t": 1, "update": 1, "loss": 0.5})
         raise RuntimeError
     failed, _, exit_code = mirrored(tmp_path)
     assert exit_code == 1
     check_agreement(tmp_path)
-    with Recorder(tmp_path, CONFIG, choices=CHOICES) as recorder:
+    with Recorder(tmp_path, CONFIG, arm="stepwise", choices=CHOICES) as recorder:
         for entry in entries(num_updates=2):
             recorder.log(entry)
     repeated, _, exit_code = mirrored(tmp_path)
@@ -136,7 +136,7 @@ from pathlib import Path
 from sdpo.config import Config, Record
 from sdpo.record import Recorder
 config = Config(record=Record(wandb=True, mode={mode!r}))
-with Recorder(Path({str(folder)!r}), config, choices={{}}) as recorder:
+with Recorder(Path({str(folder)!r}), config, arm="", choices={{}}) as recorder:
     recorder.log({{"kind": "train", "t": 1, "update": 1, "loss": 0.5}})
 """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
