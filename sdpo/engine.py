@@ -1,4 +1,5 @@
-"""Plain PyTorch or DeepSpeed ZeRO 1-3 behind the same verbs: forward, backward, update, weights, set_weights.
+"""Plain PyTorch or DeepSpeed ZeRO 1-3 behind the same verbs: forward, backward, update, weights, set_weights,
+shifted.
 
 A checkpoint reads and sets `parts`, the fp32 masters of this rank's optimiser, and calls `refresh` after it. An engine
 whose parameters are all frozen has no masters and no optimiser: it scores, in the memory of the weights alone.
@@ -11,6 +12,9 @@ This is the only file that imports deepspeed.
 import math
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -71,6 +75,10 @@ class Plain:
             master.copy_(weights[name])
         self.refresh()
 
+    def shifted(self, deltas: dict[str, torch.Tensor]) -> AbstractContextManager:
+        """Within it these frozen parameters are larger by these amounts."""
+        return _shifted(self.scorer, deltas, _as_they_are)
+
     @property
     def parts(self) -> list[torch.Tensor]:
         return list(self.masters.values())
@@ -88,6 +96,25 @@ class Plain:
 
 def _trained(scorer: nn.Module) -> dict[str, torch.Tensor]:
     return {name: param for name, param in scorer.named_parameters() if param.requires_grad}
+
+
+@contextmanager
+def _shifted(scorer: nn.Module, deltas: dict[str, torch.Tensor], whole: Callable) -> Iterator[None]:
+    """Add to parameters, then give them back the bits that they had, which meanwhile lie on the host; `whole` is a
+    context in which parameters are not divided over ranks."""
+    params, kept = dict(scorer.named_parameters()), {}
+    for name, delta in deltas.items():
+        with torch.no_grad(), whole([params[name]]):
+            kept[name] = params[name].to("cpu", copy=True)
+            params[name].copy_(params[name].float() + delta.to(params[name].device))
+    yield
+    for name, tensor in kept.items():
+        with torch.no_grad(), whole([params[name]]):
+            params[name].copy_(tensor)
+
+
+def _as_they_are(params: list[torch.Tensor]) -> AbstractContextManager:
+    return nullcontext()
 
 
 def _accumulate_in(master: torch.Tensor):
@@ -173,6 +200,13 @@ class Zero:
                 padded = nn.functional.pad(tensor.flatten(), (0, launch.world_size() * size - tensor.numel()))
                 safe_set_local_fp32_param(param, padded.split(size)[launch.rank()])
         self.refresh()
+
+    def shifted(self, deltas: dict[str, torch.Tensor]) -> AbstractContextManager:
+        """As Plain's."""
+        import deepspeed
+
+        whole = partial(deepspeed.zero.GatheredParameters, modifier_rank=0, enabled=self.stage == 3)
+        return _shifted(self.scorer, deltas, whole)
 
     @property
     def parts(self) -> list[torch.Tensor]:

@@ -5,17 +5,18 @@ Shape suffixes: N pairs of the chunk; columns are the chosen and the rejected re
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 
-from sdpo import models
+from sdpo import deltas, models
+from sdpo.deltas import Weights
 from sdpo.engine import Engine
 from sdpo.logprobs import score
 from sdpo.probes import Probes
 from sdpo.tokens import TokenPair
 
-Weights = dict[str, torch.Tensor]
 StandIn = Callable[[np.ndarray, np.ndarray], np.ndarray]  # members, their log-probs under the rule -> what is read
 
 
@@ -46,7 +47,7 @@ class MovingReference:
     def begin(self, engine: Engine) -> None:
         """Keep the start's weights where later windows are mixed from them."""
         if self.mixes:
-            self.weights = engine.weights(everywhere=True)
+            self.weights = deltas.of(engine.scorer, engine.weights(everywhere=True))
 
     def move(self, update: int, engine: Engine, rows: list[TokenPair], plan: list[np.ndarray], budget: int) -> None:
         """Where a window begins at this update, score its pairs under its weights."""
@@ -54,15 +55,20 @@ class MovingReference:
             return
         window = self.begins[update]
         members = np.unique(np.concatenate(plan[update : update + window["num_updates"]]))
-        if self.mixes:
-            policy = engine.weights(everywhere=True)
-            self.weights = _mix(window["weights"], {"policy": policy, "reference": self.weights})
-            engine.set_weights(self.weights)
-        self.logps_N2[members] = self.stand_in(members, score(engine.module, [rows[i] for i in members], budget))
-        self.probes.look("reference", update, engine, budget)
-        self.report.append(self._seen(update, hash_of_weights(engine), self.logps_N2[members]))
-        if self.mixes:
-            engine.set_weights(policy)
+        with self._at(window, engine):
+            self.logps_N2[members] = self.stand_in(members, score(engine.module, [rows[i] for i in members], budget))
+            self.probes.look("reference", update, engine, budget)
+        weights_hash = hash_of_weights(engine, self.weights)
+        self.report.append(self._seen(update, weights_hash, self.logps_N2[members]))
+
+    def _at(self, window: dict, engine: Engine) -> AbstractContextManager:
+        """Within it the engine is at the window's weights."""
+        if not self.mixes:
+            return nullcontext()
+        trained = engine.weights(everywhere=True)
+        policy = deltas.of(engine.scorer, trained)
+        self.weights = _mix(window["weights"], {"policy": policy, "reference": self.weights})
+        return deltas.acting(engine, self.weights, trained)
 
     def _seen(self, update: int, weights_hash: str, logps_N2: np.ndarray) -> dict:
         """Where a window begins, what its weights are, and the height of its bound on its own pairs."""
@@ -84,9 +90,10 @@ class MovingReference:
         )
 
 
-def hash_of_weights(engine: Engine) -> str:
-    """The content hash of the weights that are trained, gathered, as the forward pass reads them; of rank 0."""
-    weights = {name.removeprefix("model."): tensor for name, tensor in engine.weights().items()}
+def hash_of_weights(engine: Engine, mixed: Weights | None = None) -> str:
+    """The content hash of the weights that are trained, or mixed from them, gathered, as the forward pass reads them;
+    of rank 0."""
+    weights = {name.removeprefix("model."): tensor for name, tensor in (mixed or engine.weights()).items()}
     return models.fingerprint_weights(weights, engine.scorer.head.weight.dtype)
 
 

@@ -26,10 +26,10 @@ class Adapter(NamedTuple):
 
     def check(self, config: Config) -> None:
         """ValueError where the rest of a step's configuration does not go with an adapter."""
-        if config.reference["name"] == "mixed" and config.reference["alpha"] < 1:
+        if config.reference["name"] == "mixed" and config.reference["alpha"] < 1 and self.quantize != "none":
             raise ValueError(
-                "reference=mixed averages weights, and the mean of two adapters' factors is not the mean of what they "
-                "add: with tune=lora use reference=periodic, or train with tune=full"
+                f"reference=mixed adds to the frozen weights, which tune.quantize={self.quantize} holds in 4 bits: use "
+                "reference=periodic, or tune.quantize=none"
             )
         if self.between == "stack" and config.save_dtype != "fp32" and config.precision == "fp32":
             raise ValueError(

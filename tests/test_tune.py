@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import toys
@@ -161,6 +162,7 @@ def test_the_rank_is_part_of_the_key(run):
 @pytest.mark.parametrize("stage", [None, 1, 2, 3])
 def test_two_ranks_train_adapters_alike_at_every_zero_stage(run, tmp_path, stage):
     overrides = [*LORA, *CHAINS["stack whole"], "split=random", "split.num_chunks=2", "launch.device=cpu"]
+    overrides += ["reference=mixed", "reference.alpha=0.6", "reference.updates=3"]
     one = run(*overrides)
     settings = config.load(one / "config.yaml")
     settings.launch.ranks, settings.deepspeed.stage = 2, stage
@@ -188,6 +190,31 @@ def test_a_quantised_chain_starts_from_what_4_bits_hold(toy, tmp_path):
 def test_a_reference_that_moves_every_update_is_the_policy(run):
     folder = run(*LORA, "split=all_at_once", "reference=periodic", "reference.updates=1")
     assert {entry["margin"] for entry in read_lines(folder, "train")} == {0.0}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft's, which then sets it
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2's layers keep their weights turned round
+def test_a_mixed_reference_is_the_mean_of_merged_weights(run, toy, tmp_path, architecture):
+    """Whose difference to S has twice and three times an adapter's rank: the mean of factors would be another model."""
+    model = tmp_path / "model"
+    shutil.copytree(toy / "model", model)
+    initial = random_model(architecture)
+    initial.save_pretrained(model)
+    every = [*LORA, "split=all_at_once", "optim.schedule=constant", "optim.warmup=0", "optim.pairs_per_update=33"]
+    every += [f"model.path={model}", "reference=mixed", "reference.updates=2", "reference.alpha=0.6"]
+    reference = dict(initial.state_dict())
+    for epochs in (1, 2):  # of two updates; after the first the reference has not moved
+        folder = run(*every, f"optim.epochs={epochs}", name=f"{epochs} epochs")
+        policy = models.load(folder / "steps" / "1").state_dict()
+        reference = {name: 0.4 * tensor + 0.6 * policy[name] for name, tensor in reference.items()}
+    folder = run(*every, "optim.epochs=3", name="3 epochs")
+    initial.load_state_dict(reference)
+    _, start = toys.prepare(toy, tmp_path / "store", f"model.path={model}", "data.held_out_share=0.1")
+    read = pd.read_parquet(folder / "steps" / "1" / "reference.parquet").set_index("id")
+    with torch.no_grad():
+        expected = [list(naive_logprobs(initial, row)) for row in start.train]
+    found = read.loc[[row.id for row in start.train]].to_numpy()
+    np.testing.assert_allclose(found, np.array(expected), atol=2e-4, rtol=0)
 
 
 def test_dropout_is_out_of_the_gate_and_survives_an_interruption(run, toy, monkeypatch, tmp_path):
@@ -221,7 +248,6 @@ def test_dropout_is_out_of_the_gate_and_survives_an_interruption(run, toy, monke
 
 
 REFUSED = {
-    "mean of two adapters": ["reference=mixed", "reference.alpha=0.6"],
     "would score rounded ones": ["tune.between=stack", "save_dtype=bf16"],
     "nothing to carry": ["optim.moments=carry"],
     "4bit needs tune.between=stack": ["tune.quantize=4bit"],
@@ -244,9 +270,11 @@ def test_what_does_not_go_with_adapters_is_refused_at_composition(message, monke
         runs.check(compose(*files, "tune=lora", *REFUSED[message]))
 
 
-def test_mixing_all_of_the_policy_is_no_mixing():
-    files = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]
-    runs.check(compose(*files, "tune=lora", "reference=mixed", "reference.alpha=1.0"))
+def test_nothing_is_mixed_into_weights_of_4_bits(monkeypatch):
+    monkeypatch.setattr(tune, "find_spec", lambda name: name)
+    quantised = ["tune=lora", "tune.quantize=4bit", "tune.between=stack", "reference=mixed", "reference.alpha=0.6"]
+    with pytest.raises(ValueError, match="reference=mixed adds to the frozen weights, which tune.quantize=4bit holds"):
+        runs.check(compose("model=local", "model.path=m", "data=local", "data.train=[a.jsonl]", *quantised))
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
