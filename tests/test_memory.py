@@ -5,6 +5,7 @@ import gc
 import resource
 import weakref
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +24,23 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def room_for(megabytes):
-    """Within it this process may map so much more memory than it has mapped already."""
+    """Within it this process gets so much more memory, all of it from the system: what was freed before is taken."""
+    gc.collect()
     libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed is unmapped, not kept for later
     libc.malloc_trim(0)
     before = resource.getrlimit(resource.RLIMIT_AS)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped, before[1]))
+    holes = [hole for size in (2**20, 2**16) for hole in iter(partial(libc.malloc, size), None)]
     resource.setrlimit(resource.RLIMIT_AS, (mapped + megabytes * 2**20, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+        for hole in holes:
+            libc.free(hole)
 
 
 def test_a_model_that_is_only_scored_has_the_memory_of_its_weights_alone():
