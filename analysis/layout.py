@@ -10,12 +10,12 @@ LITERAL |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textas
 
 
 def number(value: float | None, low: float | None = None, high: float | None = None, digits: int = 3) -> str:
-    """`0.852`, `0.852 ± 0.011`, or `0.852 [0.800, 0.865]` where lopsided; empty if undefined."""
+    """`0.852`, `< 0.001` if not 0, `0.852 ± 0.011`, `0.852 [0.800, 0.865]` where lopsided; empty if undefined."""
     if value is None or pd.isna(value):
         return ""
     said = f"{value:,.{digits}f}"
     if low is None or pd.isna(low):
-        return said
+        return f"< {10**-digits:.{digits}f}" if 0 < value < 10**-digits / 2 else said
     above, below = (f"{distance:.{digits}f}" for distance in (high - value, value - low))
     return f"{said} ± {above}" if above == below else f"{said} [{low:.{digits}f}, {high:.{digits}f}]"
 

@@ -1,4 +1,4 @@
-"""report.html of a run or a sweep: `python -m analysis.report RUN_OR_SWEEP`.
+"""report.html of a run or a sweep: `python -m analysis.report RUN_OR_SWEEP [--figures FOLDER]`.
 
 One file without scripts that opens without network: what was run in a line, what came of it, what a reader should
 doubt, the figures, the choices and steps, and how to run it again. Its numbers are those of analysis.tables.
@@ -54,7 +54,7 @@ def _content(folder: Path) -> dict:
         "equal_kl": tables.show(equal_kl.above_plain(folder)),
         "arms": tables.show(tables.arms(folder)),
         "steps": tables.show(tables.steps(folder)),
-        "pictures": list(_pictures(folder, measures, steps, references)),
+        "pictures": list(_pictures(folder)),
         "answers": list(_answers(collect.answers(folder))),
         "lineage": _lineage(steps),
         "data": _data(runs),
@@ -62,13 +62,34 @@ def _content(folder: Path) -> dict:
     }
 
 
-def _pictures(folder: Path, measures: pd.DataFrame, steps: pd.DataFrame, references: pd.DataFrame) -> Iterator[Picture]:
-    """The figures for which these runs have numbers, each with its function's sentence as caption."""
-    from analysis import figures  # here, because a table needs no matplotlib
+def write_figures(folder: Path | str, into: Path) -> list[Path]:
+    """Write every figure of a run's or sweep's report into a folder, named after its function, as .svg and .pdf."""
+    from analysis.style import save
+
+    into.mkdir(parents=True, exist_ok=True)
+    written = []
+    for _, draw, given in _drawn(Path(folder)):
+        written += [into / f"{draw.__name__}.{ending}" for ending in ("svg", "pdf")]
+        for path in written[-2:]:
+            save(draw(*given), path)
+    return written
+
+
+def _pictures(folder: Path) -> Iterator[Picture]:
+    """The figures, each with its function's sentence as caption."""
     from analysis.style import to_svg
 
+    for title, draw, given in _drawn(folder):
+        yield Picture(title, " ".join(draw.__doc__.split()), Markup(to_svg(draw(*given), title)))
+
+
+def _drawn(folder: Path) -> list[tuple[str, Callable, tuple]]:
+    """The figures for which these runs have numbers: title, function and what it is given."""
+    from analysis import figures  # here, because a table needs no matplotlib
+
+    measures, steps, references = collect.measures(folder), collect.steps(folder), collect.references(folder)
     train, trajectory = collect.train(folder), collect.trajectory(folder)
-    drawn: list[tuple[str, Callable, tuple]] = [("Loss", figures.loss_curves, (train,))]
+    drawn = [("Loss", figures.loss_curves, (train,))]
     if {"lab/gold", "lab/kl"} <= set(measures["measure"]):
         drawn.append(("Reward against KL", figures.frontier, (measures,)))
     if steps["gamma_ref_mean"].notna().any():
@@ -82,8 +103,7 @@ def _pictures(folder: Path, measures: pd.DataFrame, steps: pd.DataFrame, referen
         drawn.append(("Learning order", figures.learning_order, (trajectory, collect.pairs(folder))))
     else:
         drawn.append(("Cost", figures.sweep_cost, (steps, train)))
-    for title, draw, given in drawn:
-        yield Picture(title, " ".join(draw.__doc__.split()), Markup(to_svg(draw(*given), title)))
+    return drawn
 
 
 def _choices(runs: pd.DataFrame) -> pd.DataFrame:
@@ -171,8 +191,12 @@ def _count(number: int, what: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a run or sweep folder")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write its figures there, too, as .svg and .pdf")
+    chosen = parser.parse_args()
     try:
-        print(write_report(parser.parse_args().folder))
+        print(write_report(chosen.folder))
+        if chosen.figures:
+            print(*write_figures(chosen.folder, chosen.figures), sep="\n")
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -3,8 +3,11 @@
 import json
 import re
 import shutil
+import sys
 from html import escape
 from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from browser import BINARY, browser
@@ -89,6 +92,18 @@ def test_report_of_one_run(sweep, tmp_path):
     for title in ("Trajectories", "Learning order", "Result", "Lineage"):
         assert f">{title}</h" in html
     assert "<h2>Verdicts</h2>" not in html and "1 arm, 1 seed" in html
+
+
+def test_figures_as_files(sweep, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(sweep, tmp_path / "sweep")
+    monkeypatch.setattr(sys, "argv", ["report", str(folder), "--figures", str(tmp_path / "figures")])
+    report.main()
+    page, *files = map(Path, capsys.readouterr().out.split())
+    assert page == folder / "report.html" and sorted((tmp_path / "figures").iterdir()) == sorted(files)
+    assert page.read_text().count("<svg") == len(files) / 2
+    frontier = tmp_path / "figures" / "frontier.svg"
+    assert ElementTree.parse(frontier).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert frontier.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_sweep_in_which_nothing_ended(tmp_path):
