@@ -34,6 +34,13 @@ def test_every_command_does_what_it_is_there_for(run, tmp_path, monkeypatch, cap
         assert Path(made).exists(), made
 
 
+def test_result_tables_have_the_form_of_the_command_that_is_shown(tmp_path, monkeypatch, capsys):
+    heads = [line for line in README.splitlines() if line.startswith(("| arm |", "| of |"))]
+    monkeypatch.setattr(sys, "argv", ["tables", str(make_sweep(tmp_path / "sweep")), "--format", "markdown"])
+    importlib.import_module("analysis.tables").main()
+    assert len(heads) == 2 and set(heads) <= set(capsys.readouterr().out.splitlines())
+
+
 def test_what_w_and_b_does_not_have_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name, said in {str(tmp_path): "there is no .wandb file in", "no/such": "no/such is no folder here"}.items():
