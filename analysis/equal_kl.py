@@ -1,10 +1,11 @@
 """Is an arm better than plain DPO, or only further from S? Gold reward above plain DPO's line, at equal KL to S.
 
 A moving reference is, first of all, a smaller beta: it buys reward with KL. So an arm is compared with the line that
-plain DPO (one step, reference S, the same loss) draws from S through its own arms, one for every beta that was run.
+plain DPO (one step, reference S, the same loss) draws from the same S through its own arms, one for every beta run.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -41,7 +42,7 @@ def gains(*paths: Path | str) -> pd.DataFrame:
     if set(AXES) <= set(points) and len(plain):
         ended = runs[runs["done"]].rename(columns={"choices.loss": "loss"}).set_index("run")
         for run in ended.itertuples():
-            gain = _gain(run.Index, run.seed, run.loss, points, ended.loc[plain])
+            gain = _gain(points.loc[run.Index].iloc[-1], points.loc[_line(run, ended.loc[plain])])
             rows.append((run.arm, run.seed, run.Index in plain, gain))
     return pd.DataFrame(rows, columns=["arm", "seed", "plain", "gain"])
 
@@ -52,10 +53,16 @@ def _plain(steps: pd.DataFrame) -> list[str]:
     return list(by_run.index[(by_run["num_steps"] == 1) & (by_run["reference"] == "M_0")])
 
 
-def _gain(run: str, seed: int, loss: str, points: pd.DataFrame, plain: pd.DataFrame) -> float:
-    """Gold reward of a run's last model above the line of its seed; nan beyond the line's end."""
-    line = points.loc[plain.index[(plain["seed"] == seed) & (plain["loss"] == loss)]].sort_values("lab/kl")
+def _line(run: NamedTuple, plain: pd.DataFrame) -> pd.Index:
+    """The runs of plain DPO that a run is compared with: of its seed, its loss, and its S."""
+    same = [plain[name] == getattr(run, name) for name in ("seed", "loss", "model_key")]
+    return plain.index[np.logical_and.reduce(same)]
+
+
+def _gain(last: pd.Series, line: pd.DataFrame) -> float:
+    """Gold reward of a run's last model above the line of plain DPO's; nan beyond the line's end."""
     if line.empty:
         return float("nan")
-    kl, gold = points.loc[run].iloc[-1][AXES]
+    line = line.sort_values("lab/kl")
+    kl, gold = last[AXES]
     return gold - np.interp(kl, line["lab/kl"], line["lab/gold"], right=float("nan"))

@@ -106,9 +106,20 @@ def verdict(
         return "the reference was inert"
     if p_holm < LEVEL:
         direction = "higher" if difference.value > 0 else "lower"
-        by_kl_alone = at_equal_kl is not None and at_equal_kl.low <= 0 <= at_equal_kl.high
-        return f"{direction}, at equal KL within noise" if by_kl_alone else direction
+        return direction + _at_equal_kl(direction, at_equal_kl)
     clear = difference.low > 0 or difference.high < 0
     if clear and smallest_p(difference.n) * num_contrasts > LEVEL:
         return "too few seeds to tell"
     return "within noise"
+
+
+def _at_equal_kl(direction: str, difference: Interval | None) -> str:
+    """What is to be added to a verdict; nothing where the difference at equal KL has the same direction."""
+    if difference is None or difference.n == 0:
+        return ""
+    if difference.n < 2:
+        return ", at equal KL not known"
+    if difference.low <= 0 <= difference.high:
+        return ", at equal KL within noise"
+    there = "higher" if difference.value > 0 else "lower"
+    return "" if there == direction else f", at equal KL {there}"

@@ -123,7 +123,7 @@ def told(asked: list[Prompt], answers: list[list[Answer]]) -> list[dict]:
 def _alone(model: Artifact, bench: Workbench) -> PreTrainedModel:
     """A copy on this rank's device, in the run's precision, while the workbench holds nothing."""
     bench.release()
-    return bench.host_model(model).to(bench.device, models.DTYPES[bench.config.precision])
+    return models.cast(bench.host_model(model), bench.device, models.DTYPES[bench.config.precision])
 
 
 def _generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int]], decoding: Decoding) -> list[Answer]:

@@ -125,7 +125,7 @@ class Probe:
 @dataclass
 class Deepspeed:
     stage: int | None = one_of(None, 1, 2, 3)  # null: plain PyTorch; else the ZeRO stage
-    offload: bool = False  # optimiser state on the host
+    offload: bool = False  # optimiser state, at stage 3 weights too, on the host
 
 
 @dataclass
@@ -166,7 +166,7 @@ class Config:
     probe: Probe = field(default_factory=Probe)
     record: Record = field(default_factory=Record)
     launch: Launch = field(default_factory=Launch)
-    seed: int = at_least(0, 0)  # governs order, random splits, adapters and sampling
+    seed: int = at_least(0, 0)  # governs order, random splits, adapters, dropout and placebos
     T: int = at_least(1, 2)  # what arms mean by T; a split has its own number of chunks
     steps: dict[int, Settings] = field(default_factory=dict)  # per-step overrides
     plan: bool = False

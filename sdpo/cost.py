@@ -115,13 +115,13 @@ def _built(**lab_model: int) -> int:
 
 def _external(config: Config, windows: Windows) -> float:
     found = windows.first and any(windows.first.folder.glob(models.WEIGHTS))
-    return _counted(windows.first) if found else config.reference["parameters"] or math.nan
+    return _counted(windows.first) if found else config.reference.get("parameters") or math.nan
 
 
 def _counted(model: Artifact) -> int:
     """The weights in a model's files, of which only the headers are read."""
     total = 0
-    for path in model.folder.glob(models.WEIGHTS):
+    for path in models.weight_files(model.folder):
         with safe_open(path, framework="np") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return total

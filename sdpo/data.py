@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sdpo import config
 from sdpo.layouts import BadRow, Message, check_text, normalise, rename
-from sdpo.readers import Table, read_file, read_hub
+from sdpo.readers import Table, read_file, read_hub, source_of_file, source_on_hub
 
 COLUMNS = (
     "id",
@@ -211,6 +211,19 @@ def _reasons(dropped: list[dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(row["reason"] for row in dropped))
 
 
+def _check_sources(settings: config.Data) -> None:
+    """ValueError where two inputs would be taken for one source, and so for one step."""
+    named: dict[str, str] = {}
+    for name in settings.train if settings.source_from == "file" else []:
+        source = source_on_hub(name) if settings.name == "hub" else source_of_file(name)
+        if source in named:
+            raise ValueError(
+                f"data.train: {named[source]} and {name} would both be the source {source!r}; rename one, or name the "
+                "source of every row in a column and set data.source_from=row"
+            )
+        named[source] = name
+
+
 def _check(settings: config.Data) -> None:
     """Raises ValueError for settings that no data could make right."""
     if not settings.train:
@@ -222,6 +235,7 @@ def _check(settings: config.Data) -> None:
         repeated = [name for name, times in Counter(side).items() if times > 1]
         if repeated:
             raise ValueError(f"data names {repeated[0]} twice")
+    _check_sources(settings)
     if not 0 <= settings.held_out_share < 1:
         raise ValueError(f"data.held_out_share={settings.held_out_share} is not a share from 0 to below 1")
     if unknown := settings.columns.keys() - set(COLUMNS):

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from sdpo import config, launch
-from sdpo.models import DTYPES
+from sdpo.models import DTYPES, cast
 
 
 def adamw(params: list[torch.Tensor], optim: config.Optim) -> torch.optim.AdamW:
@@ -38,7 +38,7 @@ class Plain:
         self.params = self.masters = _trained(scorer)
         if precision != "fp32":
             self.masters = {name: p.detach().to(device, torch.float32, copy=True) for name, p in self.params.items()}
-        scorer.to(device, DTYPES[precision])  # cast on the way: fp32 weights beside the masters never fill the device
+        cast(scorer, device, DTYPES[precision])
         if precision != "fp32":
             for name, param in self.params.items():
                 param.register_post_accumulate_grad_hook(_accumulate_in(self.masters[name]))

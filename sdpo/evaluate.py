@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdpo import answers, judges, prompts
+from sdpo import answers, judges, models, prompts
 from sdpo import lab as laboratory
 from sdpo.answers import LIBRARIES, Decoding
 from sdpo.data import Pair
@@ -167,8 +167,17 @@ def _benchmark(model: Artifact, bench: Workbench, settings: dict) -> Measures:
     call = dict(settings)
     suite = getattr(benchmarks, call.pop("suite"))
     folder = Path(settings["local"]) if settings["local"] else None
-    data = {"data": hash_files(folder, folder.iterdir())} if folder else {}
-    determinants = {"weights": model.key, "lm_eval": version("lm_eval"), **settings, **data}
-    return bench.store.make_json(
-        "evaluation", determinants, lambda: suite(bench.host_model(model).to(bench.device), bench.tokenizer, **call)
-    )
+    data = hash_files(folder, folder.iterdir()) if folder else None
+    determinants = {
+        "weights": model.key,
+        "tokenizer": models.fingerprint_tokenizer(bench.tokenizer),
+        "lm_eval": version("lm_eval"),
+        **settings,
+        "local": data,  # by content, wherever it lies
+    }
+
+    def compute() -> Measures:
+        bench.release()  # the engine, which would stand beside it on the device
+        return suite(bench.host_model(model).to(bench.device), bench.tokenizer, **call)
+
+    return bench.store.make_json("evaluation", determinants, compute)

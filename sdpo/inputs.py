@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sdpo import adapters, data, lab, launch, losses, models, probes
-from sdpo.config import Config
+from sdpo.config import Config, for_step
 from sdpo.data import Pair, Preferences
 from sdpo.fit import Chunk
 from sdpo.losses import Both
@@ -67,8 +67,11 @@ def prepare(config: Config, store: Store, take: Callable = take_step) -> Inputs:
     train, train_report = encode(preferences.train, tokenizer, **settings)
     held_out, held_out_report = encode(preferences.held_out, tokenizer, **settings)
     pairs = {pair.id: pair for pair in [*preferences.train, *preferences.held_out]}
-    if config.reference["name"] == "external":
-        _read_by_external(config, bench, list(pairs.values()))
+    if external_references := _external_references(config):
+        kept = [pairs[id] for id in (*train, *held_out)]
+        _refuse_truncated(config, train_report, held_out_report)
+        for reference in external_references:
+            _read_by_external(reference, config, bench, kept)
     report = preferences.report | {"tokens": {"train": train_report, "held_out": held_out_report}}
     return Inputs(bench, initial, list(train.values()), list(held_out.values()), pairs, report, exam)
 
@@ -87,21 +90,37 @@ def _check_ratings(config: Config, pairs: list[Pair]) -> None:
     loss(*(ratings for _ in needs(loss)))  # says what it does not accept; of the rest any number will do
 
 
-def _read_by_external(config: Config, bench: Workbench, pairs: list[Pair]) -> None:
-    """Let the external reference read the same texts with its own tokenizer and template; only sums cross over."""
-    model = external(config.reference)
+def _external_references(config: Config) -> list[dict]:
+    """The settings of every external reference, of the run and of single steps."""
+    all_steps = [for_step(config, t).reference for t in (0, *config.steps)]
+    return [reference for reference in all_steps if reference["name"] == "external"]
+
+
+def _refuse_truncated(config: Config, *reports: dict) -> None:
+    """ValueError where a pair was cut in our tokens: an external reference reads whole texts in its own."""
+    if cut := sum(source["truncated"] for report in reports for source in report["sources"].values()):
+        raise ValueError(
+            f"{cut} pairs are cut by data.on_long={config.data.on_long}, but reference=external reads whole texts, "
+            "so its log-probs would be of other responses; set data.on_long=drop, or raise data.max_tokens"
+        )
+
+
+def _read_by_external(reference: dict, config: Config, bench: Workbench, pairs: list[Pair]) -> None:
+    """Let an external reference read the same texts with its own tokenizer and template; only sums cross over."""
+    model = external(reference)
     tokenizer = models.load_tokenizer(model.folder)
     longest = max(tokenizer.model_max_length, config.data.max_tokens)
-    template = config.reference["template"]
+    template = reference.get("template")
     bench.foreign[model.key], _ = encode(pairs, tokenizer, template=template, max_tokens=longest, on_long="error")
 
 
 def _base_model(config: Config, store: Store):
     """The model before any training here, with its tokenizer."""
     if config.model.name != "lab":
-        folder = models.locate(config.model.path, config.model.revision, config.model.name == "hub")
+        remote = config.model.trust_remote_code
+        folder = models.locate(config.model.path, config.model.revision, config.model.name == "hub", remote)
         key = models.fingerprint(folder)
-        return Artifact(key, folder, reused=True), models.load_tokenizer(folder, config.model.trust_remote_code)
+        return Artifact(key, folder, reused=True), models.load_tokenizer(folder, remote)
     tokenizer = lab.tokenizer()
 
     def build(folder: Path) -> None:

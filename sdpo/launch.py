@@ -116,6 +116,7 @@ def run(settings: Config, folder: Path) -> dict:
     try:
         with _alone(folder):
             if not runs.Run(settings, folder, choices={}, arm="").finished:  # by the process that was waited for
+                (folder / "error.txt").unlink(missing_ok=True)  # of that one
                 (_work if settings.launch.ranks == 1 else _start_ranks)(settings, folder)
         return json.loads((folder / "summary.json").read_text())
     except Exception as error:
@@ -126,10 +127,8 @@ def run(settings: Config, folder: Path) -> dict:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """No other process does this run meanwhile: a sweep that is started anew submits the jobs that still run, too."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with (folder / runs.LOCK).open("w") as file:
+        if runs.is_taken(file):
             print(f"another process does the run in {folder}; waiting for it to end", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo.readers import Unreachable
@@ -17,8 +18,8 @@ WEIGHTS = "*.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def locate(path: str | None, revision: str | None, on_hub: bool) -> Path:
-    """The folder of a model that was made elsewhere; a repository of the hub is fetched first.
+def locate(path: str | None, revision: str | None, on_hub: bool, trust_remote_code: bool = False) -> Path:
+    """The folder of a model that was made elsewhere; a repository of the hub is fetched first, its code if trusted.
 
     Raises ValueError where there is no folder, or none with safetensors weights.
     """
@@ -27,22 +28,28 @@ def locate(path: str | None, revision: str | None, on_hub: bool) -> Path:
     if on_hub:
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *["*.py"] * trust_remote_code]
         try:
             path = snapshot_download(path, revision=revision, allow_patterns=patterns)
         except OSError as error:
             raise Unreachable(path, error) from error
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"model.path: {folder} holds no config.json; name a Hugging Face model folder")
+        raise ValueError(f"{folder} holds no config.json; name a Hugging Face model folder")
     if not any(folder.glob(WEIGHTS)):
-        raise ValueError(f"model.path: {folder} holds no *.safetensors; save it with save_pretrained first")
+        raise ValueError(f"{folder} holds no *.safetensors; save it with save_pretrained first")
     return folder
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights; a finished step may have its optimiser's moments beside them."""
+    return [path for path in folder.glob(WEIGHTS) if not path.name.startswith("moments-")]
+
+
 def fingerprint(folder: Path) -> str:
-    """The content hash of a model made elsewhere: weights and configuration, never its path."""
-    return key_of("external", {"files": hash_files(folder, [*folder.glob(WEIGHTS), folder / "config.json"])})
+    """The content hash of a model made elsewhere: weights, configuration and code, never its path."""
+    files = [*weight_files(folder), folder / "config.json", *folder.glob("*.py")]
+    return key_of("external", {"files": hash_files(folder, files)})
 
 
 def fingerprint_weights(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
@@ -75,6 +82,17 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bo
     if missing := sorted(seen["missing_keys"]):
         raise ValueError(f"{folder} cannot be loaded: it lacks {len(missing)} weights, {missing[0]} among them")
     return model
+
+
+def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Move a module, its parameters as `dtype` (on the way: the fp32 weights never fill the device).
+
+    Buffers keep theirs, as in `from_pretrained(dtype=...)` and in DeepSpeed: rotary frequencies in bf16 would be
+    another model, by a tenth of a nat a token at a thousand tokens.
+    """
+    for param in module.parameters():
+        param.data = param.data.to(device, dtype)
+    return module.to(device)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

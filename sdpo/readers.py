@@ -43,7 +43,7 @@ def read_file(name: str) -> Table:
         raise ValueError(f"{name}: cannot be read ({error.strerror or error})") from error
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{name}: is not a valid {path.suffix} file ({error})") from error
-    return Table(name, path.name.split(".")[0], hashlib.sha256(content).hexdigest(), rows)
+    return Table(name, source_of_file(name), hashlib.sha256(content).hexdigest(), rows)
 
 
 def read_hub(name: str, revisions: dict[str, str]) -> Table:
@@ -66,6 +66,10 @@ def read_hub(name: str, revisions: dict[str, str]) -> Table:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return Table(name, source_on_hub(name), digest.hexdigest(), list(enumerate(rows, 1)))
+
+
+def source_of_file(name: str) -> str:
+    return Path(name).name.split(".")[0]
 
 
 def source_on_hub(name: str) -> str:

@@ -1,5 +1,6 @@
 """A run from outside: its settings and folder, whether it is finished, how it failed. Nothing here imports torch."""
 
+import fcntl
 import hashlib
 import json
 import sys
@@ -8,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,7 +18,17 @@ from sdpo import store
 from sdpo.config import Config
 from sdpo.rooms import choose
 
+LOCK = ".lock"  # in a run folder: held by the process that does the run
 NAMED_AXES = ("model", "arm", "split", "reference", "loss")  # the choices in the name of a run folder
+
+
+def is_taken(lock: IO) -> bool:
+    """Whether another process holds this lock; if none does, it is ours until the file is closed."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 class Run(NamedTuple):
@@ -30,8 +41,18 @@ class Run(NamedTuple):
     sweep: str | None = None
 
     def prepare(self) -> None:
-        """Make the folder ready: the resolved configuration, and the names as the beginning of the manifest."""
+        """Make the folder ready: the resolved configuration, and the names as the beginning of the manifest.
+
+        A run that another process does meanwhile is left as it is; ValueError where that one has other settings.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOCK).open("w") as file:
+            if not is_taken(file):
+                self._write()
+            elif (self.folder / "config.yaml").read_text() != configuration.to_yaml(self.config):
+                raise ValueError(f"{self.folder}: another process does a run of other settings there; name another")
+
+    def _write(self) -> None:
         for leftover in ("done", "error.txt", "log.txt"):
             (self.folder / leftover).unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(configuration.to_yaml(self.config))

@@ -50,7 +50,7 @@ def resolve(
 def external(settings: dict) -> Artifact:
     """A reference that was made elsewhere, by content: a folder, or else a repository of the hub."""
     is_folder = Path(settings["path"]).is_dir()
-    folder = models.locate(settings["path"], settings["revision"], on_hub=not is_folder)
+    folder = models.locate(settings["path"], settings.get("revision"), on_hub=not is_folder)
     return Artifact(models.fingerprint(folder), folder, reused=True)
 
 

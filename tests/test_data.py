@@ -141,6 +141,8 @@ SETTINGS = [
     ({"columns": {"prompt": "x"}}, "chosen and rejected among them"),
     ({"name": "hub", "revisions": {"a/b": "main"}}, "data.revisions names a/b"),
     ({"train": ["a.jsonl", "a.jsonl"]}, "a.jsonl twice"),
+    ({"train": ["easy/a.jsonl", "hard/a.v2.jsonl"]}, "easy/a.jsonl and hard/a.v2.jsonl would both be the source 'a'"),
+    ({"name": "hub", "train": ["x/a", "y/a:test"]}, "x/a and y/a:test would both be the source 'a'"),
     ({"train": ["nowhere.jsonl"]}, "nowhere.jsonl: cannot be read"),
     ({"train": ["a.txt"]}, "a.txt: files of this kind are not read; use one of .jsonl, .json, .parquet, .csv"),
     ({"source_from": "row"}, "row 1: field 'source' is missing"),

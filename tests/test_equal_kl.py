@@ -27,6 +27,14 @@ def test_gain_at_equal_kl(tmp_path):
     assert row["seeds"] == 3 and row["beyond"] == 0 and row["p"] == 0.25
 
 
+def test_the_line_of_another_s_says_nothing(tmp_path):
+    sweep = make_sweep(tmp_path / "sweep")
+    manifest = sweep / "stepwise-s1" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("s" * 64, "z" * 64))
+    row = equal_kl.above_plain(sweep).iloc[0]
+    assert row["gain at equal KL"].n == 2 and row["beyond"] == 1
+
+
 def test_no_line_beyond_plain_dpo(tmp_path):
     sweep = make_sweep(tmp_path / "sweep")
     _move(sweep / "stepwise-s1", 1.6)

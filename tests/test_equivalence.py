@@ -6,14 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import read_lines
+from conftest import compose, random_model, read_lines
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpo import config, data
+from sdpo import config, data, models
+from sdpo.engine import Plain
 from sdpo.fit import learning_rate, updates
-from sdpo.logprobs import naive_logprobs
+from sdpo.logprobs import Scorer, naive_logprobs
 from sdpo.tokens import encode
 
 BETA = 0.1
@@ -189,6 +190,21 @@ def test_bf16_has_fp32_masters_so_that_small_learning_rates_move_weights(run, to
     moved = (before[name] != after[name]).float().mean()
     assert after[name].dtype == torch.float32 and moved > 0.99
     assert (before[name].bfloat16() != after[name].bfloat16()).float().mean() < 0.1  # what bf16 alone would lose
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_bf16_leaves_rotary_frequencies_as_from_pretrained_does(tmp_path, architecture):
+    """As DeepSpeed does, too: both engines score for one table of log-probs."""
+    random_model(architecture).save_pretrained(tmp_path)
+    scorer = Scorer(models.load(tmp_path))
+    Plain(scorer, compose().optim, "bf16", torch.device("cpu"))
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {param.dtype for param in scorer.parameters()} == {torch.bfloat16}
+    theirs = {name: buffer for name, buffer in peer.named_buffers() if name.endswith("inv_freq")}
+    ours = dict(scorer.model.named_buffers())
+    assert bool(theirs) is (architecture != "gpt2")
+    for name, frequencies in theirs.items():
+        torch.testing.assert_close(ours[name], frequencies, rtol=0, atol=0)
 
 
 def test_a_step_counts_tokens_once_and_says_how_fast_it_was(run):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ def test_a_job_that_is_submitted_twice_is_done_once(toy, tmp_path, monkeypatch):
     jobs = [subprocess.Popen(launch.job(folder), stderr=subprocess.PIPE, text=True)]
     while not (folder / "metrics.jsonl").exists():
         time.sleep(0.05)
+    begun = (folder / "manifest.json").read_bytes()
+    runs.Run(settings, folder, choices={}, arm="again").prepare()
+    assert (folder / "manifest.json").read_bytes() == begun  # what runs is left as it is
+    with pytest.raises(ValueError, match="does a run of other settings there"):
+        runs.Run(replace(settings, seed=1), folder, choices={}, arm="other").prepare()
+    runs.fail(folder, ValueError("an earlier failure"))
     jobs.append(subprocess.Popen(launch.job(folder), stderr=subprocess.PIPE, text=True))
     said = [job.communicate()[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0]

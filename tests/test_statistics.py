@@ -80,7 +80,13 @@ def test_verdict(differences, inert, said):
 
 @pytest.mark.parametrize(
     ("gains", "said"),
-    [([0.1] * 8, "higher"), ([0.1, -0.1] * 4, "higher, at equal KL within noise"), ([], "higher")],
+    [
+        ([0.1] * 8, "higher"),
+        ([0.1, -0.1] * 4, "higher, at equal KL within noise"),
+        ([-0.1] * 8, "higher, at equal KL lower"),
+        ([0.1], "higher, at equal KL not known"),
+        ([], "higher"),
+    ],
 )
 def test_what_is_higher_is_said_to_be_so_by_kl_alone(gains, said):
     difference, at_equal_kl = statistics.over_seeds([0.1] * 8), statistics.over_seeds(gains)
