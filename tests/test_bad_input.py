@@ -40,7 +40,7 @@ SETTINGS = {
         "data.template is 'llama'; it can be null, alpaca, zephyr, chatml, plain",
     ),
     "too long": (["data.max_tokens=4"], "pair a-"),
-    "no such model": (["model.path=nowhere"], "model.path: nowhere holds no config.json"),
+    "no such model": (["model.path=nowhere"], "nowhere holds no config.json"),
     "no attention of ours": (["model.path=mamba"], "MambaForCausalLM cannot share prompts: "),
     "no tokenizer": (["model.path=bare"], "bare holds no tokenizer; save one there with tokenizer.save_pretrained"),
     "fewer pairs than steps": (["split=random", "split.num_chunks=9"], "9 chunks were asked for, but there are only"),
