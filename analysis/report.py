@@ -23,6 +23,9 @@ MOST_PROMPTS = 20  # whose answers are shown
 TEMPLATES = Path(__file__).parent / "templates"
 
 
+Drawn = tuple[str, Callable, tuple]  # a figure's title, its function and what that is given
+
+
 class Picture(NamedTuple):
     title: str
     caption: str
@@ -54,7 +57,7 @@ def _content(folder: Path) -> dict:
         "equal_kl": tables.show(equal_kl.above_plain(folder)),
         "arms": tables.show(tables.arms(folder)),
         "steps": tables.show(tables.steps(folder)),
-        "pictures": list(_pictures(folder)),
+        "pictures": list(_pictures(_drawn(folder, measures, steps, references))),
         "answers": list(_answers(collect.answers(folder))),
         "lineage": _lineage(steps),
         "data": _data(runs),
@@ -67,27 +70,27 @@ def write_figures(folder: Path | str, into: Path) -> list[Path]:
     from analysis.style import save
 
     into.mkdir(parents=True, exist_ok=True)
-    written = []
-    for _, draw, given in _drawn(Path(folder)):
-        written += [into / f"{draw.__name__}.{ending}" for ending in ("svg", "pdf")]
-        for path in written[-2:]:
-            save(draw(*given), path)
-    return written
+    folder = Path(folder)
+    drawn = _drawn(folder, collect.measures(folder), collect.steps(folder), collect.references(folder))
+    figures = {draw.__name__: draw(*given) for _, draw, given in drawn}
+    written = {into / f"{name}.{ending}": figure for name, figure in figures.items() for ending in ("svg", "pdf")}
+    for path, figure in written.items():
+        save(figure, path)
+    return list(written)
 
 
-def _pictures(folder: Path) -> Iterator[Picture]:
+def _pictures(drawn: list[Drawn]) -> Iterator[Picture]:
     """The figures, each with its function's sentence as caption."""
     from analysis.style import to_svg
 
-    for title, draw, given in _drawn(folder):
+    for title, draw, given in drawn:
         yield Picture(title, " ".join(draw.__doc__.split()), Markup(to_svg(draw(*given), title)))
 
 
-def _drawn(folder: Path) -> list[tuple[str, Callable, tuple]]:
-    """The figures for which these runs have numbers: title, function and what it is given."""
+def _drawn(folder: Path, measures: pd.DataFrame, steps: pd.DataFrame, references: pd.DataFrame) -> list[Drawn]:
+    """The figures for which these runs have numbers."""
     from analysis import figures  # here, because a table needs no matplotlib
 
-    measures, steps, references = collect.measures(folder), collect.steps(folder), collect.references(folder)
     train, trajectory = collect.train(folder), collect.trajectory(folder)
     drawn = [("Loss", figures.loss_curves, (train,))]
     if {"lab/gold", "lab/kl"} <= set(measures["measure"]):

@@ -106,20 +106,20 @@ def verdict(
         return "the reference was inert"
     if p_holm < LEVEL:
         direction = "higher" if difference.value > 0 else "lower"
-        return direction + _at_equal_kl(direction, at_equal_kl)
+        return direction + _caveat(direction, at_equal_kl)
     clear = difference.low > 0 or difference.high < 0
     if clear and smallest_p(difference.n) * num_contrasts > LEVEL:
         return "too few seeds to tell"
     return "within noise"
 
 
-def _at_equal_kl(direction: str, difference: Interval | None) -> str:
-    """What is to be added to a verdict; nothing where the difference at equal KL has the same direction."""
-    if difference is None or difference.n == 0:
+def _caveat(direction: str, at_equal_kl: Interval | None) -> str:
+    """What a reader of a verdict must know besides; nothing where the difference at equal KL has its direction."""
+    if at_equal_kl is None or at_equal_kl.n == 0:
         return ""
-    if difference.n < 2:
+    if at_equal_kl.n < 2:
         return ", at equal KL not known"
-    if difference.low <= 0 <= difference.high:
+    if at_equal_kl.low <= 0 <= at_equal_kl.high:
         return ", at equal KL within noise"
-    there = "higher" if difference.value > 0 else "lower"
+    there = "higher" if at_equal_kl.value > 0 else "lower"
     return "" if there == direction else f", at equal KL {there}"

@@ -213,9 +213,12 @@ def _reasons(dropped: list[dict[str, Any]]) -> dict[str, int]:
 
 def _check_sources(settings: config.Data) -> None:
     """ValueError where two inputs would be taken for one source, and so for one step."""
+    if settings.source_from == "row":
+        return
+    source_of = source_on_hub if settings.name == "hub" else source_of_file
     named: dict[str, str] = {}
-    for name in settings.train if settings.source_from == "file" else []:
-        source = source_on_hub(name) if settings.name == "hub" else source_of_file(name)
+    for name in settings.train:
+        source = source_of(name)
         if source in named:
             raise ValueError(
                 f"data.train: {named[source]} and {name} would both be the source {source!r}; rename one, or name the "

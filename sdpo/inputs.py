@@ -91,9 +91,13 @@ def _check_ratings(config: Config, pairs: list[Pair]) -> None:
 
 
 def _external_references(config: Config) -> list[dict]:
-    """The settings of every external reference, of the run and of single steps."""
-    all_steps = [for_step(config, t).reference for t in (0, *config.steps)]
-    return [reference for reference in all_steps if reference["name"] == "external"]
+    """The settings of every external reference, of the run and of single steps, each once."""
+    found: list[dict] = []
+    for t in (0, *config.steps):
+        reference = for_step(config, t).reference
+        if reference["name"] == "external" and reference not in found:
+            found.append(reference)
+    return found
 
 
 def _refuse_truncated(config: Config, *reports: dict) -> None:

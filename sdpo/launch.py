@@ -116,7 +116,7 @@ def run(settings: Config, folder: Path) -> dict:
     try:
         with _alone(folder):
             if not runs.Run(settings, folder, choices={}, arm="").finished:  # by the process that was waited for
-                (folder / "error.txt").unlink(missing_ok=True)  # of that one
+                (folder / "error.txt").unlink(missing_ok=True)  # what that one failed of
                 (_work if settings.launch.ranks == 1 else _start_ranks)(settings, folder)
         return json.loads((folder / "summary.json").read_text())
     except Exception as error:

@@ -28,7 +28,9 @@ def locate(path: str | None, revision: str | None, on_hub: bool, trust_remote_co
     if on_hub:
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *["*.py"] * trust_remote_code]
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        if trust_remote_code:
+            patterns.append("*.py")
         try:
             path = snapshot_download(path, revision=revision, allow_patterns=patterns)
         except OSError as error:
@@ -68,14 +70,18 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return key_of("tokenizer", {"backend": backend, "special": special, "template": tokenizer.chat_template})
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder, in eval mode, with its own attention.
+def load(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder in fp32, in eval mode, with its own attention.
 
     Raises ValueError where its files are damaged, or lack weights, which would be made up at random.
     """
     try:
         model, seen = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be loaded: its weights are damaged or of another model ({error})") from error

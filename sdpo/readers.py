@@ -69,6 +69,7 @@ def read_hub(name: str, revisions: dict[str, str]) -> Table:
 
 
 def source_of_file(name: str) -> str:
+    """The source that a file is: its name up to the first dot."""
     return Path(name).name.split(".")[0]
 
 

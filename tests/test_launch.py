@@ -34,6 +34,7 @@ def test_a_job_that_is_submitted_twice_is_done_once(toy, tmp_path, monkeypatch):
     settings, _ = toys.prepare(toy, tmp_path / "store", "split=all_at_once", "optim.epochs=60")
     folder = tmp_path / "run"
     runs.Run(settings, folder, choices={}, arm="once").prepare()
+    runs.fail(folder, ValueError("of a process that did it before"))
     jobs = [subprocess.Popen(launch.job(folder), stderr=subprocess.PIPE, text=True)]
     while not (folder / "metrics.jsonl").exists():
         time.sleep(0.05)
@@ -42,10 +43,9 @@ def test_a_job_that_is_submitted_twice_is_done_once(toy, tmp_path, monkeypatch):
     assert (folder / "manifest.json").read_bytes() == begun  # what runs is left as it is
     with pytest.raises(ValueError, match="does a run of other settings there"):
         runs.Run(replace(settings, seed=1), folder, choices={}, arm="other").prepare()
-    runs.fail(folder, ValueError("an earlier failure"))
     jobs.append(subprocess.Popen(launch.job(folder), stderr=subprocess.PIPE, text=True))
     said = [job.communicate()[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0]
+    assert [job.returncode for job in jobs] == [0, 0] and not (folder / "error.txt").exists()
     assert ["waiting for it to end" in text for text in said] == [False, True]
     assert [entry["update"] for entry in read_lines(folder, "train")] == list(range(1, 361))
     assert not read_lines(folder, "step")[0]["reused"]
