@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 from conftest import random_model
 from scipy import stats
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval")
 from analysis import paper
-from sdpo import benchmarks, models
+from sdpo import benchmarks, evaluate, models
 
 CHECKOUT = Path(__file__).parents[1]
 DEFINITIONS = Path(find_spec("lm_eval.tasks").origin).parent
@@ -101,6 +103,20 @@ def test_scores_equal_those_of_the_command_line(stories, real_data, task, tmp_pa
         assert measure["value"] == theirs[f"{metric},none"] and measure["n"] == 60
         half = stats.t.ppf(0.975, 59) * theirs[f"{metric}_stderr,none"]
         assert measure["high"] == pytest.approx(measure["value"] + half, rel=1e-12)
+
+
+def test_scores_are_kept_by_model_tokenizer_and_data(toy, tmp_path, real_data):
+    _, inputs = toys.prepare(toy, tmp_path / "store")
+    bench = inputs.bench
+
+    def num_kept(local):
+        evaluate.lm_eval(inputs.initial, bench, tasks=["arc_challenge"], num_fewshot=0, local=str(local), limit=2)
+        return len(list((tmp_path / "store" / "evaluation").iterdir()))
+
+    assert num_kept(real_data / "eval") == 1
+    assert num_kept(shutil.copytree(real_data / "eval", tmp_path / "elsewhere")) == 1
+    bench.tokenizer.bos_token = bench.tokenizer.eos_token
+    assert num_kept(real_data / "eval") == 2
 
 
 def test_the_paper_s_columns_are_measures_of_h4():

@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import random_model
 
+from sdpo.models import fingerprint
 from sdpo.store import Store, check, key_of
 
 
@@ -88,3 +90,12 @@ def test_another_run_takes_over_from_a_dead_maker(tmp_path):
     os.waitpid(child, 0)
     artifact = Store(tmp_path).make("step", {}, build_text("whole"))
     assert [path.name for path in sorted(artifact.folder.iterdir())] == ["manifest.json", "text"]
+
+
+def test_a_model_made_elsewhere_is_known_by_weights_configuration_and_code(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    known = fingerprint(tmp_path)
+    (tmp_path / "moments-0.safetensors").write_bytes(b"of an optimiser, beside a finished step")
+    assert fingerprint(tmp_path) == known
+    (tmp_path / "modeling_own.py").write_text("# runs where trust_remote_code is set")
+    assert fingerprint(tmp_path) != known
