@@ -1,60 +1,103 @@
-"""Synthetic run and sweep folders for the tests of analysis/: the layout of real ones, invented numbers."""
+"""Run and sweep folders for the tests of analysis/: copies of two real tiny runs, in which only numbers are changed.
 
+The real ones are made once, on the smallest laboratory: plain DPO in one step and stepwise DPO in two, both asked two
+prompts. What `make_run` writes has their files, keys, columns and kinds of lines (see test_runs_fixture.py).
+"""
+
+import atexit
+import functools
+import hashlib
 import json
+import shutil
+import tempfile
+from math import log, log2
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
+from conftest import CONF
+from hydra import compose, initialize_config_dir
 
 SOURCES = ("teacher", "on_policy")
-NUM_PAIRS = 40  # of each source in training; a quarter as many are held out
+NUM_PAIRS = 48  # of each source in training; a quarter as many are held out
 UPDATES = 12  # of each step
 
+BASE = ["experiment=smoke", "~data.lab.sources.edits", f"data.lab.num_held_out={NUM_PAIRS // 4}"]
+BASE += [f"data.lab.sources.{source}.num_pairs={NUM_PAIRS}" for source in SOURCES]
+BASE += ["evaluate=[preference,lab,generate]", "evaluate.generate.max_new_tokens=4", f"probe.every={UPDATES // 2}"]
+ARMS = {  # by the number of steps
+    1: ["split=all_at_once", "reference=initial", f"optim.pairs_per_update={2 * NUM_PAIRS // UPDATES}"],
+    2: ["split=by_source", "reference=previous", f"optim.pairs_per_update={NUM_PAIRS // UPDATES}"],
+}
+PROMPTS = {"first": ["Rabcdef", "Nabcdef"], "second": ["Tabcdef"]}  # in the laboratory's letters
+ASKED = {"first": ["What is a < b?", "And b?"], "second": ["Say nothing."]}  # what the copies have in their place
 
-def make_run(folder: Path, *, arm="stepwise", seed=0, num_steps=2, gold=0.85, leverage=0.1, sweep=None):
-    """Write one ended run: S and `num_steps` steps whose last gold reward is exactly `gold`."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    pairs = _pairs(rng, num_steps)
-    reference = "initial" if num_steps == 1 else "previous"
-    manifest = {
-        "run": folder.name,
-        "sweep": sweep,
-        "arm": arm,
-        "choices": {"model": "lab", "split": "by_source", "reference": reference, "loss": "dpo"},
-        "seed": seed,
-        "model_key": "s" * 64,
-        "steps": [_lineage(pairs, t, num_steps, arm, seed) for t in range(1, num_steps + 1)],
-        "versions": {"torch": "2.13.0", "sdpo": "0.1.0"},
-        "git": {"commit": "0" * 40, "dirty": False},
-        "machine": {"cpu": "synthetic", "cores": 2},
-        "command": ["train.py", "experiment=synthetic", f"seed={seed}"],
-    }
-    evals = [_evaluation(t, num_steps, gold, rng) for t in range(num_steps + 1)]
-    steps = [_step(step, leverage if step["t"] > 1 else 0.0) for step in manifest["steps"]]
-    metrics = [{"kind": "eval", "t": 0, "eval": evals[0]}]
-    for step, evaluation in zip(steps, evals[1:], strict=True):
-        metrics += [*_updates(step), step, {"kind": "eval", "t": step["t"], "eval": evaluation}]
-    metrics += [_answers(t, arm) for t in range(num_steps + 1)]
-    summary = {
-        "steps": [{**step, "eval": evals[step["t"]]} for step in steps],
-        "initial": {"eval": evals[0]},
-        "headline": {"name": "lab/gold", "value": gold, "n": 256},
-        "seconds": 5.0 + seed,
-        "trained_steps": sum(not step["reused"] for step in steps),
-        "reused_steps": sum(step["reused"] for step in steps),
-    }
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in metrics))
-    for name, content in (("manifest", manifest), ("summary", summary), ("data_report", _data_report(pairs))):
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    (folder / "config.yaml").write_text("seed: 0\n")
-    pairs.to_parquet(folder / "pairs.parquet", index=False)
-    _trajectory(pairs, num_steps, rng).to_parquet(folder / "trajectory.parquet", index=False)
-    (folder / "done").touch()
+
+@functools.cache
+def real_sweep() -> Path:
+    """The folder of a real sweep of two real runs, `1` of one step and `2` of two; it lives as long as this process."""
+    from sdpo import runs, stepwise, sweep
+
+    place = Path(tempfile.mkdtemp(prefix="sdpo-real-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    asked = place / "prompts.jsonl"
+    asked.write_text("".join(json.dumps({"id": id, "turns": turns}) + "\n" for id, turns in PROMPTS.items()))
+    folder, overrides = place / "tiny", [*BASE, f"evaluate.generate.file={asked}"]
+    made = []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for num_steps, its_own in ARMS.items():
+            composed = compose("config", overrides=[*overrides, *its_own], return_hydra_config=True)
+            job, name = runs.without_hydra(composed), str(num_steps)
+            made.append(runs.of(job, composed.hydra, folder / name, arm=name, sweep=folder.name))
+    contrasts = {"order": ["2", "1"]}
+    sweep._prepare(sweep.Sweep(folder, made, overrides, contrasts, n=1, backend="local", slurm={}), made)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDPO_STORE", str(place / "store"))
+        for run in made:
+            stepwise.run(run.config, run.folder)
+            runs.finish(run.config, run.folder)
     return folder
 
 
-def make_sweep(folder: Path, *, seeds=3, arms=("all at once", "stepwise"), gains=(0.0, 0.02), leverage=0.1):
+def make_run(
+    folder: Path, *, arm="stepwise", seed=0, num_steps=2, gold=0.85, leverage=0.1, sweep=None, answers=True
+) -> Path:
+    """Write one ended run: S and `num_steps` steps (1 or 2) whose last gold reward is exactly `gold`.
+
+    Without `answers` it is a run that was asked no prompts.
+    """
+    shutil.copytree(real_sweep() / str(num_steps), folder, symlinks=True)
+    rng = np.random.default_rng(seed)
+    manifest = _manifest(folder, arm, seed) | {"run": folder.name, "sweep": sweep, "arm": arm, "seed": seed}
+    manifest["command"] = ["train.py", "experiment=synthetic", f"seed={seed}"]
+    reused = {step["t"]: step["reused"] for step in manifest["steps"]}
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    metrics = [line for line in lines if answers or line["kind"] != "answers"]
+    for line in metrics:
+        t = line["t"]
+        match line["kind"]:
+            case "train":
+                line |= _update(line["update"])
+            case "step":
+                line |= _step(t, reused[t], leverage)
+            case "eval":
+                line["eval"] = _evaluation(line["eval"], t / num_steps, gold, answers, rng)
+            case "answers":
+                line["answers"] = [_answer(row, t, arm) for row in line["answers"]]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    summary = _summary(json.loads((folder / "summary.json").read_text()), metrics, seed)
+    for name, content in (("manifest", manifest), ("summary", summary)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    _write_answers(folder, metrics)
+    _write_tables(folder, rng)
+    _finish(folder, seed, answers)
+    return folder
+
+
+def make_sweep(
+    folder: Path, *, seeds=3, arms=("all at once", "stepwise"), gains=(0.0, 0.02), leverage=0.1, answers=True
+) -> Path:
     """A sweep of arms whose gold at each seed differs from the first arm's by exactly the arm's gain."""
     names = []
     for arm, gain in zip(arms, gains, strict=True):
@@ -68,8 +111,9 @@ def make_sweep(folder: Path, *, seeds=3, arms=("all at once", "stepwise"), gains
                 gold=0.8 + 0.01 * seed + gain,
                 leverage=leverage,
                 sweep=folder.name,
+                answers=answers,
             )
-    sweep = {
+    sweep = json.loads((real_sweep() / "sweep.json").read_text()) | {
         "name": folder.name,
         "command": ["train.py", "experiment=synthetic"],
         "overrides": ["experiment=synthetic"],
@@ -80,150 +124,128 @@ def make_sweep(folder: Path, *, seeds=3, arms=("all at once", "stepwise"), gains
     return folder
 
 
-def _pairs(rng, num_steps):
-    rows = []
-    for number, source in enumerate(SOURCES):
-        for i in range(NUM_PAIRS + NUM_PAIRS // 4):
-            held_out = i >= NUM_PAIRS
-            chunk = 0 if held_out else 1 + number % num_steps
-            score = float(rng.normal(1 - number))
-            rows.append((f"{source}-{i}", source, held_out, chunk, score, 9, 8 + i % 3, 8 + i % 4, None, None))
-    lengths = ["prompt_tokens", "chosen_tokens", "rejected_tokens"]
-    ratings = ["chosen_rating", "rejected_rating"]
-    columns = ["id", "source", "held_out", "chunk", "score", *lengths, *ratings]
-    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(ratings, float))
+def _manifest(folder, arm, seed):
+    """The run's manifest with models of its own; the first step of all stepwise arms of a seed is one artifact."""
+    text = (folder / "manifest.json").read_text()
+    steps = json.loads(text)["steps"]
+    for step in steps:
+        t, made_by = step["t"], "any" if step["t"] == 1 else arm
+        text = text.replace(step["key"], hashlib.sha256(f"{seed} {len(steps)} {t} {made_by}".encode()).hexdigest())
+    manifest = json.loads(text)
+    for step in manifest["steps"]:
+        step["reused"] = step["t"] == 1 and seed > 0
+        step["gamma_ref_mean"] = step["windows"][0]["gamma_ref_mean"] = -2.0 + step["t"]
+    return manifest
 
 
-def _lineage(pairs, t, num_steps, arm, seed):
-    """One step's entry in the manifest; the first step of all stepwise arms of a seed is one artifact."""
-    key = f"{seed}{num_steps}{t}" + ("common" if t == 1 else arm.encode().hex())
-    start = "s" * 64 if t == 1 else f"{seed}{num_steps}{t - 1}common"
-    sources = pairs[pairs["chunk"] == t]["source"].value_counts().to_dict()
-    window = {"num_updates": UPDATES, "weights": {start: 1.0}, "gamma_ref_mean": -2.0 + t}
+def _update(update):
+    progress = (update - 1) / UPDATES
     return {
-        "t": t,
-        "key": key,
-        "start": start,
-        "windows": [window],
-        "chunk_hash": f"{t}" * 64,
-        "num_pairs": sum(sources.values()),
-        "sources": sources,
-        "reused": t == 1 and seed > 0,
+        "loss": log(2) * (1 - 0.7 * progress),
+        "margin": 3 * progress,
+        "lambda_mean": 0.5 - 0.3 * progress,
+        "lambda_std": 0.1 * progress,
+        "reward_accuracy": 0.5 + 0.4 * progress,
+        "seconds": 0.1,
     }
 
 
-def _step(lineage, leverage):
+def _step(t, reused, leverage):
     return {
-        "kind": "step",
-        "t": lineage["t"],
-        "num_pairs": lineage["num_pairs"],
-        "sources": lineage["sources"],
-        "first_loss": float(np.log(2)),
+        "first_loss": log(2),
         "last_loss": 0.3,
-        "gamma_ref_mean": lineage["windows"][0]["gamma_ref_mean"],
-        "gamma_ref_negative_share": 0.5,
-        "lambda_mean": 0.3,
-        "lambda_std": 0.1,
-        "reference_leverage": leverage,
-        "tokens_per_second": 1000.0,
-        "utilisation": None,
-        "reused": lineage["reused"],
+        "gamma_ref_mean": -2.0 + t,
+        "reference_leverage": leverage if t > 1 else 0.0,
+        "reused": reused,
         "seconds": 2.0,
     }
 
 
-def _updates(step):
-    for update in range(1, UPDATES + 1):
-        progress = (update - 1) / UPDATES
-        yield {
-            "kind": "train",
-            "t": step["t"],
-            "update": update,
-            "loss": float(np.log(2)) * (1 - 0.7 * progress),
-            "margin": 3 * progress,
-            "lambda_mean": 0.5 - 0.3 * progress,
-            "lambda_std": 0.1 * progress,
-            "reward_accuracy": 0.5 + 0.4 * progress,
-            "chosen_logp": -9.0 + progress,
-            "rejected_logp": -10.0 - 2 * progress,
-            "grad_norm": 1.0,
-            "lr": 5e-4,
-            "pairs": 8,
-            "tokens": 250,
-            "seconds": 0.1,
-        }
+def _evaluation(measures, share, gold, answers, rng):
+    """The measures of one model, after this share of the steps; the last one has the gold reward asked for."""
+    changed = {}
+    for name, numbers in measures.items():
+        value = _value(name, share, gold, rng)
+        if numbers["value"] is not None and value is not None:
+            numbers = numbers | {"value": value, "low": value - 0.02, "high": value + 0.02}
+        if answers or not name.startswith("generate/"):
+            changed[name] = numbers
+    return changed
 
 
-def _evaluation(t, num_steps, gold, rng):
-    """The measures of one model, drifting with t; the last one has the gold reward asked for."""
-
-    def measured(value, n=100):
-        return {"value": value, "low": value - 0.02, "high": value + 0.02, "n": n}
-
-    nothing = {"value": None, "low": None, "high": None, "n": 0}
-    share = t / num_steps
-    measures = {
-        "lab/gold": measured(0.69 + share * (gold - 0.69) if t < num_steps else gold, 256),
-        "lab/kl": measured(1.5 * share, 256),
-        "lab/h4": measured(0.5 + 0.1 * share, 1000),
+def _value(name, share, gold, rng):
+    """What a measure is to be; None where it stays as it is."""
+    suite, *between, last = name.split("/")
+    if between == ["best_of"]:
+        return 0.69 + 0.05 * log2(int(last))
+    if suite == "lab":
+        values = {"gold": gold if share == 1 else 0.69 + share * (gold - 0.69), "kl": 1.5 * share}
+        return None if between else values.get(last)
+    source = 1 + SOURCES.index(between[0]) if between else 0
+    values = {
+        "ranking_accuracy": 0.6 - 0.05 * source + 0.2 * share,
+        "reward_accuracy_initial": 0.5 + 0.3 * share,
+        "shorter_accuracy": 0.55,
+        "gamma": 1 + 3 * share + rng.normal(0, 0.1),
+        "log_ratio_chosen": -1.0 * share,
+        "log_ratio_rejected": -4.0 * share,
     }
-    if t == 0:
-        measures |= {f"lab/best_of/{n}": measured(0.69 + 0.05 * np.log2(n), 256) for n in (1, 2, 4)}
-    for i, prefix in enumerate(["preference", *(f"preference/{source}" for source in SOURCES)]):
-        measures |= {
-            f"{prefix}/ranking_accuracy": measured(0.6 - 0.05 * i + 0.2 * share),
-            f"{prefix}/reward_accuracy_initial": measured(0.5 + 0.3 * share) if t else nothing,
-            f"{prefix}/shorter_accuracy": measured(0.55),
-            f"{prefix}/gamma": measured(float(rng.normal(1 + 3 * share, 0.1))),
-            f"{prefix}/log_ratio_chosen": measured(-1.0 * share),
-            f"{prefix}/log_ratio_rejected": measured(-4.0 * share),
-        }
-    return measures
+    return values.get(last) if suite == "preference" else None
 
 
-def _answers(t, arm):
-    """What one model said to two prompts, of which the first has two turns."""
-    asked = {"first": ["What is a < b?", "And b?"], "second": ["Say nothing."]}
-    answers = {"first": [f"M_{t} of {arm} says {'a long sentence, ' * 9}and stops.", "No."], "second": [""]}
-    rows = [{"id": id, "turns": turns, "dataset": "asked", "answers": answers[id]} for id, turns in asked.items()]
-    return {"kind": "answers", "t": t, "decoding": {"temperature": 0.0}, "answers": rows}
+def _answer(row, t, arm):
+    """What one model said to a prompt, of which the first has two turns."""
+    said = {"first": [f"M_{t} of {arm} says {'a long sentence, ' * 9}and stops.", "No."], "second": [""]}
+    return row | {"turns": ASKED[row["id"]], "answers": said[row["id"]]}
 
 
-def _trajectory(pairs, num_steps, rng):
-    """Every model as policy on all pairs, as the next step's reference, and halfway through a step on its own pairs."""
-    ability = dict(zip(pairs["id"], rng.normal(0, 4, len(pairs)), strict=True))
-    tables = []
-    for t in range(num_steps + 1):
-        if t:
-            middle = UPDATES // 2
-            tables.append(_judged(pairs, ability, f"M_{t - 1}", t - 1, -1).assign(role="reference", t=t, update=0))
-            tables.append(_judged(pairs[pairs["chunk"] == t], ability, f"t{t}/p{middle}", t, middle))
-        tables.append(_judged(pairs, ability, f"M_{t}", t, -1))
-    return pd.concat(tables, ignore_index=True)
+def _summary(summary, metrics, seed):
+    """The summary that goes with these metrics."""
+    evals = {line["t"]: line["eval"] for line in metrics if line["kind"] == "eval"}
+    steps = [line for line in metrics if line["kind"] == "step"]
+    for old, new in zip(summary["steps"], steps, strict=True):
+        old |= {name: new[name] for name in old if name != "eval"} | {"eval": evals[new["t"]]}
+    summary["initial"]["eval"] = evals[0]
+    last, reused = evals[max(evals)]["lab/gold"], sum(step["reused"] for step in steps)
+    summary["headline"] |= {"name": "lab/gold", "value": last["value"], "n": last["n"]}
+    return summary | {"seconds": 5.0 + seed, "trained_steps": len(steps) - reused, "reused_steps": reused}
 
 
-def _judged(pairs, ability, model, t, update):
-    """The log-probabilities of `pairs` under a model that has trained on the chunks up to its own step."""
-    trained = t - 0.5 * (update >= 0)
-    seen = (pairs["chunk"] > 0) & (pairs["chunk"] <= t)
-    gain = 1.5 * trained + 4.0 * seen
-    base = pairs["id"].map(ability)
-    return pairs[["id", "source", "held_out", "chunk"]].assign(
-        model=model,
-        t=t,
-        update=update,
-        role="policy",
-        chosen_logp=-20 + base / 2 - 0.5 * trained,
-        rejected_logp=-20 - base / 2 - 0.5 * trained - gain,
-        seen=seen,
-    )
+def _write_answers(folder, metrics):
+    """The answers of the metrics once more, in the formats of benchmarks; no folder where there are none."""
+    from sdpo.answers import write_formats
+
+    for path in (folder / "answers").glob("*-M_*"):
+        path.unlink()
+    said = [line for line in metrics if line["kind"] == "answers"]
+    for line in said:
+        write_formats(folder / "answers", f"{folder.name}-M_{line['t']}", line["answers"])
+    if not said:
+        shutil.rmtree(folder / "answers")
 
 
-def _data_report(pairs):
-    counts = pairs.groupby(["held_out", "source"]).size()
-    return {
-        "train": {source: int(counts[False, source]) for source in SOURCES},
-        "held_out": {source: int(counts[True, source]) for source in SOURCES},
-        "dropped": {"chosen equals rejected": 0},
-        "duplicates": 0,
-    }
+def _write_tables(folder, rng):
+    """Scores by which a split could have ordered the pairs, and log-probabilities that training raises."""
+    pairs, followed = (pd.read_parquet(folder / f"{name}.parquet") for name in ("pairs", "trajectory"))
+    scores = rng.normal(1 - pairs["source"].map(SOURCES.index))
+    pairs["score"] = np.where(pairs["held_out"], np.nan, scores)
+    pairs.to_parquet(folder / "pairs.parquet", index=False)
+    ability = dict(zip(pairs["id"], rng.normal(0, 4, len(pairs)).round(1), strict=True))
+    base, inside = followed["id"].map(ability), followed["update"] > 0
+    trained = followed["t"] - 1.0 * (followed["role"] == "reference") - 0.5 * inside
+    gain = 1.5 * trained + 4.0 * followed["seen"]
+    followed["chosen_logp"] = (-20 + base / 2 - 0.5 * trained).astype(np.float32)
+    followed["rejected_logp"] = (-20 - base / 2 - 0.5 * trained - gain).astype(np.float32)
+    followed.to_parquet(folder / "trajectory.parquet", index=False)
+
+
+def _finish(folder, seed, answers):
+    """The configuration of this run, and the mark that it has ended."""
+    from sdpo import config, runs
+
+    settings = config.load(folder / "config.yaml")
+    settings.seed = seed
+    if not answers:
+        del settings.evaluate["generate"]
+    (folder / "config.yaml").write_text(config.to_yaml(settings))
+    runs.finish(settings, folder)

@@ -30,7 +30,8 @@ def test_gain_at_equal_kl(tmp_path):
 def test_the_line_of_another_s_says_nothing(tmp_path):
     sweep = make_sweep(tmp_path / "sweep")
     manifest = sweep / "stepwise-s1" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("s" * 64, "z" * 64))
+    text = manifest.read_text()
+    manifest.write_text(text.replace(json.loads(text)["model_key"], "z" * 64))
     row = equal_kl.above_plain(sweep).iloc[0]
     assert row["gain at equal KL"].n == 2 and row["beyond"] == 1
 

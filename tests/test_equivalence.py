@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo import config, data, models
 from sdpo.engine import Plain
-from sdpo.fit import learning_rate, updates
+from sdpo.fit import updates
 from sdpo.logprobs import Scorer, naive_logprobs
 from sdpo.tokens import encode
 
@@ -44,16 +45,43 @@ def chunks(folder):
 
 def naive_dpo(policy, reference, rows, optim, seed, move_every=None, alpha=1.0):
     """DPO as one writes it first: two models, one sequence at a time. Returns the loss before every update."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=optim.lr, betas=tuple(optim.betas), weight_decay=0.0)
-    plan, history = updates(len(rows), optim, seed), []
+    optimizer, plan, history = naive_adamw(policy, optim), naive_plan(len(rows), optim, seed), []
     for number, batch in enumerate(plan):
         if move_every and number and number % move_every == 0:
             with torch.no_grad():
                 for theirs, ours in zip(reference.parameters(), policy.parameters(), strict=True):
                     theirs.lerp_(ours, alpha)
-        optimizer.param_groups[0]["lr"] = learning_rate(number, len(plan), optim)
+        optimizer.param_groups[0]["lr"] = naive_rate(number, len(plan), optim)
         history.append(naive_update(policy, reference, [rows[i] for i in batch], optimizer, optim.clip))
     return history
+
+
+def naive_adamw(policy, optim):
+    return torch.optim.AdamW(policy.parameters(), betas=tuple(optim.betas), weight_decay=optim.weight_decay)
+
+
+def naive_plan(num_pairs, optim, seed):
+    """The indices of each update's pairs: every epoch a permutation of its own, cut off from the front."""
+    plan = []
+    for epoch in range(optim.epochs):
+        left = np.random.default_rng([seed, epoch]).permutation(num_pairs).tolist()
+        while left:
+            plan.append(left[: optim.pairs_per_update])
+            left = left[optim.pairs_per_update :]
+    return plan
+
+
+def naive_rate(number, total, optim):
+    """The learning rate of update `number` (from 0): up in equal steps to the peak, then down the schedule."""
+    warmup = math.ceil(optim.warmup * total)
+    if number < warmup:
+        return optim.lr * (number + 1) / warmup
+    gone = (number - warmup) / (total - warmup)  # 0 right after the warm-up, 1 after the last update
+    if optim.schedule == "linear":
+        return optim.lr * (1 - gone)
+    if optim.schedule == "cosine":
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * gone))
+    return optim.lr
 
 
 def naive_update(policy, reference, rows, optimizer, clip):
@@ -83,6 +111,17 @@ def test_all_at_once_is_plain_dpo(run):
     expected = naive_dpo(policy, copy.deepcopy(policy), rows, settings.optim, settings.seed)
     assert losses(folder) == pytest.approx(expected, abs=1e-5)
     assert min(expected) < 0.67  # it learned something
+    for name, tensor in weights(folder).items():
+        torch.testing.assert_close(tensor, policy.state_dict()[name], atol=1e-5, rtol=0)
+
+
+def test_weight_decay_and_a_cosine_are_those_of_adamw(run):
+    folder = run("split=all_at_once", "optim.weight_decay=0.1", "optim.schedule=cosine")
+    settings, (rows,) = chunks(folder)
+    policy = start_model(settings)
+    expected = naive_dpo(policy, copy.deepcopy(policy), rows, settings.optim, settings.seed)
+    assert (settings.optim.weight_decay, settings.optim.schedule, len(expected)) == (0.1, "cosine", 9)
+    assert losses(folder) == pytest.approx(expected, abs=1e-5)
     for name, tensor in weights(folder).items():
         torch.testing.assert_close(tensor, policy.state_dict()[name], atol=1e-5, rtol=0)
 
@@ -156,6 +195,7 @@ def test_the_same_command_trains_nothing_and_a_shared_prefix_is_shared(run):
 def test_the_order_of_pairs_depends_on_the_seed_alone(run):
     optim = config.Optim(epochs=2, pairs_per_update=5)
     plan = updates(12, optim, seed=0)
+    assert [update.tolist() for update in plan] == naive_plan(12, optim, seed=0)
     assert [len(update) for update in plan] == [5, 5, 2] * 2
     assert sorted(np.concatenate(plan[:3])) == sorted(np.concatenate(plan[3:])) == list(range(12))
     assert [u.tolist() for u in plan] == [u.tolist() for u in updates(12, optim, seed=0)]
@@ -168,12 +208,12 @@ def test_two_carried_halves_of_one_schedule_are_one_step(run):
     folder = run(*carried)
     settings, steps = chunks(folder)
     policy = start_model(settings)
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=tuple(settings.optim.betas), weight_decay=0.0)
+    optimizer = naive_adamw(policy, settings.optim)
     reference, number, expected = copy.deepcopy(policy), 0, []
-    plans = [updates(len(rows), settings.optim, settings.seed) for rows in steps]
+    plans = [naive_plan(len(rows), settings.optim, settings.seed) for rows in steps]
     for rows, plan in zip(steps, plans, strict=True):
         for batch in plan:
-            optimizer.param_groups[0]["lr"] = learning_rate(number, sum(map(len, plans)), settings.optim)
+            optimizer.param_groups[0]["lr"] = naive_rate(number, sum(map(len, plans)), settings.optim)
             expected.append(naive_update(policy, reference, [rows[i] for i in batch], optimizer, settings.optim.clip))
             number += 1
     found = [loss for t in (1, 2, 3) for loss in losses(folder, t)]

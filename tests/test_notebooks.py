@@ -16,7 +16,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Synthetic runs, or those that SDPO_RUNS names."""
+    """The fixture's runs, or those that SDPO_RUNS names."""
     named = os.environ.get("SDPO_RUNS")
     return Path(named).resolve() if named else make_sweep(tmp_path_factory.mktemp("out") / "synthetic")
 

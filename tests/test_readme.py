@@ -36,7 +36,8 @@ def test_every_command_does_what_it_is_there_for(run, tmp_path, monkeypatch, cap
 
 def test_result_tables_have_the_form_of_the_command_that_is_shown(tmp_path, monkeypatch, capsys):
     heads = [line for line in README.splitlines() if line.startswith(("| arm |", "| of |"))]
-    monkeypatch.setattr(sys, "argv", ["tables", str(make_sweep(tmp_path / "sweep")), "--format", "markdown"])
+    sweep = make_sweep(tmp_path / "sweep", answers=False)  # the README's sweeps ask no prompts
+    monkeypatch.setattr(sys, "argv", ["tables", str(sweep), "--format", "markdown"])
     importlib.import_module("analysis.tables").main()
     assert len(heads) == 2 and set(heads) <= set(capsys.readouterr().out.splitlines())
 

@@ -32,10 +32,8 @@ def test_page_holds_everything_and_asks_for_nothing(page):
     assert html.count("<svg") == html.count("</svg>") == html.count("<figcaption>") == 7
     assert not re.search(r"<script|<link(?! rel=\"icon\" href=\"data:)|src=|@import|url\((?!#)", html)
     assert "python train.py experiment=synthetic" in html
-    assert (
-        "<p>Stepwise DPO, 2 arms, 3 seeds: 6 of 6 runs ended, all with model=lab, split=by_source, loss=dpo.</p>"
-        in html
-    )
+    shared = "model=lab, data=lab, score=gamma, loss=dpo, tune=full"
+    assert f"<p>Stepwise DPO, 2 arms, 3 seeds: 6 of 6 runs ended, all with {shared}.</p>" in html
     for heading in ("Verdicts", "What to doubt", "What was run", "Run it again"):
         assert f"<h2>{heading}</h2>" in html
 

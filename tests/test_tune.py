@@ -146,11 +146,6 @@ def test_the_lineage_names_base_and_start(chains):
     assert lineage == {"base": chain.models[0].key, "start": chain.models[1].key, "num_adapters": 2}
 
 
-def test_the_same_adapter_is_the_same_bytes_in_every_process(chains):
-    written = json.loads((chains["merge"].models[1].folder / "adapter" / "adapter_config.json").read_text())
-    assert written["target_modules"] == sorted(written["target_modules"])  # and not in a set's order
-
-
 def test_the_rank_is_part_of_the_key(run):
     quick = ["tune=lora", "split=all_at_once", "optim.pairs_per_update=99"]
     folders = [run(*quick, f"tune.rank={rank}", name=f"rank {rank}") for rank in (1, 2)]
