@@ -17,8 +17,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from sdpo import help, launch, runs
-from sdpo.runs import Run
+from sdpo.launch import help
+from sdpo.launch import local as launch
+from sdpo.run import folder as run_folder
+from sdpo.run.folder import Run
 
 composed: list[tuple[DictConfig, DictConfig]] = []
 
@@ -40,7 +42,7 @@ def main(arguments: list[str]) -> None:
     for job, settings in composed:
         folder = Path(settings.runtime.output_dir)
         try:
-            single(runs.of(job, settings, folder))
+            single(run_folder.of(job, settings, folder))
         finally:
             with suppress(OSError):
                 folder.rmdir()  # Hydra made it; what was refused or only planned leaves it empty
@@ -49,19 +51,19 @@ def main(arguments: list[str]) -> None:
 def single(run: Run) -> None:
     """One run, in this process or with ranks of its own, and what came of it."""
     launch.set_threads(run.config.launch.threads)  # before torch starts
-    runs.check(run.config)
+    run_folder.check(run.config)
     if run.config.plan:
-        from sdpo import plan
+        from sdpo.plan import report
 
-        plan.show([run])
+        report.show([run])
         return
     run.prepare()
     summary = launch.run(run.config, run.folder)
     from analysis import report
-    from sdpo import record
+    from sdpo import metrics
 
     for step in summary["steps"]:
-        print(record.step_line(step))
+        print(metrics.step_line(step))
     print(f"report: {report.write_report(run.folder)}")
 
 

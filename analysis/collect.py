@@ -17,7 +17,7 @@ those that ended. Every table begins with `run` (folder name), `arm` (label with
                 reference), chosen_logp, rejected_logp, seen, and gamma = chosen_logp - rejected_logp
     pairs       run x pair: id, source, held_out, chunk (0: held out), score, token counts, ratings
 
-Runs that W&B holds are read by analysis.mirror, which makes run folders of them.
+Runs that W&B holds are read by analysis.from_wandb, which makes run folders of them.
 
 Sums of log-probabilities and gamma are in nats, seconds are wall-clock, and shares lie between 0 and 1.
 """

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import collect
-from analysis.style import COLOURS, by_panel, label_outer, legend, looks, panels, styled
+from analysis.figure_style import COLOURS, by_panel, label_outer, legend, looks, panels, styled
 
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 MOST_POINTS = 250  # of a line over updates; more are averaged in bins

@@ -67,7 +67,7 @@ def _content(folder: Path) -> dict:
 
 def write_figures(folder: Path | str, into: Path) -> list[Path]:
     """Write every figure of a run's or sweep's report into a folder, named after its function, as .svg and .pdf."""
-    from analysis.style import save
+    from analysis.figure_style import save
 
     into.mkdir(parents=True, exist_ok=True)
     folder = Path(folder)
@@ -81,7 +81,7 @@ def write_figures(folder: Path | str, into: Path) -> list[Path]:
 
 def _pictures(drawn: list[Drawn]) -> Iterator[Picture]:
     """The figures, each with its function's sentence as caption."""
-    from analysis.style import to_svg
+    from analysis.figure_style import to_svg
 
     for title, draw, given in drawn:
         yield Picture(title, " ".join(draw.__doc__.split()), Markup(to_svg(draw(*given), title)))

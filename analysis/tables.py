@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import collect, equal_kl, layout, paper
+from analysis import collect, equal_kl, published, table_format
 from analysis.statistics import INERT, Interval, holm, over_seeds, paired, sign_flip, verdict
 
 COMPANIONS = {
@@ -120,9 +120,9 @@ def show(table: pd.DataFrame) -> pd.DataFrame:
 
 def _string(value: object, digits: int) -> str:
     if isinstance(value, Interval):
-        return layout.number(value.value, value.low, value.high, digits)
+        return table_format.number(value.value, value.low, value.high, digits)
     if isinstance(value, float):
-        return layout.number(value, digits=digits)
+        return table_format.number(value, digits=digits)
     return "" if value is None else str(value)
 
 
@@ -185,23 +185,23 @@ def _of_runs(paths: list[Path], form: str) -> list[str]:
         "Exploratory: gold reward above plain DPO's line at equal KL to S": equal_kl.above_plain(*paths),
         f"Steps: {of_seeds}": steps(*paths),
     }
-    return [layout.setting(show(table), title, [], form) for title, table in tables.items() if len(table)]
+    return [table_format.setting(show(table), title, [], form) for title, table in tables.items() if len(table)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.tables", description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="+", help="`paper`, or run and sweep folders")
-    parser.add_argument("--format", choices=layout.FORMATS, default="text")
+    parser.add_argument("--format", choices=table_format.FORMATS, default="text")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the paper's experiments ran (out)")
     chosen = parser.parse_args()
     try:
         if chosen.what == ["paper"]:
-            made = paper.set_tables(chosen.out, chosen.format)
+            made = published.set_tables(chosen.out, chosen.format)
         else:
             made = _of_runs(list(map(Path, chosen.what)), chosen.format)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(layout.document(made, chosen.format))
+    print(table_format.document(made, chosen.format))
 
 
 if __name__ == "__main__":

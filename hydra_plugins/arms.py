@@ -17,8 +17,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from sdpo import runs
 from sdpo.config import Config
+from sdpo.run import folder as run_folder
 
 SEED = "seed="  # the override that tells the runs of an arm apart
 
@@ -37,8 +37,8 @@ def _schema() -> DictConfig:
 
 
 ConfigStore.instance().store("schema", _schema())
-OmegaConf.register_new_resolver("run_name", runs.run_name, replace=True)
-OmegaConf.register_new_resolver("sweep_name", runs.sweep_name, replace=True)
+OmegaConf.register_new_resolver("run_name", run_folder.run_name, replace=True)
+OmegaConf.register_new_resolver("sweep_name", run_folder.sweep_name, replace=True)
 OmegaConf.register_new_resolver("over", lambda value, *divisors: value / prod(divisors), replace=True)
 
 
@@ -69,14 +69,14 @@ class Arms(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose every run, then do them all; errors rise to train.py."""
-        from sdpo import sweep
+        from sdpo.launch import sweep
 
         folder = Path(self.config.hydra.sweep.dir).absolute()
         asked = {}  # by folder: what is asked for twice is done once
-        for overrides, arm in zip(job_overrides, runs.labels(job_overrides), strict=True):
+        for overrides, arm in zip(job_overrides, run_folder.labels(job_overrides), strict=True):
             composed = self.composed(overrides)
             place = folder / composed.hydra.sweep.subdir
-            asked[place] = runs.of(runs.without_hydra(composed), composed.hydra, place, arm, folder.name)
+            asked[place] = run_folder.of(run_folder.without_hydra(composed), composed.hydra, place, arm, folder.name)
         overrides = list(self.config.hydra.overrides.task)
         sweep.run(sweep.Sweep(folder, list(asked.values()), overrides, **self.settings))
         return []

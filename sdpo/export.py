@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from sdpo import card, config
+from sdpo import config
+from sdpo.run import model_card
 from sdpo.store import Artifact, Store, check
 
 # Of the store, not of the model.
@@ -25,12 +26,12 @@ def export(run: Path, t: int, out: Path, merge: bool = False) -> Path:
 
     ValueError where there is no such step, where its files have changed, and where `out` is in use.
     """
-    files, model = card.read(run), _step(run, t)
+    files, model = model_card.read(run), _step(run, t)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; remove it or name another folder with --out")
     left_out = shutil.ignore_patterns(*BOOKKEEPING, *(["adapter"] if merge else []))
     shutil.copytree(model.folder, out, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    (out / "README.md").write_text(card.write(files, t), encoding="utf-8")
+    (out / "README.md").write_text(model_card.write(files, t), encoding="utf-8")
     return out
 
 
@@ -42,9 +43,9 @@ def export_pairs(run: Path, t: int, file: Path) -> Path:
     A DPOTrainer made with this data set uses them once `trainer.precompute_ref_logps = True` is set (TRL 1.16).
     ValueError where the step had no one reference, and where the pairs are no longer those of the run.
     """
-    from sdpo.inputs import prepare
-    from sdpo.templates import ChatFormat
-    from sdpo.tokens import content_hash
+    from sdpo.data.templates import ChatFormat
+    from sdpo.data.tokenize import content_hash
+    from sdpo.train.setup import prepare
 
     model = _step(run, t)
     made_of = json.loads((model.folder / "manifest.json").read_text())
@@ -77,7 +78,7 @@ def push(folder: Path, name: str) -> str:
 
 def _step(run: Path, t: int) -> Artifact:
     """M_t of a finished run, its files verified."""
-    steps = card.read(run).manifest["steps"]
+    steps = model_card.read(run).manifest["steps"]
     if not 1 <= t <= len(steps):
         raise ValueError(f"{run} has steps 1 to {len(steps)}, and no step {t}")
     model = Artifact(steps[t - 1]["key"], (run / "steps" / str(t)).resolve(), reused=True)

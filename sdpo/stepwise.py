@@ -11,15 +11,17 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
-from sdpo import config, launch, outcome
+from sdpo import config
 from sdpo.config import Config
-from sdpo.evidence import Evidence
-from sdpo.fit import Span, updates
-from sdpo.inputs import prepare
-from sdpo.ordering import in_order
-from sdpo.record import Recorder
-from sdpo.step import take_step
+from sdpo.curriculum.build import in_order
+from sdpo.evals.evaluator import Evidence
+from sdpo.launch import local as launch
+from sdpo.metrics import Recorder
+from sdpo.run import results
 from sdpo.store import Store
+from sdpo.train.loop import Span, updates
+from sdpo.train.setup import prepare
+from sdpo.train.step import take_step
 
 
 def run(settings: Config, folder: Path) -> dict:
@@ -42,7 +44,7 @@ def run(settings: Config, folder: Path) -> dict:
             history.append(step.model)
             chunks.append(ids)
             evidence.add(t, step, here, time.monotonic() - step_began)
-        return outcome.write(folder, inputs, evidence, chunks, time.monotonic() - began)
+        return results.write(folder, inputs, evidence, chunks, time.monotonic() - began)
 
 
 def whole_run(plan: Iterable[list[str]], settings: Config) -> dict[int, Span]:

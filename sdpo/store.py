@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from sdpo import launch
+from sdpo.launch import local as launch
 
 NUMERICS_VERSION = 5  # raised whenever the same settings would give other numbers
 

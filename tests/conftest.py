@@ -101,7 +101,8 @@ def toy(tmp_path_factory):
 @pytest.fixture
 def run(toy, tmp_path, monkeypatch):
     """run(*overrides, name="run") trains on the toy in this process and store; returns the run folder."""
-    from sdpo import runs, stepwise
+    from sdpo import stepwise
+    from sdpo.run import folder as run_folder
 
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
     files = ",".join(str(toy / f"{source}.jsonl") for source in "abc")
@@ -111,7 +112,7 @@ def run(toy, tmp_path, monkeypatch):
     def train(*overrides, name="run"):
         settings = compose(*base, *overrides)
         folder = tmp_path / name
-        runs.Run(settings, folder, choices={}, arm=name).prepare()
+        run_folder.Run(settings, folder, choices={}, arm=name).prepare()
         stepwise.run(settings, folder)
         return folder
 

@@ -37,7 +37,9 @@ ASKED = {"first": ["What is a < b?", "And b?"], "second": ["Say nothing."]}  # w
 @functools.cache
 def real_sweep() -> Path:
     """The folder of a real sweep of two real runs, `1` of one step and `2` of two; it lives as long as this process."""
-    from sdpo import runs, stepwise, sweep
+    from sdpo import stepwise
+    from sdpo.launch import sweep
+    from sdpo.run import folder as run_folder
 
     place = Path(tempfile.mkdtemp(prefix="sdpo-real-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
@@ -48,15 +50,15 @@ def real_sweep() -> Path:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for num_steps, its_own in ARMS.items():
             composed = compose("config", overrides=[*overrides, *its_own], return_hydra_config=True)
-            job, name = runs.without_hydra(composed), str(num_steps)
-            made.append(runs.of(job, composed.hydra, folder / name, arm=name, sweep=folder.name))
+            job, name = run_folder.without_hydra(composed), str(num_steps)
+            made.append(run_folder.of(job, composed.hydra, folder / name, arm=name, sweep=folder.name))
     contrasts = {"order": ["2", "1"]}
     sweep._prepare(sweep.Sweep(folder, made, overrides, contrasts, n=1, backend="local", slurm={}), made)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SDPO_STORE", str(place / "store"))
         for run in made:
             stepwise.run(run.config, run.folder)
-            runs.finish(run.config, run.folder)
+            run_folder.finish(run.config, run.folder)
     return folder
 
 
@@ -213,7 +215,7 @@ def _summary(summary, metrics, seed):
 
 def _write_answers(folder, metrics):
     """The answers of the metrics once more, in the formats of benchmarks; no folder where there are none."""
-    from sdpo.answers import write_formats
+    from sdpo.evals.generation import write_formats
 
     for path in (folder / "answers").glob("*-M_*"):
         path.unlink()
@@ -241,11 +243,12 @@ def _write_tables(folder, rng):
 
 def _finish(folder, seed, answers):
     """The configuration of this run, and the mark that it has ended."""
-    from sdpo import config, runs
+    from sdpo import config
+    from sdpo.run import folder as run_folder
 
     settings = config.load(folder / "config.yaml")
     settings.seed = seed
     if not answers:
         del settings.evaluate["generate"]
     (folder / "config.yaml").write_text(config.to_yaml(settings))
-    runs.finish(settings, folder)
+    run_folder.finish(settings, folder)

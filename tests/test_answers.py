@@ -9,8 +9,11 @@ import torch
 from conftest import byte_tokenizer, random_model, read_lines
 from toys import prepare, reward_model
 
-from sdpo import answers, evaluate, judges, models, prompts
-from sdpo.answers import Decoding
+from sdpo.data import prompts
+from sdpo.evals import generation, suites
+from sdpo.evals import reward_model as judge
+from sdpo.evals.generation import Decoding
+from sdpo.model import hub
 from sdpo.store import Artifact
 
 GREEDY = Decoding(temperature=0.0, max_new_tokens=6, batch_size=2, seed=0)
@@ -38,7 +41,7 @@ def other(tmp_path_factory):
     """A model other than S, by name."""
     folder = tmp_path_factory.mktemp("other")
     random_model(seed=3).save_pretrained(folder)
-    return Artifact(models.fingerprint(folder), folder, reused=True)
+    return Artifact(hub.fingerprint(folder), folder, reused=True)
 
 
 @torch.no_grad()
@@ -51,7 +54,7 @@ def argmax_answer(model, prompt_ids, num_tokens, stop):
 
 def test_greedy_answers_are_those_of_one_prompt_at_a_time(made, asked):
     tokenizer, model = byte_tokenizer(), random_model()
-    given = answers.give(made.initial, asked, GREEDY, made.bench)
+    given = generation.give(made.initial, asked, GREEDY, made.bench)
     assert [len(turns) for turns in given] == [2, 1, 1]
     for prompt, turns in zip(asked, given, strict=True):
         text = prompt.turns[0]
@@ -64,8 +67,8 @@ def test_greedy_answers_are_those_of_one_prompt_at_a_time(made, asked):
 @torch.no_grad()
 def test_divergence_is_exact_and_summed_over_positions(made, asked, other):
     here, there = random_model(seed=3), random_model()
-    found = answers.divergence(other, made.initial, asked, GREEDY, made.bench)
-    drawn = answers.give(other, asked, GREEDY._replace(temperature=1.0), made.bench)
+    found = generation.divergence(other, made.initial, asked, GREEDY, made.bench)
+    drawn = generation.give(other, asked, GREEDY._replace(temperature=1.0), made.bench)
     for value, turns in zip(found, drawn, strict=True):
         total = 0.0
         for answer in turns:
@@ -74,7 +77,7 @@ def test_divergence_is_exact_and_summed_over_positions(made, asked, other):
                 p, q = (m(ids).logits[0, -1].double().log_softmax(0) for m in (here, there))
                 total += (p.exp() * (p - q)).sum().item()
         assert value == pytest.approx(total, rel=1e-4) and value > 0.01
-    assert answers.divergence(made.initial, made.initial, asked, GREEDY, made.bench) == [0.0] * 3
+    assert generation.divergence(made.initial, made.initial, asked, GREEDY, made.bench) == [0.0] * 3
 
 
 def test_prompts_are_padded_on_the_left_and_answers_end_with_their_first_stop_token():
@@ -85,28 +88,28 @@ def test_prompts_are_padded_on_the_left_and_answers_end_with_their_first_stop_to
         return torch.cat([tokens_BT, torch.tensor([[5, 2, 6, 2], [7, 8, 9, 4]])], dim=1)
 
     network = SimpleNamespace(device="cpu", generate=generate)
-    assert answers._continue(network, [[3], [1, 3]], stops=[2]) == [[5, 2], [7, 8, 9, 4]]
+    assert generation._continue(network, [[3], [1, 3]], stops=[2]) == [[5, 2], [7, 8, 9, 4]]
     assert seen == {"tokens": [[2, 3], [1, 3]], "mask": [[0, 1], [1, 1]]}
 
 
 def test_answers_are_given_once_and_anew_for_other_settings(made, asked, monkeypatch):
     warm = GREEDY._replace(temperature=1.0, seed=5)
-    first = answers.give(made.initial, asked, warm, made.bench)
-    assert first != answers.give(made.initial, asked, warm._replace(seed=6), made.bench)
-    monkeypatch.setattr(answers, "_generate", lambda *_: pytest.fail("generated again"))
-    assert answers.give(made.initial, asked, warm, made.bench) == first
+    first = generation.give(made.initial, asked, warm, made.bench)
+    assert first != generation.give(made.initial, asked, warm._replace(seed=6), made.bench)
+    monkeypatch.setattr(generation, "_generate", lambda *_: pytest.fail("generated again"))
+    assert generation.give(made.initial, asked, warm, made.bench) == first
     with pytest.raises(pytest.fail.Exception, match="again"):
-        answers.give(made.initial, asked[:2], warm, made.bench)
+        generation.give(made.initial, asked[:2], warm, made.bench)
 
 
 def test_a_prompt_without_room_for_its_answer_is_refused(made, asked):
     with pytest.raises(ValueError, match="reads 512 tokens, but the longest prompt and its answer may have 52"):
-        answers.give(made.initial, asked, GREEDY._replace(max_new_tokens=500), made.bench)
+        generation.give(made.initial, asked, GREEDY._replace(max_new_tokens=500), made.bench)
 
 
 def test_formats_of_alpaca_eval_and_mt_bench(tmp_path, asked):
     texts = [[{"text": f"{prompt.id}/{turn}"} for turn in range(len(prompt.turns))] for prompt in asked]
-    answers.write_formats(tmp_path, "run-M_1", answers.told(asked, texts))
+    generation.write_formats(tmp_path, "run-M_1", generation.told(asked, texts))
     rows = [json.loads(line) for line in (tmp_path / "run-M_1.mt_bench.jsonl").read_text().splitlines()]
     assert [row["question_id"] for row in rows] == [81, 82, 83] and {row["model_id"] for row in rows} == {"run-M_1"}
     assert rows[0]["choices"] == [{"index": 0, "turns": ["81/0", "81/1"]}]
@@ -165,14 +168,14 @@ def test_win_rate_counts_what_the_reward_model_prefers(made, asked, other, tmp_p
     path.write_text("\n".join(map(json.dumps, ROWS)))
     rewards_N2 = np.array([[2.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
     asked_of = []
-    monkeypatch.setattr(judges, "rewards", lambda settings, pairs, bench: asked_of.extend(pairs) or rewards_N2)
+    monkeypatch.setattr(judge, "rewards", lambda settings, pairs, bench: asked_of.extend(pairs) or rewards_N2)
     settings = {"file": str(path), "path": "rm", "max_new_tokens": 6, "batch_size": 2}
-    found = evaluate.win_rate(other, made.initial, made.bench, **settings)
+    found = suites.win_rate(other, made.initial, made.bench, **settings)
     assert found["win_rate"]["value"] == 0.5 and found["win_rate/reward_gap"]["value"] == 0.0
-    ours, theirs = (answers.give(model, asked, GREEDY, made.bench) for model in (other, made.initial))
+    ours, theirs = (generation.give(model, asked, GREEDY, made.bench) for model in (other, made.initial))
     expected = [(a[0]["text"], b[0]["text"]) for a, b in zip(ours, theirs, strict=True)]
     assert [(pair.chosen, pair.rejected) for pair in asked_of] == expected
     longer = np.mean([len(a) - len(b) for a, b in expected])
     assert found["win_rate/longer"]["value"] == longer
-    of_initial = evaluate.win_rate(made.initial, made.initial, made.bench, **settings)
+    of_initial = suites.win_rate(made.initial, made.initial, made.bench, **settings)
     assert {name: measure["value"] for name, measure in of_initial.items()} == dict.fromkeys(found)

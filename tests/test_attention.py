@@ -5,10 +5,10 @@ import torch
 from conftest import random_model
 from test_packing import rows_of
 
-from sdpo import attention_cuda
-from sdpo.attention import Flex, Rule, Sdpa, Varlen, choose, own_attention, reshapes_scores
-from sdpo.logprobs import Scorer, naive_logprobs
-from sdpo.packing import pack
+from sdpo.model.attention import cuda as cuda_attention
+from sdpo.model.attention.interface import Flex, Rule, Sdpa, Varlen, choose, own_attention, reshapes_scores
+from sdpo.model.logprobs import Scorer, naive_logprobs
+from sdpo.model.packing import pack
 
 PACK = pack(rows_of([(1, 1, 1), (5, 9, 3), (5, 9, 3), (1, 7, 1), (12, 1, 30), (70, 65, 3), (4, 3, 0)]))
 SINKS_H = torch.tensor([-1.0, 0.0, 1.0, 2.0])
@@ -67,7 +67,7 @@ def slow_varlen(query, key, value, ends_q, ends_k, max_q, max_k, *, scale, windo
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("backend", [Sdpa, Varlen, Flex])
 def test_backends_equal_a_dense_softmax(backend, name, monkeypatch):
-    monkeypatch.setattr(attention_cuda.varlen, "varlen_attn", slow_varlen)
+    monkeypatch.setattr(cuda_attention.varlen, "varlen_attn", slow_varlen)
     rule, inputs = RULES[name], streams()
     if backend is Varlen and (rule.softcap or rule.sinks_H is not None):
         with pytest.raises(ValueError, match="choose launch.attention=sdpa"):

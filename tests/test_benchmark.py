@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from analysis import benchmark
-from analysis.benchmark_work import MAX_TOKENS, Work, from_file, from_profile, prepare, text, tokenizer
+from analysis.benchmark import __main__
+from analysis.benchmark.work import MAX_TOKENS, Work, from_file, from_profile, prepare, text, tokenizer
 
 
 def test_profiles_have_the_published_lengths_and_no_sequence_is_too_long():
@@ -45,7 +45,7 @@ def test_ratios_are_of_medians_and_count_both_passes():
         "trl_tuned": [run(10, 20, 100)] * 3,
         "engine": [run(2, 6, 30)] * 3,
     }
-    result = benchmark._compare(runs, num_pairs=4, clock="cpu")
+    result = __main__._compare(runs, num_pairs=4, clock="cpu")
     assert result["cpu_seconds_per_pair"] == {"trl_default": 41 / 4, "trl_tuned": 30 / 4, "engine": 2.0}
     assert (result["ratio_default"], result["ratio_tuned"]) == (41 / 8, 30 / 8)
     assert result["memory_ratio_tuned"] == 0.3
@@ -54,7 +54,7 @@ def test_ratios_are_of_medians_and_count_both_passes():
 
 @pytest.mark.slow
 def test_the_whole_benchmark_agrees_with_trl(tmp_path):
-    result = benchmark.main(
+    result = __main__.main(
         ["--pairs", "2", "--pairs-per-update", "2", "--pairs-per-microbatch", "2", "--repeats", "1"]
         + ["--steps-pairs", "8", "--device", "cpu", "--out", str(tmp_path)]
     )

@@ -16,8 +16,9 @@ from conftest import random_model
 from scipy import stats
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval")
-from analysis import paper
-from sdpo import benchmarks, evaluate, models
+from analysis import published
+from sdpo.evals import eval_harness, suites
+from sdpo.model import hub
 
 CHECKOUT = Path(__file__).parents[1]
 DEFINITIONS = Path(find_spec("lm_eval.tasks").origin).parent
@@ -30,7 +31,7 @@ SPLITS = {  # task -> where lm-eval defines it, and its splits in the slices
 @pytest.fixture(scope="module")
 def stories(real_data):
     folder = real_data / "model" / "stories260K"
-    return models.load(folder), models.load_tokenizer(folder)
+    return hub.load(folder), hub.load_tokenizer(folder)
 
 
 def command_line(real_data, task, shots, limit, place):
@@ -78,12 +79,12 @@ def test_scores_equal_those_of_naive_log_probs(monkeypatch, tmp_path, tokenizer)
     ]
     (tmp_path / "hellaswag.validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "hellaswag.train.jsonl").write_text(json.dumps(rows[0]))
-    monkeypatch.setattr(benchmarks, "H4_FOLDERS", ("hellaswag",))
+    monkeypatch.setattr(eval_harness, "H4_FOLDERS", ("hellaswag",))
     state = torch.get_rng_state()
     values = {}
     for metric in ("acc", "acc_norm"):
-        monkeypatch.setattr(benchmarks, "H4", {"hellaswag": (0, metric)})
-        values[metric] = benchmarks.h4(model, tokenizer, local=str(tmp_path))["h4"]["value"]
+        monkeypatch.setattr(eval_harness, "H4", {"hellaswag": (0, metric)})
+        values[metric] = eval_harness.h4(model, tokenizer, local=str(tmp_path))["h4"]["value"]
         by_length = metric == "acc_norm"
         right = [best_ending(model, tokenizer, row, by_length) == int(row["label"]) for row in rows]
         assert values[metric] == sum(right) / 16
@@ -94,9 +95,9 @@ def test_scores_equal_those_of_naive_log_probs(monkeypatch, tmp_path, tokenizer)
 @pytest.mark.slow
 @pytest.mark.parametrize("task", SPLITS)
 def test_scores_equal_those_of_the_command_line(stories, real_data, task, tmp_path):
-    shots, _ = benchmarks.H4[task]
+    shots, _ = eval_harness.H4[task]
     local = str(real_data / "eval")
-    ours = benchmarks.benchmark(*stories, tasks=[task], num_fewshot=shots, local=local, limit=60)
+    ours = eval_harness.benchmark(*stories, tasks=[task], num_fewshot=shots, local=local, limit=60)
     theirs = command_line(real_data, task, shots, 60, tmp_path)
     for metric in ("acc", "acc_norm"):
         measure = ours[f"{task}/{metric}"]
@@ -110,7 +111,7 @@ def test_scores_are_kept_by_model_tokenizer_and_data(toy, tmp_path, real_data):
     bench = inputs.bench
 
     def num_kept(local):
-        evaluate.lm_eval(inputs.initial, bench, tasks=["arc_challenge"], num_fewshot=0, local=str(local), limit=2)
+        suites.lm_eval(inputs.initial, bench, tasks=["arc_challenge"], num_fewshot=0, local=str(local), limit=2)
         return len(list((tmp_path / "store" / "evaluation").iterdir()))
 
     assert num_kept(real_data / "eval") == 1
@@ -120,15 +121,15 @@ def test_scores_are_kept_by_model_tokenizer_and_data(toy, tmp_path, real_data):
 
 
 def test_the_paper_s_columns_are_measures_of_h4():
-    columns = [source["measure"] for table in paper.facts() for source in table["columns"].values()]
+    columns = [source["measure"] for table in published.facts() for source in table["columns"].values()]
     of_h4 = {name for name in columns if name.startswith("h4")}
-    assert of_h4 == {"h4", *(f"h4/{task}" for task in benchmarks.H4)}
+    assert of_h4 == {"h4", *(f"h4/{task}" for task in eval_harness.H4)}
 
 
 @pytest.mark.slow
 def test_h4_is_the_mean_of_its_four(stories, real_data):
-    measures = benchmarks.h4(*stories, local=str(real_data / "eval"), limit=2)
-    four = [measures[f"h4/{task}"] for task in benchmarks.H4]
+    measures = eval_harness.h4(*stories, local=str(real_data / "eval"), limit=2)
+    four = [measures[f"h4/{task}"] for task in eval_harness.H4]
     assert [measure["n"] for measure in four] == [2, 2, 57 * 2, 2] and measures["h4"]["n"] == 120
     assert measures["h4"]["value"] == pytest.approx(sum(measure["value"] for measure in four) / 4, rel=1e-15)
     half = math.sqrt(sum((measure["high"] - measure["value"]) ** 2 for measure in four)) / 4
@@ -158,9 +159,9 @@ def test_two_ranks_score_as_one(stories, real_data, tmp_path, monkeypatch):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     command += ["--nproc-per-node=2", str(tmp_path / "rank.py"), str(real_data), str(tmp_path)]
     subprocess.run(command, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, check=True, capture_output=True)
-    monkeypatch.setattr(benchmarks, "H4", {"hellaswag": (1, "acc_norm")})
-    monkeypatch.setattr(benchmarks, "H4_FOLDERS", ("hellaswag",))
-    alone = benchmarks.h4(*stories, local=str(real_data / "eval"), limit=21)
+    monkeypatch.setattr(eval_harness, "H4", {"hellaswag": (1, "acc_norm")})
+    monkeypatch.setattr(eval_harness, "H4_FOLDERS", ("hellaswag",))
+    alone = eval_harness.h4(*stories, local=str(real_data / "eval"), limit=21)
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [alone, alone]
 
 
@@ -172,10 +173,10 @@ def test_a_subject_reads_its_own_rows_and_a_missing_copy_is_named(tmp_path, toke
     for split, count in (("dev", 2), ("test", 3)):
         rows = [question(subject, i) for i in range(count) for subject in ("anatomy", "virology")]
         (tmp_path / f"mmlu.{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    splits = benchmarks._local_splits(tmp_path, "mmlu_anatomy", "anatomy")
+    splits = eval_harness._local_splits(tmp_path, "mmlu_anatomy", "anatomy")
     assert [row["question"] for row in splits["test"]] == ["anatomy 0?", "anatomy 1?", "anatomy 2?"]
     assert splits["dev"].num_rows == 2
     with pytest.raises(ValueError, match="no row with subject marketing"):
-        benchmarks._local_splits(tmp_path, "mmlu_marketing", "marketing")
+        eval_harness._local_splits(tmp_path, "mmlu_marketing", "marketing")
     with pytest.raises(ValueError, match="no local copy of hellaswag: hellaswag.<split>.jsonl"):
-        benchmarks._local_splits(tmp_path, "hellaswag", None)
+        eval_harness._local_splits(tmp_path, "hellaswag", None)

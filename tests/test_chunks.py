@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 
-from sdpo import chunks
-from sdpo.chunks import Split
-from sdpo.splits import Row
+from sdpo.curriculum import chunking
+from sdpo.curriculum.chunking import Split
+from sdpo.variants.split import Row
 
 ROWS = [Row("a", "s", "p", 9), Row("b", "s", "p", 9), Row("c", "s", "q", 9), Row("d", "s", "r", 9)]
 SCORES = {"a": 4.0, "b": 1.0, "c": 2.0, "d": 3.0}
@@ -16,25 +16,25 @@ CURRENT = {"name": "gamma", "model": "current"}
 
 
 def test_pairs_of_one_prompt_share_a_chunk_unless_told_otherwise():
-    assert chunks.divide(chunks.bind(BY_PAIR), ROWS, SCORES, 0) == [["d"], ["a", "b"], ["c"]]
-    nested = chunks.bind(BY_PAIR | {"disjoint_prompts": False, "num_chunks": 4})
-    assert chunks.divide(nested, ROWS, SCORES, 0) == [["a"], ["d"], ["c"], ["b"]]
+    assert chunking.divide(chunking.bind(BY_PAIR), ROWS, SCORES, 0) == [["d"], ["a", "b"], ["c"]]
+    nested = chunking.bind(BY_PAIR | {"disjoint_prompts": False, "num_chunks": 4})
+    assert chunking.divide(nested, ROWS, SCORES, 0) == [["a"], ["d"], ["c"], ["b"]]
 
 
 def test_keep_takes_the_easiest_share():
-    split = chunks.bind({"name": "all_at_once", "keep": 0.5})
+    split = chunking.bind({"name": "all_at_once", "keep": 0.5})
     assert split.needs_scores
-    assert chunks.divide(split, ROWS, SCORES, 0) == [["a", "d"]]
+    assert chunking.divide(split, ROWS, SCORES, 0) == [["a", "d"]]
 
 
 def test_scores_are_asked_for_only_where_they_are_read():
-    assert chunks.bind(BY_PAIR).needs_scores
-    assert not chunks.bind({"name": "random", "num_chunks": 2}).needs_scores
+    assert chunking.bind(BY_PAIR).needs_scores
+    assert not chunking.bind({"name": "random", "num_chunks": 2}).needs_scores
 
 
 def test_the_rest_is_cut_into_the_chunks_that_remain():
-    split = chunks.bind(BY_PAIR | {"keep": 0.75})
-    assert chunks.divide(split.for_rest(2), ROWS[2:], SCORES, 0) == [["d"], ["c"]]
+    split = chunking.bind(BY_PAIR | {"keep": 0.75})
+    assert chunking.divide(split.for_rest(2), ROWS[2:], SCORES, 0) == [["d"], ["c"]]
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def test_the_rest_is_cut_into_the_chunks_that_remain():
 )
 def test_wrong_settings_are_refused_before_data_is_seen(settings, message):
     with pytest.raises(ValueError, match=message):
-        chunks.bind(BY_PAIR | settings)
+        chunking.bind(BY_PAIR | settings)
 
 
 @pytest.mark.parametrize(
     ("score", "split", "message"),
     [
-        ({"name": "gama"}, BY_PAIR, "sdpo.scores has no 'gama'; it has gamma"),
+        ({"name": "gama"}, BY_PAIR, "sdpo.variants.score has no 'gama'; it has gamma"),
         ({"name": "gamma"}, BY_PAIR, "score.model is None; for score=gamma it must be initial or current"),
         ({"name": "gamma", "model": "first"}, BY_PAIR, "score.model is 'first'; for score=gamma it must be initial"),
         ({"name": "length_gap", "model": "current"}, BY_PAIR, "for score=length_gap it must be left out"),
@@ -65,11 +65,11 @@ def test_wrong_settings_are_refused_before_data_is_seen(settings, message):
 )
 def test_scores_that_do_not_fit_are_refused_before_data_is_seen(score, split, message):
     with pytest.raises(ValueError, match=message):
-        chunks.bind_score(score, chunks.bind(split))
+        chunking.bind_score(score, chunking.bind(split))
 
 
 def test_a_score_that_no_split_reads_is_never_in_the_way():
-    chunks.bind_score(CURRENT, chunks.bind({"name": "by_source"}))
+    chunking.bind_score(CURRENT, chunking.bind({"name": "by_source"}))
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_a_split_that_breaks_its_contract(made, message):
         return made
 
     with pytest.raises(ValueError, match=message):
-        chunks.divide(Split(partial(broken), 1.0, True), ROWS, None, 0)
+        chunking.divide(Split(partial(broken), 1.0, True), ROWS, None, 0)
 
 
 def test_a_saved_split_is_replayed_with_what_it_dropped(tmp_path):
     path = tmp_path / "split.json"
     path.write_text(json.dumps({"chunks": [["d"], ["b", "a"]], "dropped": ["c"]}))
-    split = chunks.bind({"name": "replay", "path": str(path)})
-    assert chunks.divide(split, ROWS, None, 0) == [["d"], ["b", "a"]]
+    split = chunking.bind({"name": "replay", "path": str(path)})
+    assert chunking.divide(split, ROWS, None, 0) == [["d"], ["b", "a"]]

@@ -14,19 +14,21 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from sdpo import config, help, runs
-from sdpo.rooms import variants
+from sdpo import config
+from sdpo.binding import variants
+from sdpo.launch import help
+from sdpo.run import folder as run_folder
 
 CHECKOUT = Path(__file__).parents[1]
 CONF = str(CHECKOUT / "conf")
 REAL = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]
 ROOMS = {
-    "split": "splits",
-    "score": "scores",
-    "reference": "references",
-    "loss": "losses",
-    "tune": "tune",
-    "evaluate": "evaluate",
+    "split": "variants.split",
+    "score": "variants.score",
+    "reference": "variants.reference",
+    "loss": "variants.loss",
+    "tune": "variants.tune",
+    "evaluate": "evals.suites",
 }
 SHARED = {"split": {"keep", "disjoint_prompts"}, "score": {"model"}, "reference": {"placebo"}}  # keys of every variant
 OPTIONS = [(group, option) for group in help.groups() for option in help.options(group)]
@@ -39,7 +41,7 @@ def composed(*overrides):
 
 def bound(*overrides):
     settings = config.from_composed(composed(*overrides))
-    runs.check(settings)
+    run_folder.check(settings)
     return settings
 
 
@@ -78,9 +80,9 @@ def test_every_run_of_every_experiment_composes_and_binds(experiment):
         if settings.model.name != "lab" and not settings.model.path:
             settings.model.path = "x"  # what only the user knows
             settings.data.train = settings.data.train or ["x"]
-        runs.check(config.from_composed(settings))
+        run_folder.check(config.from_composed(settings))
     contrasts = hydra_settings(f"experiment={experiment}").launcher.contrasts
-    assert {arm for pair in contrasts.values() for arm in pair} <= set(runs.labels(asked)) and len(contrasts) <= 8
+    assert {arm for pair in contrasts.values() for arm in pair} <= set(run_folder.labels(asked)) and len(contrasts) <= 8
 
 
 @pytest.mark.parametrize("axis", ROOMS)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from toys import prepare
 
-from sdpo import crossfit, ordering
-from sdpo.scoring import rows_of
-from sdpo.splits import random
-from sdpo.step import take_step
+from sdpo.curriculum import build, crossfit
+from sdpo.curriculum.score_inputs import rows_of
+from sdpo.train.step import take_step
+from sdpo.variants.split import random
 
 SETTINGS = {"repeats": 2, "beta": 0.2, "seed": 3}
 
@@ -44,7 +44,7 @@ def test_every_pair_is_judged_by_the_model_of_the_other_half(made, margins):
 
 def test_other_runs_find_the_models(made, margins, monkeypatch):
     settings, inputs = made
-    monkeypatch.setattr("sdpo.step.Fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("sdpo.train.step.Fit", lambda *_: pytest.fail("trained again"))
     other = replace(settings, seed=9, loss={"name": "hinge", "beta": 0.3}, reference={"name": "previous"})
     again = crossfit.margins(inputs, other, rows_of(inputs), **SETTINGS)
     assert np.array_equal(again, margins)
@@ -52,7 +52,7 @@ def test_other_runs_find_the_models(made, margins, monkeypatch):
 
 def test_selective_dpo_keeps_the_half_of_least_validation_loss(made, margins):
     settings, inputs = made
-    (chunk,) = ordering.in_order(inputs, settings, [inputs.initial])
+    (chunk,) = build.in_order(inputs, settings, [inputs.initial])
     loss = np.log1p(np.exp(-0.2 * margins)).mean(axis=1)
     ids = np.array([row.id for row in inputs.train])
     assert set(chunk) == set(ids[np.argsort(loss)[: len(chunk)]]) and len(chunk) == -(-len(ids) // 2)

@@ -7,7 +7,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from sdpo import config, data
+from sdpo import config
+from sdpo.data import preferences
 
 ROWS = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": f"No, not {i}!"} for i in range(40)]
 
@@ -29,7 +30,7 @@ def write(path, rows):
 
 
 def load(*train, **settings):
-    return data.load(config.Data(name="local", train=list(train), **settings))
+    return preferences.load(config.Data(name="local", train=list(train), **settings))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
@@ -49,7 +50,7 @@ def test_held_out_prompts(tmp_path):
     name = write(tmp_path / "a.jsonl", ROWS + repeated)
     train, held_out, _ = load(name, held_out_share=0.1)
     assert (len(train), len(held_out)) == (72, 8)  # 4 of 40 prompts, each with both of its pairs
-    assert not {data.prompt_key(p.prompt) for p in train} & {data.prompt_key(p.prompt) for p in held_out}
+    assert not {preferences.prompt_key(p.prompt) for p in train} & {preferences.prompt_key(p.prompt) for p in held_out}
     backwards = write(tmp_path / "a.backwards.jsonl", (ROWS + repeated)[::-1])
     assert set(map(repr, load(backwards, held_out_share=0.1).held_out)) == set(map(repr, held_out))
     assert load(name, held_out_share=0.1, seed=1).held_out != held_out
@@ -153,7 +154,7 @@ SETTINGS = [
 def test_settings_that_cannot_work(tmp_path, settings, sentence):
     settings = {"name": "local", "train": [write(tmp_path / "a.jsonl", ROWS)]} | settings
     with pytest.raises(ValueError, match=sentence):
-        data.load(config.Data(**settings))
+        preferences.load(config.Data(**settings))
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 but not really", b"[1, 2"])
@@ -182,7 +183,7 @@ def test_hub(monkeypatch):
         held_out=["owner/one:test"],
         revisions={"owner/one": "v1"},
     )
-    train, held_out, report = data.load(settings)
+    train, held_out, report = preferences.load(settings)
     assert calls == [
         ("owner/one", None, {"split": "test", "revision": "v1"}),
         ("owner/one", None, {"split": "train", "revision": "v1"}),
@@ -200,14 +201,14 @@ def test_hub_errors_take_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"owner/one: cannot be loaded from the Hub \(no network\)"):
-        data.load(config.Data(name="hub", train=["owner/one"]))
+        preferences.load(config.Data(name="hub", train=["owner/one"]))
 
 
 def test_jsonl_round_trip(tmp_path):
     turns = ({"role": "user", "content": "Größe?\u2028"},)
-    pairs = [data.Pair("1", "a", turns, "x", "y", 1.0, 0.5), data.Pair("2", "a", turns, "x", "")]
-    data.write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    assert data.read_jsonl(tmp_path / "pairs.jsonl") == pairs
+    pairs = [preferences.Pair("1", "a", turns, "x", "y", 1.0, 0.5), preferences.Pair("2", "a", turns, "x", "")]
+    preferences.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    assert preferences.read_jsonl(tmp_path / "pairs.jsonl") == pairs
 
 
 def test_real_files(real_data):

@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpo import config, data, models
-from sdpo.engine import Plain
-from sdpo.fit import updates
-from sdpo.logprobs import Scorer, naive_logprobs
-from sdpo.tokens import encode
+from sdpo import config
+from sdpo.data import preferences
+from sdpo.data.tokenize import encode
+from sdpo.model import hub
+from sdpo.model.engine import Plain
+from sdpo.model.logprobs import Scorer, naive_logprobs
+from sdpo.train.loop import updates
 
 BETA = 0.1
 
@@ -37,7 +39,7 @@ def chunks(folder):
     """A run's configuration, and the token rows of every chunk in training order."""
     settings = config.load(folder / "config.yaml")
     tokenizer = AutoTokenizer.from_pretrained(settings.model.path)
-    pairs = data.load(settings.data).train
+    pairs = preferences.load(settings.data).train
     rows, _ = encode(pairs, tokenizer, template="plain", max_tokens=1024, on_long="error")
     split = json.loads((folder / "split.json").read_text())
     return settings, [[rows[id] for id in ids] for ids in split["chunks"]]
@@ -236,7 +238,7 @@ def test_bf16_has_fp32_masters_so_that_small_learning_rates_move_weights(run, to
 def test_bf16_leaves_rotary_frequencies_as_from_pretrained_does(tmp_path, architecture):
     """As DeepSpeed does, too: both engines score for one table of log-probs."""
     random_model(architecture).save_pretrained(tmp_path)
-    scorer = Scorer(models.load(tmp_path))
+    scorer = Scorer(hub.load(tmp_path))
     Plain(scorer, compose().optim, "bf16", torch.device("cpu"))
     peer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {param.dtype for param in scorer.parameters()} == {torch.bfloat16}

@@ -3,7 +3,7 @@
 import pytest
 import toys
 
-from sdpo import runs
+from sdpo.run import folder as run_folder
 
 
 def external(toy):
@@ -12,7 +12,7 @@ def external(toy):
 
 def test_the_reference_of_a_single_step_reads_its_own_tokens(toy, tmp_path):
     settings, inputs = toys.prepare(toy, tmp_path, f"steps.2.reference={external(toy)}")
-    runs.check(settings)
+    run_folder.check(settings)
     (foreign,) = inputs.bench.foreign.values()
     assert foreign.keys() == {row.id for row in inputs.train + inputs.held_out}
     ours = inputs.train[0]

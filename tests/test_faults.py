@@ -11,7 +11,7 @@ import pytest
 from conftest import random_model, read_lines
 from safetensors.torch import load_file, save_file
 
-from sdpo import engine
+from sdpo.model import engine
 from sdpo.store import hash_files
 
 RULES = {

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from runs import make_run, make_sweep
 
-from analysis import collect, figures, style
+from analysis import collect, figure_style, figures
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +42,20 @@ def test_axes_are_labelled(drawn):
 
 def test_pages_get_vectors_in_the_page_s_own_colour(drawn):
     for name, figure in drawn.items():
-        svg = style.to_svg(figure, name)
+        svg = figure_style.to_svg(figure, name)
         root = xml.fromstring(svg)
         assert root.get("aria-label") == name and "width" not in root.attrib
         assert "<image" not in svg and "#000000" not in svg and "#ffffff" not in svg, name
 
 
 def test_same_numbers_same_bytes(sweep):
-    first, second = (style.to_svg(figures.loss_curves(collect.train(sweep)), "Loss") for _ in range(2))
+    first, second = (figure_style.to_svg(figures.loss_curves(collect.train(sweep)), "Loss") for _ in range(2))
     assert first == second
 
 
 def test_legends_cover_no_data(drawn):
     for name, figure in drawn.items():
-        with matplotlib.rc_context(style.STYLE):
+        with matplotlib.rc_context(figure_style.STYLE):
             figure.draw_without_rendering()
         for legend in figure.legends:
             box = legend.get_window_extent()
@@ -78,7 +78,7 @@ def test_more_arms_than_colours_get_a_panel_each(sweep):
 
 
 def test_series_differ_without_colour():
-    looks = style.looks([str(i) for i in range(20)]).values()
+    looks = figure_style.looks([str(i) for i in range(20)]).values()
     assert len({tuple(look.values()) for look in looks}) == 20
     first = list(looks)[:7]
     assert len({look["linestyle"] for look in first}) == len({look["marker"] for look in first}) == 7

@@ -7,9 +7,10 @@ from conftest import byte_tokenizer, random_model
 from toys import prepare, reward_model
 from transformers import AutoModelForSequenceClassification
 
-from sdpo import judges, scores
-from sdpo.logprobs import naive_logprobs
-from sdpo.scoring import scored
+from sdpo.curriculum.score_inputs import scored
+from sdpo.evals import reward_model as judging
+from sdpo.model.logprobs import naive_logprobs
+from sdpo.variants import score as scores
 
 CHAT = "{% for turn in messages %}<s>{{ turn['role'] }}: {{ turn['content'] }}</s>{% endfor %}"
 
@@ -28,7 +29,7 @@ def test_rewards_are_those_of_one_conversation_at_a_time(made, judge):
     _, inputs = made
     pairs = [inputs.pairs[row.id] for row in inputs.train][:9]
     settings = {"path": str(judge), "revision": None, "template": None}
-    rewards = judges.rewards(settings, pairs, inputs.bench)
+    rewards = judging.rewards(settings, pairs, inputs.bench)
     network, tokenizer = AutoModelForSequenceClassification.from_pretrained(judge), byte_tokenizer()
     for pair, ours in zip(pairs, rewards, strict=True):
         for answer, reward in zip((pair.chosen, pair.rejected), ours, strict=True):
@@ -43,21 +44,21 @@ def test_rewards_are_kept(made, judge, monkeypatch):
     _, inputs = made
     pairs = [inputs.pairs[row.id] for row in inputs.train][:5]
     settings = {"path": str(judge), "revision": None, "template": "chatml"}
-    first = judges.rewards(settings, pairs, inputs.bench)
-    monkeypatch.setattr(judges, "_load", lambda *_: pytest.fail("run again"))
-    assert np.array_equal(judges.rewards(settings, pairs, inputs.bench), first)
+    first = judging.rewards(settings, pairs, inputs.bench)
+    monkeypatch.setattr(judging, "_load", lambda *_: pytest.fail("run again"))
+    assert np.array_equal(judging.rewards(settings, pairs, inputs.bench), first)
 
 
 def test_a_language_model_is_no_reward_model(made, toy):
     _, inputs = made
     settings = {"path": str(toy / "model"), "revision": None, "template": "plain"}
     with pytest.raises(ValueError, match="is no reward model: it has no score.weight"):
-        judges.rewards(settings, list(inputs.pairs.values())[:2], inputs.bench)
+        judging.rewards(settings, list(inputs.pairs.values())[:2], inputs.bench)
 
 
 def test_batches_hold_equal_lengths_within_the_budget():
     sequences = [np.zeros(n) for n in (3, 5, 3, 3, 9)]
-    assert judges._batches(sequences, 6) == [[0, 2], [3], [1], [4]]
+    assert judging._batches(sequences, 6) == [[0, 2], [3], [1], [4]]
 
 
 def test_implicit_reward_reads_the_same_tokens_under_the_base(made, tmp_path):
@@ -66,7 +67,7 @@ def test_implicit_reward_reads_the_same_tokens_under_the_base(made, tmp_path):
     base.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     rows = inputs.train[:6]
-    values = judges.base_logps({"path": str(tmp_path), "revision": None}, rows, inputs.bench)
+    values = judging.base_logps({"path": str(tmp_path), "revision": None}, rows, inputs.bench)
     with torch.no_grad():
         expected = [naive_logprobs(base, row) for row in rows]
     np.testing.assert_allclose(values, expected, rtol=1e-4)
@@ -79,7 +80,7 @@ def test_a_base_with_other_tokens_is_refused(made, tmp_path):
     text = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(text.replace('"a": ', '"other": '))
     with pytest.raises(ValueError, match="is another token than to the run's model"):
-        judges.base_logps({"path": str(tmp_path), "revision": None}, inputs.train, inputs.bench)
+        judging.base_logps({"path": str(tmp_path), "revision": None}, inputs.train, inputs.bench)
 
 
 def test_a_score_that_is_no_number_names_its_pair(made):

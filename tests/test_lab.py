@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo import lab
 from sdpo.config import LabData, LabModel
-from sdpo.lab import sampling, world
-from sdpo.tokens import content_hash
+from sdpo.data.tokenize import content_hash
+from sdpo.lab import world
+from sdpo.model import sampling
 
 PROMPTS = ["Rabcdef", "Tabcdef", "Nabcdep", "Dabcdef"]
 

@@ -9,10 +9,12 @@ import pytest
 
 from sdpo import lab
 from sdpo.config import Data, LabData, LabModel, LabSource
-from sdpo.data import Pair
+from sdpo.data.preferences import Pair
+from sdpo.data.tokenize import content_hash, encode
 from sdpo.lab import exam as questions
-from sdpo.lab import measures, pairs, world
-from sdpo.tokens import content_hash, encode
+from sdpo.lab import measures as lab_measures
+from sdpo.lab import pairs as lab_pairs
+from sdpo.lab import world
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_no_prompt_stands_twice(built, model, tokenizer):
 def test_the_judge_is_bradley_terry():
     source, rng = LabSource(temperature=0.5), random.Random(0)
     right, wrong = "fedcba", "fedcbb.."  # gold 1 and 5/6 - 0.2
-    judged = [pairs._judge(source, "Rabcdef", [right, wrong], rng) for _ in range(4000)]
+    judged = [lab_pairs._judge(source, "Rabcdef", [right, wrong], rng) for _ in range(4000)]
     share = np.mean([better[1] == right for better, _ in judged])
     assert share == pytest.approx(1 / (1 + np.exp(-(1 / 6 + 0.2) / 0.5)), abs=0.025)
     assert all(better[0] >= worse[0] for better, worse in judged)
@@ -130,17 +132,17 @@ def test_measures(built, model, tokenizer):
 
 
 def test_an_item_is_right_where_the_right_choice_is_the_only_likeliest(tokenizer, model, monkeypatch):
-    monkeypatch.setattr(measures, "response_logp", lambda model, answers: -answers.mask_SR.sum(dim=1))
+    monkeypatch.setattr(lab_measures, "response_logp", lambda model, answers: -answers.mask_SR.sum(dim=1))
     items = [["Rabcdef", "a", "bb", "ccc"], ["Rabcdef", "aa", "bb", "ccc"], ["Rabcdef", "aa", "b", "cc"]]
-    assert measures._multiple_choice(model, tokenizer, items).tolist() == [True, False, False]
+    assert lab_measures._multiple_choice(model, tokenizer, items).tolist() == [True, False, False]
 
 
 def test_mean_and_best_of_n_by_hand(built, model, tokenizer):
-    assert measures.mean(np.array([0.0, 1.0])) == pytest.approx(  # t(.975, 1) = 12.706, standard error one half
+    assert lab_measures.mean(np.array([0.0, 1.0])) == pytest.approx(  # t(.975, 1) = 12.706, standard error one half
         {"value": 0.5, "low": 0.5 - 6.353, "high": 0.5 + 6.353, "n": 2}, abs=1e-3
     )
     gold = np.array([[0.0, 0.5, 1.0], [1.0, 1.0, 0.0]])  # best of the three pairs: .5, 1, 1 and 1, 1, 1
-    assert [measures._expected_best(gold, n).tolist() for n in (1, 2, 3)] == [
+    assert [lab_measures._expected_best(gold, n).tolist() for n in (1, 2, 3)] == [
         pytest.approx([0.5, 2 / 3]),
         pytest.approx([2.5 / 3, 1.0]),
         pytest.approx([1.0, 1.0]),

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from conftest import compose, read_lines
 
-from sdpo import lambdas, losses
-from sdpo.rooms import choose
+from sdpo.binding import choose
+from sdpo.train import gradient_weight
+from sdpo.variants import loss as losses
 
 BETA = 0.5
 POLICY = np.array([[-4.0, -7.0], [-5.0, -4.0]])  # gamma 3, -1
@@ -39,12 +40,12 @@ EXPECTED = {
 def test_lambda_is_the_derivative_of_the_loss_itself(case):
     settings, expected = EXPECTED[case]
     loss = choose(losses, {"name": case, "beta": BETA} | settings)
-    assert lambdas.of_pairs(loss, **DATA) == pytest.approx(expected, abs=1e-6)
+    assert gradient_weight.of_pairs(loss, **DATA) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["simpo", "sft"])
 def test_without_a_reference_there_is_no_lambda(name):
-    assert lambdas.of_pairs(choose(losses, compose(f"loss={name}").loss), **DATA) is None
+    assert gradient_weight.of_pairs(choose(losses, compose(f"loss={name}").loss), **DATA) is None
 
 
 def test_a_run_records_the_weights_of_its_own_loss(run):

@@ -10,7 +10,8 @@ import pytest
 import toys
 from conftest import read_lines
 
-from sdpo import launch, runs
+from sdpo.launch import local as launch
+from sdpo.run import folder as run_folder
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -33,16 +34,16 @@ def test_a_job_that_is_submitted_twice_is_done_once(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
     settings, _ = toys.prepare(toy, tmp_path / "store", "split=all_at_once", "optim.epochs=60")
     folder = tmp_path / "run"
-    runs.Run(settings, folder, choices={}, arm="once").prepare()
-    runs.fail(folder, ValueError("of a process that did it before"))
+    run_folder.Run(settings, folder, choices={}, arm="once").prepare()
+    run_folder.fail(folder, ValueError("of a process that did it before"))
     jobs = [subprocess.Popen(launch.job(folder), stderr=subprocess.PIPE, text=True)]
     while not (folder / "metrics.jsonl").exists():
         time.sleep(0.05)
     begun = (folder / "manifest.json").read_bytes()
-    runs.Run(settings, folder, choices={}, arm="again").prepare()
+    run_folder.Run(settings, folder, choices={}, arm="again").prepare()
     assert (folder / "manifest.json").read_bytes() == begun  # what runs is left as it is
     with pytest.raises(ValueError, match="does a run of other settings there"):
-        runs.Run(replace(settings, seed=1), folder, choices={}, arm="other").prepare()
+        run_folder.Run(replace(settings, seed=1), folder, choices={}, arm="other").prepare()
     jobs.append(subprocess.Popen(launch.job(folder), stderr=subprocess.PIPE, text=True))
     said = [job.communicate()[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0] and not (folder / "error.txt").exists()

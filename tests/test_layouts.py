@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdpo.layouts import BadRow, normalise, rename
+from sdpo.data.schemas import BadRow, normalise, rename
 
 ASK = {"role": "user", "content": "Why is the sky blue?"}
 RULES = {"role": "system", "content": "Be brief."}

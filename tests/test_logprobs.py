@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import random_model
 
-from analysis.benchmark_meter import Meter
-from sdpo import logprobs
-from sdpo.logprobs import Head, Scorer, naive_logprobs, score
-from sdpo.packing import pack
-from sdpo.tokens import TokenPair
+from analysis.benchmark.meter import Meter
+from sdpo.data.tokenize import TokenPair
+from sdpo.model import logprobs
+from sdpo.model.logprobs import Head, Scorer, naive_logprobs, score
+from sdpo.model.packing import pack
 
 # A sliding window shorter than the sequences, and every scaling switched on.
 ARCHITECTURES = {

@@ -12,9 +12,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sdpo import losses
-from sdpo.losses import Both
-from sdpo.rooms import choose, needs, variants
+from sdpo.binding import choose, needs, variants
+from sdpo.variants import loss as losses
+from sdpo.variants.loss import Both
 
 CONF = Path(__file__).parents[1] / "conf" / "loss"
 

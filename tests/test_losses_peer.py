@@ -10,9 +10,9 @@ import torch
 from conftest import byte_tokenizer, random_model
 from datasets import Dataset
 
-from sdpo import losses
-from sdpo.losses import Both
-from sdpo.rooms import choose, needs
+from sdpo.binding import choose, needs
+from sdpo.variants import loss as losses
+from sdpo.variants.loss import Both
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the peer's, about itself
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdpo.measures import length_controlled, mean, share_above
+from sdpo.stats import length_controlled, mean, share_above
 
 
 def test_mean_and_its_interval():

@@ -13,11 +13,11 @@ import pytest
 import torch
 from conftest import compose, random_model, read_lines
 
-from sdpo import memory
-from sdpo.engine import Plain, open_engine
-from sdpo.logprobs import Scorer, score
-from sdpo.packing import pack
-from sdpo.tokens import TokenPair
+from sdpo.data.tokenize import TokenPair
+from sdpo.model import memory
+from sdpo.model.engine import Plain, open_engine
+from sdpo.model.logprobs import Scorer, score
+from sdpo.model.packing import pack
 
 CPU = torch.device("cpu")
 

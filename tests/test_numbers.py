@@ -11,7 +11,7 @@ from conftest import compose
 from nbclient import NotebookClient
 from test_notebooks import NOTEBOOKS
 
-from analysis import collect, equal_kl, figures, mirror, report, tables
+from analysis import collect, equal_kl, figures, from_wandb, report, tables
 
 ARMS = {"plain": ["split=all_at_once", "reference=initial"], "stepwise": ["split=by_source"]}
 BASE = ["experiment=smoke", "record=wandb", "optim.lr=3e-3", "optim.pairs_per_update=16"]
@@ -20,7 +20,8 @@ BASE = ["experiment=smoke", "record=wandb", "optim.lr=3e-3", "optim.pairs_per_up
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     """Two arms of one seed on a tiny laboratory, with W&B's offline mirror."""
-    from sdpo import runs, stepwise
+    from sdpo import stepwise
+    from sdpo.run import folder as run_folder
 
     folder = tmp_path_factory.mktemp("out") / "walk"
     with pytest.MonkeyPatch.context() as patch:
@@ -28,9 +29,9 @@ def sweep(tmp_path_factory):
         for arm, overrides in ARMS.items():
             settings = compose(*BASE, *overrides)
             chosen = {"reference": settings.reference["name"], "loss": "dpo"}
-            runs.Run(settings, folder / arm, chosen, arm, sweep="walk").prepare()
+            run_folder.Run(settings, folder / arm, chosen, arm, sweep="walk").prepare()
             stepwise.run(settings, folder / arm)
-            runs.finish(settings, folder / arm)
+            run_folder.finish(settings, folder / arm)
     sweep = {
         "name": "walk",
         "command": ["train.py"],
@@ -64,9 +65,9 @@ def check_summary(summary, lines):
 def check_mirror(folder, lines, summary, out):
     """What W&B's offline file holds is the run folder's, number for number; and so are the tables read from it."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    run = mirror.offline(path)
-    assert list(mirror.entries(run.rows)) == lines
-    again = mirror.write(run, out)
+    run = from_wandb.offline(path)
+    assert list(from_wandb.entries(run.rows)) == lines
+    again = from_wandb.write(run, out)
     for name in ("manifest", "summary"):
         assert json.loads((again / f"{name}.json").read_text()) == json.loads((folder / f"{name}.json").read_text())
     for read in (collect.runs, collect.steps, collect.measures, collect.train):
@@ -124,12 +125,12 @@ def test_projects_online_are_read_like_offline_files(sweep, tmp_path, monkeypatc
     import wandb
 
     (path,) = (sweep / "stepwise").glob("wandb/offline-run-*/*.wandb")
-    held = mirror.offline(path)
+    held = from_wandb.offline(path)
     rows = [dict.fromkeys(("train/loss", "eval/lab/gold")) | row for row in held.rows]  # undefined is None there
     run = SimpleNamespace(
         name=held.name, config=held.config, summary=held.summary, state="finished", scan_history=lambda: iter(rows)
     )
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs={"team/sdpo": [run]}.get))
-    (found,) = mirror.online("team/sdpo")
-    assert mirror.write(found, tmp_path) == tmp_path / "walk" / "stepwise"
+    (found,) = from_wandb.online("team/sdpo")
+    assert from_wandb.write(found, tmp_path) == tmp_path / "walk" / "stepwise"
     check_same_table(collect.measures(tmp_path / "walk"), collect.measures(sweep / "stepwise"))

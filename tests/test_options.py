@@ -16,7 +16,9 @@ import torch
 from conftest import REAL_DATA, TINY, byte_tokenizer, compose, random_model, read_lines
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from sdpo import help, runs, stepwise
+from sdpo import stepwise
+from sdpo.launch import help
+from sdpo.run import folder as run_folder
 
 CHECKOUT = Path(__file__).parents[1]
 FILES = ["data.train=[a.jsonl,b.jsonl]", "data.template=plain", "data.held_out_share=0.2"]
@@ -108,8 +110,8 @@ def chosen(option):
 def train(split, reference, folder):
     given = chosen(f"reference={reference}")
     settings = replace(chosen(f"split={split}"), reference=given.reference, loss=given.loss)
-    runs.check(settings)
-    runs.Run(settings, folder, choices={}, arm="").prepare()
+    run_folder.check(settings)
+    run_folder.Run(settings, folder, choices={}, arm="").prepare()
     return stepwise.run(settings, folder)
 
 

@@ -9,11 +9,11 @@ from conftest import compose
 from toys import prepare
 from transformers import AutoModelForCausalLM
 
-from sdpo import inputs as starts
-from sdpo import ordering, sources
-from sdpo.logprobs import naive_logprobs
-from sdpo.receipts import wilson
+from sdpo.curriculum import build, sources
+from sdpo.curriculum.diagnostics import wilson
+from sdpo.model.logprobs import naive_logprobs
 from sdpo.store import Store
+from sdpo.train import setup as starts
 
 EASY = ["split=easy_to_hard", "split.level=pair", "split.num_chunks=3"]
 
@@ -71,7 +71,7 @@ def test_a_replayed_split_is_the_same_run(run, tmp_path):
 
 
 def test_a_split_without_scores_pays_for_none(run, monkeypatch):
-    monkeypatch.setattr(ordering, "scored", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(build, "scored", lambda *_: pytest.fail("scored"))
     monkeypatch.setattr(sources, "accuracies", lambda *_: pytest.fail("measured"))
     split, _ = read(run("split=all_at_once"))
     assert (split["score"], split["sources"], split["warnings"]) == (None, {}, [])
@@ -100,14 +100,14 @@ def test_what_remains_is_scored_anew_with_the_newest_model(run, toy, tmp_path, c
 
 def test_scores_that_read_no_model_of_the_run(toy, tmp_path):
     settings, inputs = prepare(toy, tmp_path, *EASY, "score=length_gap")
-    chunks = ordering.in_order(inputs, settings, [inputs.initial])
+    chunks = build.in_order(inputs, settings, [inputs.initial])
     gap = {row.id: len(row.rejected) - len(row.chosen) for row in inputs.train}
     assert min(gap[id] for id in chunks[0]) >= max(gap[id] for id in chunks[2])
-    split, by_id = ordering.describe(inputs, settings, [inputs.initial], chunks)
+    split, by_id = build.describe(inputs, settings, [inputs.initial], chunks)
     assert split["score"] == {"name": "length_gap", "model": None, "weights": [], "tokens": None} and by_id == gap
     with pytest.raises(ValueError, match="needs chosen_rating and rejected_rating"):
         settings = compose("model=local", "model.path=m", "data=local", "data.train=[a]", *EASY, "score=rating_gap")
-        ordering.in_order(inputs, settings, [inputs.initial])
+        build.in_order(inputs, settings, [inputs.initial])
 
 
 def test_three_real_sources_by_a_real_model(real_data, tmp_path):
@@ -119,8 +119,8 @@ def test_three_real_sources_by_a_real_model(real_data, tmp_path):
     base = ["model=local", f"model.path={model}", "data=local", f"data.train=[{files}]", "data.template=plain"]
     settings = compose(*base, "split=easy_to_hard")
     inputs = starts.prepare(settings, Store(tmp_path / "store"))
-    chunks = ordering.in_order(inputs, settings, [inputs.initial])
-    split, _ = ordering.describe(inputs, settings, [inputs.initial], chunks)
+    chunks = build.in_order(inputs, settings, [inputs.initial])
+    split, _ = build.describe(inputs, settings, [inputs.initial], chunks)
     order = [inputs.pairs[ids[0]].source for ids in chunks]
     accuracy = [split["sources"][source]["score"]["value"] for source in order]
     assert sorted(order) == sorted(names) and accuracy == sorted(accuracy, reverse=True)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sdpo.packing import in_order, micro_batches, pack, tokens_of
-from sdpo.tokens import TokenPair
+from sdpo.data.tokenize import TokenPair
+from sdpo.model.packing import in_order, micro_batches, pack, tokens_of
 
 END = [0]  # closes every stream, and is read by nobody
 

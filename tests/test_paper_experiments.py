@@ -7,9 +7,11 @@ import pytest
 from conftest import compose
 from test_conf import arms
 
-from sdpo import cost, plan, runs
-from sdpo.fit import updates
-from sdpo.runs import Run
+from sdpo.plan import report
+from sdpo.run import folder as run_folder
+from sdpo.run.folder import Run
+from sdpo.train import throughput
+from sdpo.train.loop import updates
 
 PATH = ["model.path=me/sft"]  # what only a user knows
 ORCA, ULTRA = 129 * 602, 608 * 707  # tokens of a hundredth of the paper's pairs
@@ -25,11 +27,11 @@ def foreseen(monkeypatch, tmp_path):
 
     def steps(experiment, *overrides):
         commands = arms([f"experiment={experiment}"])
-        named = zip(commands, runs.labels(commands), strict=True)
+        named = zip(commands, run_folder.labels(commands), strict=True)
         asked = [Run(compose(*command, *overrides), Path(arm), {}, arm) for command, arm in named]
         for run in asked:
-            runs.check(run.config)
-        return {one.run.arm: one.steps for one in plan.of(asked)}
+            run_folder.check(run.config)
+        return {one.run.arm: one.steps for one in report.of(asked)}
 
     return steps
 
@@ -85,7 +87,7 @@ def test_the_settings_say_what_the_paper_s_figure_3_shows():
     settings = compose("experiment=paper_sdpo", *PATH)
     assert len(updates(60800, settings.optim, 0)) == 1902  # logged every 10, and 1900 is the last
     tokens = sum(size.pairs * size.tokens for size in settings.data.nominal.values())
-    hours = cost.gpu_hours(20 * settings.model.parameters * tokens) / cost.GPUS
+    hours = throughput.gpu_hours(20 * settings.model.parameters * tokens) / throughput.GPUS
     assert (tokens, round(hours, 2)) == (50_726_718, 3.03)
 
 

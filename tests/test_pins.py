@@ -17,13 +17,18 @@ from conftest import byte_tokenizer, compose, read_lines
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from sdpo import answers, evaluate, judges, models, naming, ordering, runs, stepwise
-from sdpo.data import prompt_key
-from sdpo.inputs import prepare
+from sdpo import stepwise
+from sdpo.curriculum import build
+from sdpo.data.preferences import prompt_key
+from sdpo.data.prompts import Prompt
+from sdpo.data.tokenize import content_hash
+from sdpo.evals import generation, reward_model, suites
 from sdpo.lab import Exam
-from sdpo.prompts import Prompt
+from sdpo.model import hub
+from sdpo.plan import dry_run
+from sdpo.run import folder as run_folder
 from sdpo.store import NUMERICS_VERSION, NotYet, ReadOnly, Store, key_of
-from sdpo.tokens import content_hash
+from sdpo.train.setup import prepare
 
 SHAPE = {  # config.json, written without transformers, which would add its version
     "architectures": ["LlamaForCausalLM"],
@@ -129,9 +134,9 @@ def train(settings, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SDPO_STORE", str(folder.with_name("store")))
         patch.setattr(Store, "make", listening)
-        runs.Run(settings, folder, choices={"split": "x"}, arm="pinned").prepare()
+        run_folder.Run(settings, folder, choices={"split": "x"}, arm="pinned").prepare()
         stepwise.run(settings, folder)
-        runs.finish(settings, folder)
+        run_folder.finish(settings, folder)
     return asked
 
 
@@ -152,13 +157,13 @@ def asked(place, ask, tmp_path_factory):
     other = initial._replace(key="0" * 64)
     with pytest.raises(NotYet):
         bench.logprobs(initial, inputs.train)
-    evaluate.lab(other, initial, exam, bench)
-    evaluate.lab(initial, initial, exam, bench)
-    evaluate.h4(initial, bench, local=str(place / "benchmarks"), limit=2)
-    evaluate.lm_eval(initial, bench, tasks=["arc_challenge"], num_fewshot=0, local=str(place / "benchmarks"))
-    answers.divergence(other, initial, [Prompt(1, ["abc"], "asked")], answers.Decoding(0.5, 4, 2, 7), bench)
+    suites.lab(other, initial, exam, bench)
+    suites.lab(initial, initial, exam, bench)
+    suites.h4(initial, bench, local=str(place / "benchmarks"), limit=2)
+    suites.lm_eval(initial, bench, tasks=["arc_challenge"], num_fewshot=0, local=str(place / "benchmarks"))
+    generation.divergence(other, initial, [Prompt(1, ["abc"], "asked")], generation.Decoding(0.5, 4, 2, 7), bench)
     pairs = [inputs.pairs[row.id] for row in inputs.held_out]
-    judges.rewards({"path": str(place / "model"), "revision": None, "template": "plain"}, pairs, bench)
+    reward_model.rewards({"path": str(place / "model"), "revision": None, "template": "plain"}, pairs, bench)
     for overrides in ("reference=average", "tune=lora tune.between=stack tune.quantize=4bit", "experiment=smoke"):
         by_name(ask(overrides), store)
     return store.asked
@@ -166,8 +171,8 @@ def asked(place, ask, tmp_path_factory):
 
 def by_name(settings, store):
     """The keys of the steps that a run would take, S's and those of its scores first, as far as its pairs are known."""
-    prepared = naming.prepare_by_name(settings, store)
-    planned = [*prepared.steps, *naming.for_scores(settings, prepared), *naming.steps(settings, prepared)]
+    prepared = dry_run.prepare_by_name(settings, store)
+    planned = [*prepared.steps, *dry_run.for_scores(settings, prepared), *dry_run.steps(settings, prepared)]
     return [step.model.key for step in planned if not step.unknown]
 
 
@@ -217,7 +222,7 @@ def test_the_numerics_version_is_raised_on_purpose_only():
 
 def test_the_model_and_the_pairs_are_known_by_their_content(place, ask, tmp_path):
     inputs = prepare(ask(""), Store(tmp_path))
-    assert models.fingerprint(place / "model") == inputs.initial.key == pins.MODEL
+    assert hub.fingerprint(place / "model") == inputs.initial.key == pins.MODEL
     assert [inputs.train[0].id, inputs.train[-1].id, *(row.id for row in inputs.held_out)] == pins.IDS
     assert prompt_key(inputs.pairs[inputs.train[0].id].prompt) == pins.PROMPT
 
@@ -232,8 +237,8 @@ def test_hashes_of_chunks_and_of_their_tokens(ask, overrides, tmp_path):
     settings = ask(overrides)
     inputs = prepare(settings, Store(tmp_path))
     history = [inputs.initial]
-    chunks = ordering.in_order(inputs, settings, history)
-    split, _ = ordering.describe(inputs, settings, history, chunks)
+    chunks = build.in_order(inputs, settings, history)
+    split, _ = build.describe(inputs, settings, history, chunks)
     found = [
         (chunk["hash"], content_hash(inputs.chunk(ids).rows))
         for chunk, ids in zip(split["receipts"], chunks, strict=True)

@@ -17,8 +17,8 @@ from test_equivalence import chunks
 from test_faults import Killed, interrupt_after
 from transformers import AutoModelForCausalLM
 
-from sdpo.logprobs import naive_logprobs
-from sdpo.workbench import read_table
+from sdpo.model.logprobs import naive_logprobs
+from sdpo.train.runner import read_table
 
 
 def naive(model_folder, rows):

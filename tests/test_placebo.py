@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sdpo import placebo
+from sdpo.variants import placebo
 
 INITIAL = np.array([[-10, -12], [-20, -18], [-5, -9]], dtype=np.float32)
 RULE = np.array([[-9, -13], [-20, -20], [-2, -9]], dtype=np.float32)  # shifts (1, -1), (0, -2), (3, 0)

@@ -10,12 +10,14 @@ import pytest
 from conftest import compose, random_model
 from huggingface_hub import constants
 
-from sdpo import cost, plan, stepwise
-from sdpo.fit import Chunk
-from sdpo.runs import Run
+from sdpo import stepwise
+from sdpo.data.tokenize import TokenPair
+from sdpo.plan import report
+from sdpo.run.folder import Run
 from sdpo.store import Artifact
-from sdpo.tokens import TokenPair
-from sdpo.windows import Windows
+from sdpo.train import throughput
+from sdpo.train.loop import Chunk
+from sdpo.train.reference_windows import Windows
 
 NOWHERE = ["model=hub", "model.path=nobody/nothing"]
 
@@ -45,20 +47,20 @@ def train(run):
 
 def keys(run):
     """The keys of a run's steps before it runs."""
-    (foreseen,) = plan.of([run])
+    (foreseen,) = report.of([run])
     assert not any(step.unknown for step in foreseen.steps)
     return [step.model.key for step in foreseen.steps]
 
 
 def pattern(runs):
     """Which steps are one, and how large they are, whatever they are called."""
-    steps = [step for one in plan.of(runs) for step in one.steps]
+    steps = [step for one in report.of(runs) for step in one.steps]
     names = [step.model.key for step in steps]
     return [names.index(name) for name in names], [(step.t, step.num_pairs) for step in steps]
 
 
 def last_words(runs):
-    return plan.text(plan.of(runs)).split("\n\n")[-1].splitlines()
+    return report.text(report.of(runs)).split("\n\n")[-1].splitlines()
 
 
 def test_what_is_planned_is_what_is_trained(asked):
@@ -75,20 +77,20 @@ def test_what_is_planned_is_what_is_trained(asked):
 def test_what_scores_decide_is_known_once_they_exist(asked, tmp_path):
     settings = ["split=easy_to_hard", "split.level=pair", "split.num_chunks=2", "score.model=current"]
     (run,) = asked("scored", *settings)
-    (before,) = plan.of([run])
+    (before,) = report.of([run])
     assert {step.unknown for step in before.steps} == {"the pairs are not scored yet"}
     assert not (tmp_path / "store").exists()
     assert train(run) == keys(run)
-    (after,) = plan.of([run])
+    (after,) = report.of([run])
     log = json.loads((run.folder / "steps" / "2" / "train.json").read_text())
     assert after.steps[1].seconds == sum(entry["seconds"] for entry in log["entries"]) > 0
 
 
 def test_models_that_scores_need_are_planned_apart(asked):
     (run,) = asked("selective", "split=all_at_once", "split.keep=0.5", "score=validation_loss", "score.repeats=1")
-    (before,) = plan.of([run])
+    (before,) = report.of([run])
     train(run)
-    (after,) = plan.of([run])
+    (after,) = report.of([run])
     assert [step.model.key for step in before.for_scores] == [step.model.key for step in after.for_scores]
     assert [(step.num_pairs, step.model.reused) for step in before.for_scores] == [(21, False), (22, False)]
     assert all(step.model.reused for step in after.for_scores)
@@ -124,7 +126,7 @@ def test_all_pairs_are_known_even_if_their_order_is_not(asked):
     everything = asked("known", "split=all_at_once")
     ordered = asked("ordered", "split=easy_to_hard", "split.level=pair", "split.num_chunks=1")
     for runs in (everything + ordered, ordered + everything):
-        (step,) = plan.distinct(step for one in plan.of(runs) for step in one.steps).values()
+        (step,) = report.distinct(step for one in report.of(runs) for step in one.steps).values()
         assert step.unknown is None
 
 
@@ -132,7 +134,7 @@ def test_the_laboratory_is_planned_before_anything_of_it_exists(monkeypatch, tmp
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
     settings = [compose("experiment=smoke", "split=by_source", f"reference={name}") for name in ("previous", "initial")]
     runs = [Run(one, tmp_path / one.reference["name"], choices={}, arm=one.reference["name"]) for one in settings]
-    (initial,) = plan.distinct(step for one in plan.of(runs) for step in one.initial).values()
+    (initial,) = report.distinct(step for one in report.of(runs) for step in one.initial).values()
     lab = settings[0].data.lab
     assert (initial.t, initial.num_pairs, initial.unknown) == (0, lab.num_demonstrations, None)
     sizes = [(t, source.num_pairs) for t, source in enumerate(lab.sources.values(), start=1)]
@@ -148,8 +150,8 @@ def test_a_data_set_that_is_not_here_has_the_size_that_the_settings_give_it(aske
     hub = ["data=hub", "data.train=[me/one,me/one/other:test]", "data.held_out_share=0.25", *NOWHERE]
     sizes = "+data.nominal={one: {pairs: 100, tokens: 7}, one-other: {pairs: 40, tokens: 5}}"
     with pytest.raises(ValueError, match="one is not on this machine: give the plan its size, as in .*{one: {pairs:"):
-        plan.of(asked("a", *hub))
-    (foreseen,) = plan.of(asked("a", *hub, sizes))
+        report.of(asked("a", *hub))
+    (foreseen,) = report.of(asked("a", *hub, sizes))
     assert [(step.num_pairs, step.tokens) for step in foreseen.steps] == [(75, 525), (30, 150)]
 
 
@@ -177,35 +179,35 @@ def test_operations_of_a_step(tmp_path, overrides, lengths, operations):
     size = ["model=hub", "model.path=x", "model.parameters=1000", "data=hub", "data.train=[x]"]
     settings = compose(*size, "optim.epochs=2", "optim.pairs_per_update=2", *overrides)
     windows = Windows([{"num_updates": length, "weights": {}} for length in lengths], None)
-    flops = cost.of_step(settings, chunk_of(4, 5), windows, Artifact("", tmp_path, reused=False))
+    flops = throughput.of_step(settings, chunk_of(4, 5), windows, Artifact("", tmp_path, reused=False))
     assert flops == pytest.approx(1000 * operations, nan_ok=True)
 
 
 def test_weights_are_counted_where_a_model_is(toy, tiny_model, tmp_path):
     settings = compose()
-    assert cost.parameters(settings, Artifact("", toy / "model", reused=True)) == tiny_model.num_parameters()
-    assert 1.5e5 < cost.parameters(settings, Artifact("", tmp_path, reused=False)) < 1.8e5  # the laboratory's
+    assert throughput.parameters(settings, Artifact("", toy / "model", reused=True)) == tiny_model.num_parameters()
+    assert 1.5e5 < throughput.parameters(settings, Artifact("", tmp_path, reused=False)) < 1.8e5  # the laboratory's
 
 
 def test_weights_that_are_only_looked_up_earn_nothing(toy, tiny_model, tmp_path):
     whole = Artifact("", toy / "model", reused=True)
-    assert cost.multiplied(whole, tiny_model) == tiny_model.num_parameters() - 300 * 32
+    assert throughput.multiplied(whole, tiny_model) == tiny_model.num_parameters() - 300 * 32
     tied = random_model(tie_word_embeddings=True)
     tied.save_pretrained(tmp_path)
-    assert cost.multiplied(Artifact("", tmp_path, reused=True), tied) == tied.num_parameters()
+    assert throughput.multiplied(Artifact("", tmp_path, reused=True), tied) == tied.num_parameters()
 
 
 def test_utilisation_counts_the_reference_pass_where_it_was_made(monkeypatch):
     settings = compose("precision=bf16")
-    trained, scored, none = cost.Pace(6000, 30.0), cost.Pace(2000, 10.0), cost.Pace(0, 0.0)
-    assert cost.speed(settings, 1000, trained, scored) == (200.0, None)  # no known GPU here
-    monkeypatch.setattr(cost, "peak", lambda device: 2e6)
-    assert cost.speed(settings, 1000, trained, scored) == (200.0, 20 * 2000 * 1000 / 40 / 2e6)  # (6 E + 2) N, E = 3
-    assert cost.speed(settings, 1000, trained, none) == (200.0, 6 * 6000 * 1000 / 30 / 2e6)
-    assert cost.speed(compose("precision=bf16", "tune=lora"), 1000, trained, none).utilisation == 0.4
-    assert cost.speed(compose(), 1000, trained, scored).utilisation is None  # the peak is that of bf16
+    trained, scored, none = throughput.Pace(6000, 30.0), throughput.Pace(2000, 10.0), throughput.Pace(0, 0.0)
+    assert throughput.speed(settings, 1000, trained, scored) == (200.0, None)  # no known GPU here
+    monkeypatch.setattr(throughput, "peak", lambda device: 2e6)
+    assert throughput.speed(settings, 1000, trained, scored) == (200.0, 20 * 2000 * 1000 / 40 / 2e6)  # (6 E + 2) N
+    assert throughput.speed(settings, 1000, trained, none) == (200.0, 6 * 6000 * 1000 / 30 / 2e6)
+    assert throughput.speed(compose("precision=bf16", "tune=lora"), 1000, trained, none).utilisation == 0.4
+    assert throughput.speed(compose(), 1000, trained, scored).utilisation is None  # the peak is that of bf16
 
 
 def test_hours_of_the_paper_s_data_on_eight_gpus():
     # 12.9k + 60.9k pairs, 51M tokens, 10.7B weights, 3 epochs: 2.4 hours at 50 % of the peak, so 3.0 at 40 %.
-    assert cost.gpu_hours(20 * 10.73e9 * 51e6) / 8 == pytest.approx(2.4 * 50 / 40, rel=0.02)
+    assert throughput.gpu_hours(20 * 10.73e9 * 51e6) / 8 == pytest.approx(2.4 * 50 / 40, rel=0.02)

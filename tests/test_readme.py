@@ -45,13 +45,13 @@ def test_result_tables_have_the_form_of_the_command_that_is_shown(tmp_path, monk
 def test_what_w_and_b_does_not_have_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name, said in {str(tmp_path): "there is no .wandb file in", "no/such": "no/such is no folder here"}.items():
-        monkeypatch.setattr(sys, "argv", ["analysis.mirror", name, "--out", "mirror"])
+        monkeypatch.setattr(sys, "argv", ["analysis.from_wandb", name, "--out", "mirror"])
         with pytest.raises(SystemExit, match=f"error: {said}"):
-            importlib.import_module("analysis.mirror").main()
+            importlib.import_module("analysis.from_wandb").main()
 
 
 def test_the_benchmark_s_command_is_understood(monkeypatch, capsys):
     (command,) = [words for words in commands().values() if words[0] == "analysis.benchmark"]
     with pytest.raises(SystemExit, match="0"):
-        importlib.import_module(command[0]).main([*command[1:], "--help"])
+        importlib.import_module(f"{command[0]}.__main__").main([*command[1:], "--help"])
     assert "ultrafeedback" in capsys.readouterr().out

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from sdpo.config import Config
-from sdpo.environment import environment
-from sdpo.record import Recorder, flatten, progress, step_line, write_json
+from sdpo.metrics import Recorder, flatten, progress, step_line, write_json
+from sdpo.run.provenance import environment
 
 TRAIN = {"kind": "train", "t": 1, "update": 3, "loss": 0.1 + 0.2, "pairs": 32}
 EVAL = {"kind": "eval", "t": 1, "eval": {"lab/gold": {"value": 0.5, "low": None, "high": 0.75, "n": 4}}}

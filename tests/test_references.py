@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sdpo import references
-from sdpo.references import Window
+from sdpo.variants import reference as references
+from sdpo.variants.reference import Window
 
 
 def test_rules_with_one_window():

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from sdpo import rooms
+from sdpo import binding
 
 
 @pytest.fixture
@@ -20,16 +20,16 @@ def room(monkeypatch):
     scaled.__module__ = "room"
     helper = type(scaled)(scaled.__code__, {}, "_helper")
     helper.__module__ = "room"
-    module.scaled, module._helper, module.visitor = scaled, helper, rooms.choose
+    module.scaled, module._helper, module.visitor = scaled, helper, binding.choose
     monkeypatch.setitem(sys.modules, "room", module)  # where dataclasses look annotations up
     return module
 
 
 def test_choose_fills_in_the_keywords(room):
-    chosen = rooms.choose(room, {"name": "scaled", "factor": 2})
+    chosen = binding.choose(room, {"name": "scaled", "factor": 2})
     assert isinstance(chosen, partial) and chosen(1, 3) == (1, 3, 2.0, None, [])
-    assert list(rooms.variants(room)) == ["scaled"]
-    assert rooms.needs(chosen) == rooms.needs(room.scaled) == ["values", "offset"]
+    assert list(binding.variants(room)) == ["scaled"]
+    assert binding.needs(chosen) == binding.needs(room.scaled) == ["values", "offset"]
 
 
 @pytest.mark.parametrize(
@@ -48,5 +48,5 @@ def test_choose_fills_in_the_keywords(room):
 )
 def test_choose_names_the_key_that_is_wrong(room, given, sentence):
     with pytest.raises(ValueError, match="^[^\n]*$") as error:
-        rooms.choose(room, given)
+        binding.choose(room, given)
     assert sentence in str(error.value)

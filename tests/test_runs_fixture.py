@@ -10,7 +10,7 @@ from runs import ARMS, make_run, make_sweep, real_sweep
 from test_numbers import check_summary
 
 from sdpo import config
-from sdpo.runs import Run
+from sdpo.run.folder import Run
 
 
 def shape(value):

@@ -5,7 +5,7 @@ from conftest import read_lines
 from safetensors.torch import load_file
 
 from sdpo.config import Optim
-from sdpo.fit import learning_rate
+from sdpo.train.loop import learning_rate
 
 WARMUP = [0.25, 0.5, 0.75, 1.0]  # 4 of 10 updates; 6 remain, which begin at the peak and would reach 0 after the last
 REST = {

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sdpo import scores
+from sdpo.variants import score as scores
 
 LOGPS = np.array([[-4.0, -6.0], [-9.0, -8.0]])
 LENGTHS = np.array([[2, 6], [9, 4]])

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from sdpo import splits
-from sdpo.splits import Row
+from sdpo.variants import split as splits
+from sdpo.variants.split import Row
 
 
 def rows_of(*sources):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import random_model
 
-from sdpo.models import fingerprint
+from sdpo.model.hub import fingerprint
 from sdpo.store import Store, check, key_of
 
 

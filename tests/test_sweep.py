@@ -11,16 +11,19 @@ from dataclasses import replace
 import pytest
 from test_kills import CHECKOUT, alive, children, wait_until
 
-from sdpo import config, runs, sweep, table
-from sdpo.runs import Run
+from sdpo import config
+from sdpo.launch import summary as summaries
+from sdpo.launch import sweep
+from sdpo.run import folder as run_folder
+from sdpo.run.folder import Run
 
 
 def test_an_arm_is_named_by_all_that_varies_but_the_seed():
     jobs = [["loss=dpo", f"seed={seed}", f"optim.lr={lr}", f"arm={arm}"] for seed in "01" for lr, arm in ("1a", "2b")]
-    assert runs.labels(jobs) == ["optim.lr=1 a", "optim.lr=2 b"] * 2
-    assert runs.labels([["seed=0"], ["seed=1"]]) == ["", ""]
-    assert runs.labels([["arm=a", "seed=0"], ["arm=a", "seed=1"]]) == ["a", "a"]
-    assert runs.labels([["+steps.2.loss.beta=1"], ["+steps.2.loss.beta=2"]])[0] == "steps.2.loss.beta=1"
+    assert run_folder.labels(jobs) == ["optim.lr=1 a", "optim.lr=2 b"] * 2
+    assert run_folder.labels([["seed=0"], ["seed=1"]]) == ["", ""]
+    assert run_folder.labels([["arm=a", "seed=0"], ["arm=a", "seed=1"]]) == ["a", "a"]
+    assert run_folder.labels([["+steps.2.loss.beta=1"], ["+steps.2.loss.beta=2"]])[0] == "steps.2.loss.beta=1"
 
 
 def asked(folder, name, **launch):
@@ -54,11 +57,11 @@ def test_the_table_counts_seeds_steps_and_failures(tmp_path):
             summary = {"headline": {"name": "lab/gold", "value": value, "n": 9}, "seconds": 2.0}
             summary |= {"trained_steps": trained, "reused_steps": reused}
             (run.folder / "summary.json").write_text(json.dumps(summary))
-            runs.finish(run.config, run.folder)
-    runs.fail(asked_for[3].folder, ValueError("no\nway"))
+            run_folder.finish(run.config, run.folder)
+    run_folder.fail(asked_for[3].folder, ValueError("no\nway"))
     # Two seeds at .5 and .75: t(.975, 1) = 12.706, standard error .125, so .625 +- 1.588. a0 was finished before.
     assert [
-        line.split() for line in table.of(asked_for, {tmp_path / name for name in ("a1", "b0", "b1")}).splitlines()
+        line.split() for line in summaries.of(asked_for, {tmp_path / name for name in ("a1", "b0", "b1")}).splitlines()
     ] == [
         ["arm", "seeds", "headline", "seconds", "steps", "trained", "reused"],
         ["a", "2/2", "lab/gold", "0.6250", "[-0.9633,", "2.2133]", "4", "1", "3"],
@@ -80,7 +83,7 @@ def finished(tmp_path):
     run.prepare()
     (run.folder / "steps").mkdir()
     (run.folder / "steps" / "1").symlink_to(tmp_path)
-    runs.finish(run.config, run.folder)
+    run_folder.finish(run.config, run.folder)
     assert run.finished
     return run
 

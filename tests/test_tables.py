@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from runs import make_run, make_sweep
 
-from analysis import collect, layout, paper, tables
+from analysis import collect, published, table_format, tables
 
 
 @pytest.fixture(scope="module")
@@ -76,30 +76,30 @@ def test_runs_that_cannot_be_compared(sweep, tmp_path):
     ],
 )
 def test_number(numbers, said):
-    assert layout.number(*numbers) == said
+    assert table_format.number(*numbers) == said
 
 
 def test_paper_facts_are_consistent():
     """H4 is the mean of its tasks within rounding, but for the one printed otherwise; every row is complete."""
-    main = paper.facts()[1]
+    main = published.facts()[1]
     off = []
     for row in main["rows"]:
         h4, *tasks = row["paper"]
         off += [row["model"]] * (abs(h4 - sum(tasks) / 4) > 0.0101)
     assert off == ["SOLAR-0-70B-16bit"]
-    for table in paper.facts():
+    for table in published.facts():
         assert all(len(row["paper"]) == len(table["columns"]) for row in table["rows"])
 
 
 def test_paper_without_runs_invents_nothing(tmp_path):
-    for table in paper.facts():
-        assert paper.side_by_side(table, tmp_path)["difference"].isna().all()
+    for table in published.facts():
+        assert published.side_by_side(table, tmp_path)["difference"].isna().all()
 
 
 def test_paper_beside_ours(tmp_path):
     make_sweep(tmp_path / "paper_figure2", arms=("all at once", "by_source"))
-    figure2 = paper.facts()[-1]
-    ours = paper.side_by_side(figure2, tmp_path).set_index("model")
+    figure2 = published.facts()[-1]
+    ours = published.side_by_side(figure2, tmp_path).set_index("model")
     gammas = collect.trajectory(tmp_path / "paper_figure2").query(
         "arm == 'by_source' and role == 'policy' and update == -1 and chunk == 2 and t == 1"
     )
@@ -110,10 +110,10 @@ def test_paper_beside_ours(tmp_path):
 
 def test_formats(sweep):
     table = pd.DataFrame({"arm": ["a_b|c", "50 % & {more}"], "value": ["-1.5 ± 0.1", ""]})
-    assert "| a_b\\|c | -1.5 ± 0.1 |" in layout.setting(table, "Title", ["note"], "markdown")
-    assert r"50 \% \& \{more\} &  \\" in layout.setting(table, "Title", [], "latex")
-    assert r"a\_b|c & $-$1.5 $\pm$ 0.1 \\" in layout.setting(table, "Title", [], "latex")
-    lines = layout.setting(table, "Title", [], "text").splitlines()
+    assert "| a_b\\|c | -1.5 ± 0.1 |" in table_format.setting(table, "Title", ["note"], "markdown")
+    assert r"50 \% \& \{more\} &  \\" in table_format.setting(table, "Title", [], "latex")
+    assert r"a\_b|c & $-$1.5 $\pm$ 0.1 \\" in table_format.setting(table, "Title", [], "latex")
+    lines = table_format.setting(table, "Title", [], "text").splitlines()
     assert len({len(line) for line in lines[1:]}) == 1
 
 

@@ -9,8 +9,8 @@ Shape suffixes: K answers, P ordered pairs of answers.
 import torch
 from torch.autograd.functional import hessian, jacobian
 
-from sdpo import references
-from sdpo.losses import Both, dpo
+from sdpo.variants import reference as references
+from sdpo.variants.loss import Both, dpo
 
 K, T, BETA = 5, 4, 0.8
 

@@ -7,9 +7,9 @@ import pytest
 from conftest import byte_tokenizer
 from transformers import AutoTokenizer
 
-from sdpo.data import Pair
-from sdpo.templates import TEMPLATES, ChatFormat
-from sdpo.tokens import content_hash, encode
+from sdpo.data.preferences import Pair
+from sdpo.data.templates import TEMPLATES, ChatFormat
+from sdpo.data.tokenize import content_hash, encode
 
 BOS, EOS = 1, 2
 

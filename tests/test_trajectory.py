@@ -9,7 +9,7 @@ import torch
 from conftest import read_lines
 from safetensors.torch import load_file
 
-from sdpo.models import fingerprint_weights
+from sdpo.model.hub import fingerprint_weights
 
 FLAT = ["optim.schedule=constant", "optim.warmup=0", "split=all_at_once"]
 LOGPS = ["chosen_logp", "rejected_logp"]

@@ -12,9 +12,13 @@ from conftest import compose, random_model, read_lines
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-from sdpo import adapters, config, engine, launch, models, runs, tune
-from sdpo.logprobs import naive_logprobs
-from sdpo.step import take_step
+from sdpo import config
+from sdpo.launch import local as launch
+from sdpo.model import adapters, engine, hub
+from sdpo.model.logprobs import naive_logprobs
+from sdpo.run import folder as run_folder
+from sdpo.train.step import take_step
+from sdpo.variants import tune
 
 RANK, ALPHA = 4, 8.0
 LORA = ["tune=lora", f"tune.rank={RANK}", f"tune.alpha={ALPHA}", "optim.lr=1e-2", "optim.epochs=2"]
@@ -104,7 +108,7 @@ def check_adapters(chain, stacked):
     for t in (1, 2, 3):
         base = by_key[chain.adapter(t)[0].base_model_name_or_path]
         assert base is chain.models[0 if stacked else t - 1]
-        adapted = PeftModel.from_pretrained(models.load(base.folder), chain.models[t].folder / "adapter")
+        adapted = PeftModel.from_pretrained(hub.load(base.folder), chain.models[t].folder / "adapter")
         expected = chain.logps_N2[t]
         with torch.no_grad():
             found = [list(naive_logprobs(adapted.base_model.model, row)) for row in chain.rows]
@@ -162,7 +166,7 @@ def test_two_ranks_train_adapters_alike_at_every_zero_stage(run, tmp_path, stage
     settings = config.load(one / "config.yaml")
     settings.launch.ranks, settings.deepspeed.stage = 2, stage
     two = tmp_path / "two"
-    runs.Run(settings, two, choices={}, arm="two").prepare()
+    run_folder.Run(settings, two, choices={}, arm="two").prepare()
     launch.run(settings, two)
     losses = [[entry["loss"] for entry in read_lines(folder, "train")] for folder in (one, two)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
@@ -200,7 +204,7 @@ def test_a_mixed_reference_is_the_mean_of_merged_weights(run, toy, tmp_path, arc
     reference = dict(initial.state_dict())
     for epochs in (1, 2):  # of two updates; after the first the reference has not moved
         folder = run(*every, f"optim.epochs={epochs}", name=f"{epochs} epochs")
-        policy = models.load(folder / "steps" / "1").state_dict()
+        policy = hub.load(folder / "steps" / "1").state_dict()
         reference = {name: 0.4 * tensor + 0.6 * policy[name] for name, tensor in reference.items()}
     folder = run(*every, "optim.epochs=3", name="3 epochs")
     initial.load_state_dict(reference)
@@ -262,14 +266,14 @@ def test_what_does_not_go_with_adapters_is_refused_at_composition(message, monke
     monkeypatch.setattr(tune, "find_spec", lambda name: None)
     files = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]
     with pytest.raises(ValueError, match=message):
-        runs.check(compose(*files, "tune=lora", *REFUSED[message]))
+        run_folder.check(compose(*files, "tune=lora", *REFUSED[message]))
 
 
 def test_nothing_is_mixed_into_weights_of_4_bits(monkeypatch):
     monkeypatch.setattr(tune, "find_spec", lambda name: name)
     quantised = ["tune=lora", "tune.quantize=4bit", "tune.between=stack", "reference=mixed", "reference.alpha=0.6"]
     with pytest.raises(ValueError, match="reference=mixed adds to the frozen weights, which tune.quantize=4bit holds"):
-        runs.check(compose("model=local", "model.path=m", "data=local", "data.train=[a.jsonl]", *quantised))
+        run_folder.check(compose("model=local", "model.path=m", "data=local", "data.train=[a.jsonl]", *quantised))
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis import mirror
+from analysis import from_wandb
 from sdpo.config import Config, Record
-from sdpo.record import Recorder, flatten
+from sdpo.metrics import Recorder, flatten
 
 CONFIG = Config(record=Record(wandb=True, project="trial"), split={"name": "random"}, seed=7)
 CHOICES = {"split": "random", "loss": "dpo"}
@@ -20,10 +20,10 @@ CHOICES = {"split": "random", "loss": "dpo"}
 def mirrored(folder):
     """Of the one offline run below `folder`: its start, its logged rows, and its exit code (None: it never ended)."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    records = list(mirror.records(path))
+    records = list(from_wandb.records(path))
     (start,) = (record.run for record in records if record.HasField("run"))
     exits = [record.exit.exit_code for record in records if record.HasField("exit")]
-    return start, mirror.offline(path).rows, exits[0] if exits else None
+    return start, from_wandb.offline(path).rows, exits[0] if exits else None
 
 
 def entries(num_updates):
@@ -73,9 +73,9 @@ def test_every_number_is_mirrored(finished):
     updates = [row["updates"] for row in rows]
     assert updates == sorted(updates) and updates[-1] == 400
     (path,) = finished.glob("wandb/offline-run-*/*.wandb")
-    assert path.stat().st_size > 2 * mirror.BLOCK  # the reader has met records that cross blocks
+    assert path.stat().st_size > 2 * from_wandb.BLOCK  # the reader has met records that cross blocks
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    for line, found in zip(lines, mirror.entries(mirrored(finished)[1]), strict=True):
+    for line, found in zip(lines, from_wandb.entries(mirrored(finished)[1]), strict=True):
         assert {name: found[name] for name in line if name != "eval"} == {k: v for k, v in line.items() if k != "eval"}
         for name, measure in line.get("eval", {}).items():
             assert found["eval"][name] == {"low": None, "high": None} | measure
@@ -97,10 +97,10 @@ def test_answers_stand_side_by_side(tmp_path):
 def test_what_is_cut_off_is_left_out_and_other_files_are_refused(finished, tmp_path):
     (path,) = finished.glob("wandb/offline-run-*/*.wandb")
     (tmp_path / "cut.wandb").write_bytes(path.read_bytes()[:-3])
-    assert len(list(mirror.records(tmp_path / "cut.wandb"))) == len(list(mirror.records(path))) - 1
+    assert len(list(from_wandb.records(tmp_path / "cut.wandb"))) == len(list(from_wandb.records(path))) - 1
     (tmp_path / "other.wandb").write_text("something else")
     with pytest.raises(ValueError, match="was not written by the W&B client"):
-        mirror.offline(tmp_path / "other.wandb")
+        from_wandb.offline(tmp_path / "other.wandb")
 
 
 def test_the_run_says_what_it_is(finished):
@@ -134,7 +134,7 @@ def record_in_a_child(folder, mode, **environment):
     script = f"""
 from pathlib import Path
 from sdpo.config import Config, Record
-from sdpo.record import Recorder
+from sdpo.metrics import Recorder
 config = Config(record=Record(wandb=True, mode={mode!r}))
 with Recorder(Path({str(folder)!r}), config, arm="", choices={{}}) as recorder:
     recorder.log({{"kind": "train", "t": 1, "update": 1, "loss": 0.5}})

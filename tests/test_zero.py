@@ -14,7 +14,7 @@ from conftest import read_lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sdpo.models import fingerprint_weights
+from sdpo.model.hub import fingerprint_weights
 
 CHECKOUT = Path(__file__).parents[1]
 

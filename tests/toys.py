@@ -4,8 +4,8 @@ import torch
 from conftest import TINY, byte_tokenizer, compose
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from sdpo import inputs
 from sdpo.store import Store
+from sdpo.train import setup
 
 
 def prepare(toy, folder, *overrides):
@@ -14,7 +14,7 @@ def prepare(toy, folder, *overrides):
     base = ["model=local", f"model.path={toy / 'model'}", "data=local", f"data.train=[{files}]"]
     base += ["data.template=plain", "optim.lr=3e-3", "optim.pairs_per_update=12"]
     settings = compose(*base, *overrides)
-    return settings, inputs.prepare(settings, Store(folder))
+    return settings, setup.prepare(settings, Store(folder))
 
 
 def reward_model(folder, template):

@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo import config
-from sdpo.data import Preferences
+from sdpo.data.preferences import Preferences
 from sdpo.lab.exam import Exam, set_exam
 from sdpo.lab.measures import best_of_n, measure
 from sdpo.lab.model import new_model, tokenizer

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo.config import LabData
 from sdpo.lab import world
-from sdpo.lab.sampling import response_logp, sample
+from sdpo.model.sampling import response_logp, sample
 
 NUM_WRONG = 3  # wrong choices of an item
 NUM_ASKED = 16  # answers of S per item, among which the wrong choices are looked for

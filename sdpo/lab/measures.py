@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo.lab import world
 from sdpo.lab.exam import Exam
-from sdpo.lab.sampling import given, kl, response_logp, sample
-from sdpo.measures import Measures, mean
+from sdpo.model.sampling import given, kl, response_logp, sample
+from sdpo.stats import Measures, mean
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 ANSWERS_AT_ONCE = 8  # of every prompt, because the cache of a longer batch takes too much memory

@@ -9,12 +9,12 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo import config
-from sdpo.data import Pair, Preferences, describe
+from sdpo.data.preferences import Pair, Preferences, describe
+from sdpo.data.schemas import Message
+from sdpo.data.tokenize import TokenPair
 from sdpo.lab import world
 from sdpo.lab.model import STOP, VOCABULARY
-from sdpo.lab.sampling import sample
-from sdpo.layouts import Message
-from sdpo.tokens import TokenPair
+from sdpo.model.sampling import sample
 
 NUM_ANSWERS = 4  # of S to a prompt, of which two make a pair
 PROMPTS_AT_ONCE = 250

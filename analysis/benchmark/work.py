@@ -1,0 +1,123 @@
+"""What both sides of the benchmark run on: one folder with a random model, its tokenizer and pairs of token ids."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import lognorm
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sdpo import config
+from sdpo.data import preferences
+from sdpo.data.tokenize import TokenPair
+
+WORDS, EOS, MAX_TOKENS = 8192, 2, 1024
+# Mean tokens of prompt, chosen and rejected, of lognormals with as much spread as mean: they reproduce the published
+# medians of ultrafeedback_binarized and orca_dpo_pairs (arXiv 2410.20305, table of data sets).
+PROFILES = {"ultrafeedback": (160, 300, 265), "orca": (235, 195, 195)}
+
+
+# Llama configurations. The toy has 4.7 million parameters in its layers and as many in embeddings and head: what one
+# core trains in seconds. The others have the shapes of Llama 3.2 1B and 3B and of Mistral 7B.
+SHAPES = {
+    "toy": (WORDS, 256, 688, 6, 4, 4),
+    "1b": (128_256, 2048, 8192, 16, 32, 8),
+    "3b": (128_256, 3072, 8192, 28, 24, 8),
+    "7b": (32_000, 4096, 14_336, 32, 32, 8),
+}
+
+
+class Work(NamedTuple):
+    """What a side needs to know; `folder` holds model, tokenizer and pairs."""
+
+    folder: str
+    shape: str
+    pairs_per_update: int
+    pairs_per_microbatch: int
+    precision: str
+    device: str
+
+    @property
+    def model(self) -> Path:
+        return Path(self.folder) / "model"
+
+    def rows(self) -> list[TokenPair]:
+        listed = json.loads((Path(self.folder) / "pairs.json").read_text())
+        return [TokenPair(f"{i:05d}", *(np.array(ids, np.int32) for ids in three)) for i, three in enumerate(listed)]
+
+
+def prepare(work: Work, lengths: np.ndarray) -> None:
+    """Write model, tokenizer and pairs of these lengths [N, 3]; everything is derived from seed 0."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for prompt, chosen, rejected in lengths.tolist():
+        ids = [rng.integers(3, WORDS, n).tolist() for n in (prompt, chosen - 1, rejected - 1)]
+        pairs.append([ids[0], [*ids[1], EOS], [*ids[2], EOS]])
+    work.model.mkdir(parents=True)
+    (Path(work.folder) / "pairs.json").write_text(json.dumps(pairs))
+    tokenizer().save_pretrained(work.model)
+    torch.manual_seed(0)
+    LlamaForCausalLM(shape(work.shape)).save_pretrained(work.model)
+
+
+def from_profile(profile: str, num_pairs: int) -> np.ndarray:
+    """Lengths [N, 3] at evenly spaced quantiles, shuffled apart: a small sample with the whole distribution."""
+    rng = np.random.default_rng(0)
+    quantiles = (np.arange(num_pairs) + 0.5) / num_pairs
+    sigma = np.sqrt(np.log(2))  # standard deviation equal to the mean
+    columns = [rng.permutation(lognorm.ppf(quantiles, sigma, scale=mean / np.sqrt(2))) for mean in PROFILES[profile]]
+    return _cut(np.stack(columns, axis=1))
+
+
+def from_file(path: Path, num_pairs: int) -> np.ndarray:
+    """Lengths [N, 3] of the first pairs of a data file, at 4 characters a token; ValueError where it has fewer."""
+    pairs = preferences.load(config.Data(name="local", train=[str(path)], held_out_share=0.0)).train[:num_pairs]
+    if len(pairs) < num_pairs:
+        raise ValueError(f"{path} has {len(pairs)} pairs, and the benchmark needs {num_pairs}: set --pairs")
+    characters = [
+        (sum(len(turn["content"]) for turn in pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs
+    ]
+    return _cut(np.array(characters) / 4)
+
+
+def _cut(lengths: np.ndarray) -> np.ndarray:
+    """At least 2 tokens each, and no sequence longer than MAX_TOKENS, where responses give way."""
+    whole = np.maximum(lengths.round(), 2).astype(int)
+    whole[:, 0] = np.minimum(whole[:, 0], MAX_TOKENS // 2)
+    whole[:, 1:] = np.minimum(whole[:, 1:], MAX_TOKENS - whole[:, :1])
+    return whole
+
+
+def shape(name: str) -> LlamaConfig:
+    """The configuration of a shape, for random weights."""
+    vocabulary, hidden, intermediate, layers, heads, key_value_heads = SHAPES[name]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=MAX_TOKENS,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=EOS,
+    )
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One word a token, so that text and ids say the same on both sides."""
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, WORDS))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=MAX_TOKENS
+    )
+
+
+def text(ids: np.ndarray) -> str:
+    """The words of some ids, which this tokenizer reads back as the same ids."""
+    return "".join("</s>" if i == EOS else f" w{i}" for i in ids.tolist())

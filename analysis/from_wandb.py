@@ -1,0 +1,174 @@
+"""Run folders from what W&B holds: its offline folders, or a project online.
+
+    python -m analysis.from_wandb WANDB_FOLDER_OR_PROJECT... --out FOLDER
+
+They have manifest.json, metrics.jsonl and summary.json as the run wrote them, so all that reads no log-probabilities
+of single pairs (`collect.runs`, `steps`, `measures`, `train` and the tables) reads them like any others.
+"""
+
+import argparse
+import json
+import struct
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from analysis.collect import MAYBE_NULL
+from sdpo.metrics import OUTCOME
+
+Row = dict[str, Any]
+
+BLOCK = 32768  # bytes of LevelDB's log format, in which the client writes after a header of its own
+HEADER = 7  # bytes, of the file and of every record
+WHOLE, LAST = 1, 4  # the parts of a record that end it
+
+
+class Mirrored(NamedTuple):
+    """One W&B run; `rows` are its history in order, without what is undefined."""
+
+    name: str
+    config: dict[str, Any]
+    rows: list[Row]
+    summary: dict[str, Any]
+    ended: bool  # without an error
+
+
+def offline(file: Path) -> Mirrored:
+    """The run of a `.wandb` file. ValueError where it is none."""
+    config, summary, rows, name, code = {}, {}, [], "", None
+    for record in records(file):
+        if record.HasField("run"):
+            name = record.run.display_name
+            config |= _values(record.run.config.update)
+        elif record.HasField("config"):
+            config |= _values(record.config.update)
+        elif record.HasField("summary"):
+            summary |= _values(record.summary.update)
+        elif record.HasField("history"):
+            rows.append(_values(record.history.item))
+        elif record.HasField("exit"):
+            code = record.exit.exit_code
+    return Mirrored(name, config, rows, summary, code == 0)
+
+
+def online(project: str) -> Iterator[Mirrored]:
+    """The runs of `ENTITY/PROJECT`. ValueError where W&B does not give them out."""
+    import wandb
+
+    try:
+        runs = list(wandb.Api().runs(project))
+    except (wandb.errors.Error, ValueError) as error:
+        raise ValueError(f"{project} is no folder here, and W&B says of a project of that name: {error}") from error
+    for run in runs:
+        rows = [{key: value for key, value in row.items() if value is not None} for row in run.scan_history()]
+        yield Mirrored(run.name, dict(run.config), rows, dict(run.summary), run.state == "finished")
+
+
+def records(file: Path) -> Iterator:
+    """The records (protobuf messages) of a `.wandb` file; one that was being written when the run died is left out."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, body = file.read_bytes(), HEADER, b""
+    if data[:4] != b":W&B":
+        raise ValueError(f"{file} was not written by the W&B client")
+    while position + HEADER <= len(data):
+        if BLOCK - position % BLOCK < HEADER:  # no room for a header: the block's end is zeros
+            position += BLOCK - position % BLOCK
+            continue
+        _, length, part = struct.unpack_from("<IHB", data, position)  # checksum, bytes, which part
+        body += data[position + HEADER : position + HEADER + length]
+        position += HEADER + length
+        if part in (WHOLE, LAST) and position <= len(data):
+            yield wandb_internal_pb2.Record.FromString(body)
+            body = b""
+
+
+def entries(rows: Iterable[Row]) -> Iterator[dict]:
+    """The lines of metrics.jsonl that became these rows, but for answers, which W&B holds as a table."""
+    reached: dict[int, int] = {}  # step -> updates over the run at its last row
+    for row in rows:
+        kind = next((name.partition("/")[0] for name in row if "/" in name), None)
+        if kind is None:
+            continue
+        t, values = row["t"], {name.partition("/")[2]: value for name, value in row.items() if "/" in name}
+        before = max((updates for step, updates in reached.items() if step < t), default=0)
+        reached[t] = row["updates"]
+        if kind == "train":
+            yield {"kind": kind, "t": t, "update": row["updates"] - before} | values
+        else:
+            yield {"kind": kind, "t": t} | (_evaluation(values) if kind == "eval" else _step(values))
+
+
+def write(run: Mirrored, out: Path) -> Path:
+    """The run's folder below `out`, below that of its sweep if it has one; returns its path."""
+    unknown = {"run": run.name, "sweep": None, "arm": run.name, "seed": run.config.get("seed")}
+    manifest = run.config.get("manifest") or unknown | {"choices": run.config.get("choices", {})}
+    folder = out / (manifest["sweep"] or "") / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = list(entries(run.rows))
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if run.ended and "manifest" in run.config:
+        (folder / "summary.json").write_text(json.dumps(_summary(lines, run.summary), indent=1))
+        (folder / "done").touch()
+    return folder
+
+
+def _values(items: Iterable) -> dict[str, Any]:
+    return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def _evaluation(values: Row) -> dict:
+    """Measures from their parts: `lab/gold`, `lab/gold/low`, `lab/gold/n`; what is not there was null."""
+    names = sorted(name.removesuffix("/n") for name in values if name.endswith("/n"))  # W&B keeps no order
+    measures = {}
+    for name in names:
+        parts = {part: values.get(f"{name}/{part}") for part in ("low", "high", "n")}
+        version = {"version": values[f"{name}/version"]} if f"{name}/version" in values else {}
+        measures[name] = {"value": values.get(name)} | parts | version
+    return {"eval": measures}
+
+
+def _step(values: Row) -> dict:
+    sources = {name.removeprefix("sources/"): n for name, n in values.items() if name.startswith("sources/")}
+    rest = {name: value for name, value in values.items() if not name.startswith("sources/")}
+    return dict.fromkeys(MAYBE_NULL) | rest | {"sources": sources}
+
+
+def _summary(lines: list[dict], outcome: dict[str, Any]) -> dict:
+    """What summary.json held."""
+    evals = {line["t"]: line["eval"] for line in lines if line["kind"] == "eval"}
+    steps = [line | {"eval": evals[line["t"]]} for line in lines if line["kind"] == "step"]
+    for step in steps:
+        del step["kind"]
+    headline = {"value": outcome.get("headline")} | {name: outcome.get(f"headline_{name}") for name in ("name", "n")}
+    rest = {name: outcome[name] for name in OUTCOME}
+    return {"steps": steps, "initial": {"eval": evals[0]}, "headline": headline} | rest
+
+
+def _found(name: str) -> Iterable[Mirrored]:
+    """The runs of a folder or a project."""
+    if not Path(name).is_dir():
+        return online(name)
+    files = sorted(Path(name).rglob("*.wandb"))
+    if not files:
+        raise ValueError(f"there is no .wandb file in {name}: W&B's are written by runs with record=wandb")
+    return map(offline, files)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m analysis.from_wandb", description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="+", help="folders that hold .wandb files at any depth, or ENTITY/PROJECT")
+    parser.add_argument("--out", type=Path, required=True, help="where the run folders go")
+    chosen = parser.parse_args()
+    try:
+        for name in chosen.what:
+            for run in _found(name):
+                print(write(run, chosen.out))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

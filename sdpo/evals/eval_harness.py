@@ -1,0 +1,251 @@
+"""Benchmarks by lm-eval's own task definitions, on the weights in memory.
+
+Shots and metrics of `h4` are those of the first Open LLM Leaderboard, which the sDPO paper reports. Import this file
+only where a benchmark runs: lm-eval takes seconds to load.
+"""
+
+import copy
+import io
+import json
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
+from functools import cache
+from importlib.metadata import version
+from inspect import signature
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.tasks
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from scipy import stats
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from sdpo.launch import local as launch
+
+Measures = dict[str, dict]
+Overrides = dict[str, Any]  # what is to differ from a task's definition
+
+H4 = {  # task -> shots, metric
+    "arc_challenge": (25, "acc_norm"),
+    "hellaswag": (10, "acc_norm"),
+    "mmlu": (5, "acc"),
+    "truthfulqa_mc2": (0, "acc"),
+}
+H4_FOLDERS = ("arc", "hellaswag", "mmlu/default", "truthfulqa")
+ALL_FOLDERS = (".",)  # thousands of definitions, which take ten seconds to read
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def h4(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    local: str | None = None,
+    batch_size: int = 16,
+    limit: int | None = None,
+) -> Measures:
+    """ARC-Challenge (25 shots), HellaSwag (10), MMLU (5), TruthfulQA MC2 (0), and their mean `h4`.
+
+    `local` is a folder with copies of the tasks' data; `limit` keeps so many items per task, of MMLU per subject.
+    Every rank holds the whole model and takes its share of the items. Raises ValueError where a local copy is missing.
+    """
+    tasks = {name: {"num_fewshot": shots} for name, (shots, _) in H4.items()}
+    scores = _evaluate(Ranks(model, tokenizer, batch_size), tasks, _definitions(H4_FOLDERS), local, limit)
+    measures = {f"h4/{name}": scores[name][metric] for name, (_, metric) in H4.items()}
+    return {"h4": _mean(list(measures.values()))} | measures
+
+
+def benchmark(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tasks: list[str],
+    num_fewshot: int | None = None,
+    local: str | None = None,
+    batch_size: int = 16,
+    limit: int | None = None,
+) -> Measures:
+    """Any tasks and groups of lm-eval by name, with every metric of each as `task/metric`.
+
+    `num_fewshot` replaces every task's own number of shots; the other options are those of `h4`. Raises ValueError
+    for a name that lm-eval does not know.
+    """
+    known = _definitions(ALL_FOLDERS)
+    if unknown := set(tasks) - {*known.all_subtasks, *known.all_groups}:
+        raise ValueError(f"lm-eval has no task {', '.join(sorted(unknown))}; `lm_eval ls tasks` lists what it has")
+    overrides = {} if num_fewshot is None else {"num_fewshot": num_fewshot}
+    lm = Ranks(model, tokenizer, batch_size)
+    scores = _evaluate(lm, dict.fromkeys(tasks, overrides), known, local, limit)
+    return {f"{task}/{metric}": measure for task in tasks for metric, measure in scores[task].items()}
+
+
+class Definitions(lm_eval.tasks.TaskManager):
+    """lm-eval's tasks and groups, each asked for with its overrides."""
+
+    def _load_spec(self, spec: tuple[str, Overrides]):
+        name, overrides = spec
+        return self._factory.build(self.task_index[name], overrides=overrides, registry=self.task_index)
+
+
+class LocalTask(ConfigurableTask):
+    """A task of lm-eval, unchanged but that its rows come from local files."""
+
+    def __init__(self, config: Overrides):
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def download(self, dataset_kwargs: Overrides, **_) -> None:
+        self.dataset = _local_splits(Path(dataset_kwargs["folder"]), self.config.task, self.DATASET_NAME)
+
+
+class Ranks(HFLM):
+    """lm-eval's Hugging Face model, held whole by every rank; the ranks share the requests out by item.
+
+    lm-eval itself would share out the items, and so draw other shots with every number of ranks. It would also read
+    an item's shots and question anew for every choice; here what several continuations follow is read once.
+    Shapes: N continuations of one context, R tokens, V vocabulary.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
+        super().__init__(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)  # it sets a pad token
+
+    def loglikelihood(self, requests: list[Instance], **options) -> list:
+        return _shared(super().loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance], **options) -> list:
+        return _shared(super().loglikelihood_rolling, requests)
+
+    def generate_until(self, requests: list[Instance], **options) -> list:
+        return _shared(super().generate_until, requests)
+
+    def _loglikelihood_tokens(self, requests: list[tuple], **options) -> list[tuple[float, bool]]:
+        """Log-probability of every continuation, and whether it is the greedy one."""
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        for i, (_, context, continuation) in enumerate(requests):
+            kept = self.max_length + 1 - len(continuation)  # tokens of a context that is cut from the left
+            groups[tuple(context[-kept:])].append(i)
+        alone = [members[0] for members in groups.values() if len(members) == 1]
+        given = super()._loglikelihood_tokens([requests[i] for i in alone], **options)
+        answers = dict(zip(alone, given, strict=True))
+        for context, members in groups.items():
+            if len(members) > 1:
+                given = self._continuations(list(context), [requests[i][2] for i in members])
+                answers |= zip(members, given, strict=True)
+        return [answers[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def _continuations(self, context: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
+        tokens_NR = torch.tensor(list(zip_longest(*continuations, fillvalue=0)), device=self.device).T
+        cache = DynamicCache(config=self.model.config)
+        known = signature(self.model.forward).parameters
+        reading = {"cache" if "cache" in known else "past_key_values": cache}  # renamed in transformers 5.24
+        logits_1RV = self.model(torch.tensor([context], device=self.device), logits_to_keep=1, **reading).logits
+        logits_NRV = logits_1RV.expand(len(continuations), -1, -1)
+        if tokens_NR.shape[1] > 1:
+            cache.batch_repeat_interleave(len(continuations))
+            logits_NRV = torch.cat([logits_NRV, self.model(tokens_NR[:, :-1], **reading).logits], dim=1)
+        logps_NR = logits_NRV.log_softmax(dim=-1).gather(2, tokens_NR[:, :, None])[:, :, 0]
+        greedy_NR = logits_NRV.argmax(dim=-1) == tokens_NR
+        return [
+            (logps_NR[n, : len(ids)].sum().item(), bool(greedy_NR[n, : len(ids)].all()))
+            for n, ids in enumerate(continuations)
+        ]
+
+
+def _shared(answer: Callable[[list[Instance]], list], requests: list[Instance]) -> list:
+    """Every request's answer, in order, each given by one rank."""
+    ranks = range(launch.world_size())
+    shares = [[i for i, request in enumerate(requests) if request.doc_id % len(ranks) == rank] for rank in ranks]
+    answers = launch.gather(answer([requests[i] for i in shares[launch.rank()]]))
+    by_index = {i: a for share, given in zip(shares, answers, strict=True) for i, a in zip(share, given, strict=True)}
+    return [by_index[i] for i in range(len(requests))]
+
+
+@cache
+def _definitions(folders: tuple[str, ...]) -> Definitions:
+    root = Path(lm_eval.tasks.__file__).parent
+    return Definitions(include_path=[root / folder for folder in folders], include_defaults=False)
+
+
+def _evaluate(
+    lm: Ranks, tasks: dict[str, Overrides], definitions: Definitions, local: str | None, limit: int | None
+) -> dict[str, Measures]:
+    """Measures by task and metric, the same on every rank."""
+    place = {"class": LocalTask, "dataset_kwargs": {"folder": local}} if local else {}
+    quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())  # bars are for a terminal
+    with quiet:
+        results = lm_eval.simple_evaluate(
+            lm,
+            tasks=[(name, overrides | place) for name, overrides in tasks.items()],
+            task_manager=definitions,
+            limit=limit,
+            log_samples=False,
+            random_seed=None,  # these three seed the whole process; shots have their own seed
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+    if launch.is_main():
+        scores = {name: _measures(name, results) for name in tasks}
+    return launch.broadcast(scores if launch.is_main() else None)
+
+
+def _measures(name: str, results: dict) -> Measures:
+    """Every metric of a task: lm-eval's value, and the Student interval of its standard error."""
+    found, measures = results["results"][name], {}
+    for key, value in found.items():
+        metric, _, filtering = key.partition(",")
+        if not filtering or metric.endswith("_stderr"):
+            continue
+        error, n = found.get(f"{metric}_stderr,{filtering}"), found["sample_len"]
+        half = None if n < 2 or error == "N/A" else stats.t.ppf(0.975, n - 1) * error
+        label = f"{name} {results['versions'][name]}, lm-eval {version('lm_eval')}"
+        measures[metric if filtering == "none" else f"{metric}/{filtering}"] = _measure(value, half, n, label)
+    if not measures:
+        raise ValueError(f"lm-eval gives the group {name} no score of its own; name its tasks instead")
+    return measures
+
+
+def _mean(measures: list[dict]) -> dict:
+    """The mean of independent measures."""
+    value = sum(m["value"] for m in measures) / len(measures)
+    halves = [None if m["high"] is None else m["high"] - m["value"] for m in measures]
+    half = None if None in halves else sum(h**2 for h in halves) ** 0.5 / len(measures)
+    return _measure(value, half, sum(m["n"] for m in measures), "; ".join(m["version"] for m in measures))
+
+
+def _measure(value: float, half: float | None, n: int, label: str) -> dict:
+    """A value with half the width of its 95 % interval, and the versions of what gave it."""
+    low, high = (None, None) if half is None else (float(value - half), float(value + half))
+    return {"value": float(value), "low": low, "high": high, "n": n, "version": label}
+
+
+def _local_splits(folder: Path, task: str, part: str | None) -> datasets.DatasetDict:
+    """A task's splits from the files `<name>.<split>.jsonl`, of the longest name that begins the task's own.
+
+    Rows are as upstream has them. Where they name a `subject` (MMLU), those of the task's part are taken.
+    """
+    names = {path.name.split(".")[0] for path in folder.glob("*.*.jsonl")}
+    fitting = [name for name in names if task.startswith(name)]
+    if not fitting:
+        raise ValueError(f"{folder} has no local copy of {task}: {task}.<split>.jsonl, rows as upstream has them")
+    splits = {}
+    for path in folder.glob(f"{max(fitting, key=len)}.*.jsonl"):
+        rows = [row for row in _read(path) if row.get("subject", part) == part]
+        if not rows:
+            raise ValueError(f"{path} has no row with subject {part}")
+        splits[path.name.split(".")[1]] = datasets.Dataset.from_list(rows)
+    return datasets.DatasetDict(splits)
+
+
+@cache
+def _read(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

@@ -1,0 +1,116 @@
+"""Models from elsewhere that judge the training pairs: the model before fine-tuning, and reward models.
+
+Shape suffixes: N pairs; columns are the chosen and the rejected response; B sequences of one length, T tokens.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from sdpo.config import Settings
+from sdpo.data.preferences import Pair
+from sdpo.data.templates import chat_template
+from sdpo.data.tokenize import TokenPair, content_hash
+from sdpo.launch import local as launch
+from sdpo.metrics import progress
+from sdpo.model import hub
+from sdpo.store import Artifact
+from sdpo.train.reference_windows import external
+from sdpo.train.runner import Workbench
+
+
+def base_logps(settings: Settings, rows: list[TokenPair], bench: Workbench) -> np.ndarray:
+    """Summed log-probs [N, 2] of the same tokens under the model before fine-tuning, at `path`.
+
+    ValueError where its tokens are not those of the run's model.
+    """
+    base = external(settings)
+    theirs, ours = hub.load_tokenizer(base.folder).get_vocab(), bench.tokenizer.get_vocab()
+    ids = set(np.unique(np.concatenate([part for row in rows for part in row[1:]])).tolist())
+    differ = sorted(token for token, id in ours.items() if id in ids and theirs.get(token) != id)
+    if differ:
+        raise ValueError(
+            f"score.path: to {settings['path']} {differ[0]!r} is another token than to the run's model; "
+            "an implicit reward compares the same tokens: name the model that S was trained from"
+        )
+    return bench.logprobs(base, rows)
+
+
+def rewards(settings: Settings, pairs: list[Pair], bench: Workbench) -> np.ndarray:
+    """Rewards [N, 2] that the sequence classifier at `path` gives to whole conversations in its own tokens.
+
+    Kept in the store. ValueError where it is no reward model, or cannot read that much.
+    """
+    model = external(settings)
+    rows = _read(pairs, hub.load_tokenizer(model.folder), settings["template"])
+    determinants = {
+        "reward_model": model.key,
+        "rows": content_hash(rows),
+        "precision": bench.config.precision,
+        "device": bench.device.type,
+    }
+
+    def compute() -> list:
+        bench.release()
+        sequences = [ids for row in rows for ids in (row.chosen, row.rejected)]
+        return _judge(_load(model, bench), sequences, bench).reshape(-1, 2).tolist()
+
+    return np.array(bench.store.make_json("score", determinants, compute))
+
+
+def _read(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[TokenPair]:
+    """Both conversations of a pair as whole sequences, as the template ends them, with an empty prompt."""
+    jinja = chat_template(tokenizer, template)
+
+    def tokens(pair: Pair, answer: str) -> np.ndarray:
+        turns = [*pair.prompt, {"role": "assistant", "content": answer}]
+        text = tokenizer.apply_chat_template(turns, chat_template=jinja, tokenize=False)
+        # A tokenizer's own template writes its special tokens itself.
+        return np.array(tokenizer(text, add_special_tokens=template is not None).input_ids, dtype=np.int32)
+
+    nothing = np.zeros(0, dtype=np.int32)
+    return [TokenPair(pair.id, nothing, tokens(pair, pair.chosen), tokens(pair, pair.rejected)) for pair in pairs]
+
+
+def _load(model: Artifact, bench: Workbench) -> PreTrainedModel:
+    network, loading = AutoModelForSequenceClassification.from_pretrained(
+        model.folder, dtype=hub.DTYPES[bench.config.precision], use_safetensors=True, output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        raise ValueError(f"{model.folder} is no reward model: it has no {min(loading['missing_keys'])}")
+    if network.config.num_labels != 1:
+        raise ValueError(f"{model.folder} has {network.config.num_labels} labels, a reward model has one")
+    return network.eval().to(bench.device)
+
+
+def _judge(network: PreTrainedModel, sequences: list[np.ndarray], bench: Workbench) -> np.ndarray:
+    """The reward of every sequence, in batches of one length, so that nothing is padded; ranks divide them."""
+    text = network.config.get_text_config()
+    longest, room = max(map(len, sequences)), getattr(text, "max_position_embeddings", None)
+    if room and longest > room:
+        raise ValueError(f"the reward model reads {room} tokens, but one conversation has {longest}")
+    if text.pad_token_id is None:
+        text.pad_token_id = -1  # no token is padding, but without one transformers refuses batches
+    batches = _batches(sequences, bench.config.launch.tokens_per_pack)[launch.rank() :: launch.world_size()]
+    rewards = torch.zeros(len(sequences), device=bench.device, dtype=network.dtype)
+    with torch.no_grad(), progress(len(sequences), "rewards", "answers", quiet=not launch.is_main()) as bar:
+        for members in batches:
+            tokens_BT = torch.from_numpy(np.stack([sequences[i] for i in members])).long().to(bench.device)
+            rewards[members] = network(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT)).logits[:, 0]
+            bar.advance(len(members))
+    return launch.total(rewards.float()).cpu().numpy()
+
+
+def _batches(sequences: list[np.ndarray], budget: int) -> list[list[int]]:
+    """Indices of sequences of equal length, about `budget` tokens together."""
+    by_length = defaultdict(list)
+    for i, ids in enumerate(sequences):
+        by_length[len(ids)].append(i)
+    return [
+        members[begin : begin + size]
+        for length, members in sorted(by_length.items())
+        for size in [max(1, budget // length)]
+        for begin in range(0, len(members), size)
+    ]

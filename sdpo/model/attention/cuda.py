@@ -1,0 +1,113 @@
+"""Attention on a GPU over the stream as it is: one call for all sequences.
+
+Shapes: T tokens of the stream, S sequences, K tokens of all sequences, H query heads (keys and values may have
+fewer), D head dimension.
+"""
+
+import inspect
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention import varlen
+
+from sdpo.model.attention.sdpa import Rule
+from sdpo.model.packing import Pack
+
+
+class Varlen:
+    """CUDA, 16 bits: one FlashAttention call in which a rejected response queries its prompt's keys as well.
+
+    Queries and keys of a sequence differ in number; causality is aligned at the bottom right (FlashAttention 2.1 on).
+    """
+
+    def __init__(self, pack: Pack):
+        device = pack.keys_K.device
+        self.keys_K, self.max_q, self.max_k = pack.keys_K, max(pack.own_S), max(pack.lengths_S)
+        self.ends_q, self.ends_k = (
+            torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+            for lengths in (pack.own_S, pack.lengths_S)
+        )
+
+    def __call__(self, query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, rule: Rule) -> Tensor:
+        if rule.softcap is not None or rule.sinks_H is not None or rule.dropout:
+            raise ValueError("varlen attention has no soft cap, sinks or dropout: choose launch.attention=sdpa")
+        window = -1 if rule.window is None else rule.window - 1
+        options = {"enable_gqa": query_THD.shape[1] != key_THD.shape[1], "num_splits": 1}
+        return varlen.varlen_attn(
+            query_THD,
+            key_THD.index_select(0, self.keys_K),
+            value_THD.index_select(0, self.keys_K),
+            self.ends_q,
+            self.ends_k,
+            self.max_q,
+            self.max_k,
+            scale=rule.scale,
+            window_size=(window, 0),
+            **{name: value for name, value in options.items() if name in _varlen_parameters()},
+        )
+
+
+@lru_cache
+def _varlen_parameters() -> frozenset[str]:
+    """Its keyword arguments grew from one release of PyTorch to the next."""
+    return frozenset(inspect.signature(varlen.varlen_attn).parameters)
+
+
+class Flex:
+    """CUDA: FlexAttention over the stream as it is, nothing gathered, with soft caps and sinks.
+
+    On the CPU it has no backward pass.
+    """
+
+    def __init__(self, pack: Pack):
+        own_S, lengths_S = torch.tensor(pack.own_S), torch.tensor(pack.lengths_S)
+        prefix_S, ids_S = lengths_S - own_S, torch.arange(len(own_S))
+        per_token = (ids_S, ids_S - (prefix_S > 0).int(), prefix_S)
+        self.ids_T, self.parents_T, self.prefix_T = (
+            x.repeat_interleave(own_S).to(pack.tokens_T.device) for x in per_token
+        )
+        self.positions_T, self.masks = pack.positions_T, {}
+
+    def __call__(self, query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, rule: Rule) -> Tensor:
+        if rule.dropout:
+            raise ValueError("FlexAttention has no dropout: set the model's attention dropout to 0")
+        output_1HTD, aux = _flex(query_THD.device.type)(
+            *(x.transpose(0, 1)[None] for x in (query_THD, key_THD, value_THD)),
+            score_mod=_capped(rule.softcap) if rule.softcap is not None else None,
+            block_mask=self._mask(rule.window),
+            scale=rule.scale,
+            enable_gqa=query_THD.shape[1] != key_THD.shape[1],
+            return_aux=flex.AuxRequest(lse=True),
+        )
+        if rule.sinks_H is not None:  # a sink takes its share of the softmax and gives nothing
+            kept_1HT = torch.sigmoid(aux.lse - rule.sinks_H.float()[:, None])
+            output_1HTD = output_1HTD * kept_1HT[..., None].to(output_1HTD.dtype)
+        return output_1HTD[0].transpose(0, 1)
+
+    def visible(self, q: Tensor, k: Tensor, window: int | None) -> Tensor:
+        """Whether the token at stream index `q` sees the one at `k`: its own sequence, or its shared prompt."""
+        own = self.ids_T[k] == self.ids_T[q]
+        shared = (self.ids_T[k] == self.parents_T[q]) & (self.positions_T[k] < self.prefix_T[q])
+        back = self.positions_T[q] - self.positions_T[k]
+        return (own | shared) & (back >= 0) & (back < (len(self.ids_T) if window is None else window))
+
+    def _mask(self, window: int | None) -> flex.BlockMask:
+        if window not in self.masks:  # once per pack and window, not once per layer
+            length, device = len(self.ids_T), self.ids_T.device
+            self.masks[window] = flex.create_block_mask(
+                lambda b, h, q, k: self.visible(q, k, window), None, None, length, length, device=device
+            )
+        return self.masks[window]
+
+
+@lru_cache
+def _capped(softcap: float):
+    return lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
+
+
+@lru_cache
+def _flex(device_type: str):
+    """Compiled once for all lengths: a static shape would compile anew for every pack."""
+    return torch.compile(flex.flex_attention, dynamic=True) if device_type == "cuda" else flex.flex_attention
