@@ -17,6 +17,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from sdpo import distributed, validate
+from sdpo.errors import UserError
 from sdpo.launch import help
 from sdpo.launch import local as launch
 from sdpo.run import folder as run_folder
@@ -50,8 +52,8 @@ def main(arguments: list[str]) -> None:
 
 def single(run: Run) -> None:
     """One run, in this process or with ranks of its own, and what came of it."""
-    launch.set_threads(run.config.launch.threads)  # before torch starts
-    run_folder.check(run.config)
+    distributed.set_threads(run.config.launch.threads)  # before torch starts
+    validate.check(run.config)
     if run.config.plan:
         from sdpo.plan import report
 
@@ -60,10 +62,10 @@ def single(run: Run) -> None:
     run.prepare()
     summary = launch.run(run.config, run.folder)
     from analysis import report
-    from sdpo import metrics
+    from sdpo import console
 
     for step in summary["steps"]:
-        print(metrics.step_line(step))
+        print(console.step_line(step))
     print(f"report: {report.write_report(run.folder)}")
 
 
@@ -73,5 +75,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+    except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
         sys.exit(f"error: {help.explain(error, sys.argv[1:])}")

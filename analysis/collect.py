@@ -29,6 +29,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import statistics
+from sdpo.errors import UserError
 
 # What a step says nothing of where it has no reference, or no known GPU.
 MAYBE_NULL = (
@@ -43,7 +44,7 @@ Paths = tuple[Path | str, ...]
 
 
 def folders(*paths: Path | str) -> list[Path]:
-    """The run folders that `paths` are or hold, each once; `ValueError` where a path holds none.
+    """The run folders that `paths` are or hold, each once; `UserError` where a path holds none.
 
     Of a sweep those that its sweep.json names: what other settings left in the same folder is no part of it.
     """
@@ -53,7 +54,7 @@ def folders(*paths: Path | str) -> list[Path]:
         held = [path / name for name in _read(sweep)["runs"]] if sweep.is_file() else sorted(path.glob("*/"))
         inside = [folder for folder in ([path] if _is_run(path) else held) if _is_run(folder)]
         if not inside:
-            raise ValueError(f"{path} is no run folder and holds none (a run folder has a manifest.json)")
+            raise UserError(f"{path} is no run folder and holds none (a run folder has a manifest.json)")
         found |= {folder.resolve(): folder for folder in inside}
     return list(found.values())
 
@@ -114,13 +115,13 @@ def pairs(*paths: Path | str) -> pd.DataFrame:
 def by_arm(table: pd.DataFrame, keys: list[str], column: str = "value") -> pd.DataFrame:
     """Mean and interval of `column` over seeds, per arm and `keys`: arm, keys, value, low, high, seeds.
 
-    Where an arm has one seed the interval of its own evaluation (`low`, `high`), if any, is kept. `ValueError` where
+    Where an arm has one seed the interval of its own evaluation (`low`, `high`), if any, is kept. `UserError` where
     an arm has two runs of one seed: they are not independent.
     """
     twice = table[table.duplicated(["arm", "seed", *keys])]
     if len(twice):
         arm, seed = twice.iloc[0][["arm", "seed"]]
-        raise ValueError(f"{arm} has two runs with seed {seed}; give folders in which each arm runs a seed once")
+        raise UserError(f"{arm} has two runs with seed {seed}; give folders in which each arm runs a seed once")
     summary = statistics.by_group(table, ["arm", *keys], column)
     if {"low", "high"} <= set(table) and column == "value":
         own = table.drop_duplicates(["arm", *keys], keep=False).set_index(["arm", *keys])
@@ -143,10 +144,10 @@ def _read(path: Path) -> dict:
 
 
 def _identified(paths: Paths) -> Iterator[tuple[Path, dict]]:
-    """The folders of the runs that ended, each with what names its rows; `ValueError` where none ended."""
+    """The folders of the runs that ended, each with what names its rows; `UserError` where none ended."""
     ended = [folder for folder in folders(*paths) if _ended(folder)]
     if not ended:
-        raise ValueError(f"no run in {', '.join(map(str, paths))} has ended (a file `done` is written at the end)")
+        raise UserError(f"no run in {', '.join(map(str, paths))} has ended (a file `done` is written at the end)")
     for folder in ended:
         manifest = _read(folder / "manifest.json")
         yield folder, {name: manifest[name] for name in ("run", "arm", "seed")}
@@ -162,7 +163,7 @@ def _parquet(paths: Paths, name: str) -> pd.DataFrame:
     tables = []
     for folder, names in _identified(paths):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}, which W&B does not hold; give the folder that the run wrote")
+            raise UserError(f"{folder} has no {name}, which W&B does not hold; give the folder that the run wrote")
         tables.append(pd.read_parquet(folder / name))
         for i, (column, value) in enumerate(names.items()):
             tables[-1].insert(i, column, value)

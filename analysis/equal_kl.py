@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import collect
-from analysis.statistics import over_seeds, sign_flip
+from analysis.statistics import sign_flip
+from sdpo.stats import student
 
 AXES = ["lab/kl", "lab/gold"]
 
@@ -25,7 +26,7 @@ def above_plain(*paths: Path | str) -> pd.DataFrame:
     rows = []
     for arm, group in gains(*paths).query("not plain").groupby("arm", sort=False):
         inside = group["gain"].dropna().tolist()
-        gain, p = over_seeds(inside), sign_flip(inside)
+        gain, p = student(inside), sign_flip(inside)
         rows.append({"arm": arm, "gain at equal KL": gain, "seeds": gain.n, "p": p, "beyond": len(group) - gain.n})
     return pd.DataFrame(rows)
 

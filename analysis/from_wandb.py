@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from analysis.collect import MAYBE_NULL
+from sdpo.errors import UserError
 from sdpo.metrics import OUTCOME
 
 Row = dict[str, Any]
@@ -35,7 +36,7 @@ class Mirrored(NamedTuple):
 
 
 def offline(file: Path) -> Mirrored:
-    """The run of a `.wandb` file. ValueError where it is none."""
+    """The run of a `.wandb` file. UserError where it is none."""
     config, summary, rows, name, code = {}, {}, [], "", None
     for record in records(file):
         if record.HasField("run"):
@@ -53,13 +54,13 @@ def offline(file: Path) -> Mirrored:
 
 
 def online(project: str) -> Iterator[Mirrored]:
-    """The runs of `ENTITY/PROJECT`. ValueError where W&B does not give them out."""
+    """The runs of `ENTITY/PROJECT`. UserError where W&B does not give them out."""
     import wandb
 
     try:
         runs = list(wandb.Api().runs(project))
     except (wandb.errors.Error, ValueError) as error:
-        raise ValueError(f"{project} is no folder here, and W&B says of a project of that name: {error}") from error
+        raise UserError(f"{project} is no folder here, and W&B says of a project of that name: {error}") from error
     for run in runs:
         rows = [{key: value for key, value in row.items() if value is not None} for row in run.scan_history()]
         yield Mirrored(run.name, dict(run.config), rows, dict(run.summary), run.state == "finished")
@@ -71,7 +72,7 @@ def records(file: Path) -> Iterator:
 
     data, position, body = file.read_bytes(), HEADER, b""
     if data[:4] != b":W&B":
-        raise ValueError(f"{file} was not written by the W&B client")
+        raise UserError(f"{file} was not written by the W&B client")
     while position + HEADER <= len(data):
         if BLOCK - position % BLOCK < HEADER:  # no room for a header: the block's end is zeros
             position += BLOCK - position % BLOCK
@@ -153,7 +154,7 @@ def _found(name: str) -> Iterable[Mirrored]:
         return online(name)
     files = sorted(Path(name).rglob("*.wandb"))
     if not files:
-        raise ValueError(f"there is no .wandb file in {name}: W&B's are written by runs with record=wandb")
+        raise UserError(f"there is no .wandb file in {name}: W&B's are written by runs with record=wandb")
     return map(offline, files)
 
 
@@ -166,7 +167,7 @@ def main() -> None:
         for name in chosen.what:
             for run in _found(name):
                 print(write(run, chosen.out))
-    except ValueError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 
 from analysis import collect, table_format
-from analysis.statistics import Interval
+from sdpo.stats import Interval
 
 FACTS = Path(__file__).parent / "data" / "paper.yaml"
 NOTHING = Interval(float("nan"), float("nan"), float("nan"), 0)
@@ -22,7 +22,8 @@ def facts() -> list[dict]:
 
 def side_by_side(table: dict, out: Path) -> pd.DataFrame:
     """One row per printed value: model, column, paper, ours (an `Interval` over seeds), difference."""
-    ours = _ours(out / table["experiment"])
+    sweep = out / table["experiment"].replace("/", "_")
+    ours = _ours(sweep)
     rows = []
     for row in table["rows"]:
         for (column, source), printed in zip(table["columns"].items(), row["paper"], strict=True):

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from analysis import checks, collect, equal_kl, tables
+from sdpo.errors import UserError
 
 AXES = ("model", "data", "arm", "split", "score", "reference", "loss", "tune")  # shown first
 MOST_PROMPTS = 20  # whose answers are shown
@@ -200,7 +201,7 @@ def main() -> None:
         print(write_report(chosen.folder))
         if chosen.figures:
             print(*write_figures(chosen.folder, chosen.figures), sep="\n")
-    except ValueError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

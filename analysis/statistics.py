@@ -5,48 +5,31 @@ A seed is the unit: arms of one seed share S, pairs and evaluation prompts, so t
 
 from collections.abc import Sequence
 from math import nan
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-CONFIDENCE = 0.95
+from sdpo.errors import UserError
+from sdpo.stats import Interval, student
+
 LEVEL = 0.05  # of the verdicts, after Holm's correction
 INERT = 0.02  # mean change of a pair's weight below which a reference did nothing
 EXACT_SEEDS = 20  # 2^20 sign flips take 10 MB and a few milliseconds
 
 
-class Interval(NamedTuple):
-    value: float
-    low: float  # nan where nothing can be said
-    high: float
-    n: int
-
-
-def over_seeds(values: Sequence[float]) -> Interval:
-    """Mean and 95 % Student-t interval of one number per seed (nan: none); no interval for one seed."""
-    known = np.asarray(values, dtype=float)
-    known = known[~np.isnan(known)]
-    if len(known) < 2:
-        return Interval(known[0] if len(known) else nan, nan, nan, len(known))
-    mean = known.mean()
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(known) - 1) * stats.sem(known)
-    return Interval(mean, mean - half, mean + half, len(known))
-
-
 def by_group(frame: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
-    """`over_seeds` of `column` for each group of `keys`, as they appear: keys, value, low, high, seeds."""
-    rows = [(*key, *over_seeds(group[column])) for key, group in frame.groupby(keys, sort=False, dropna=False)]
+    """`student` of `column` for each group of `keys`, as they appear: keys, value, low, high, seeds."""
+    rows = [(*key, *student(group[column])) for key, group in frame.groupby(keys, sort=False, dropna=False)]
     return pd.DataFrame(rows, columns=[*keys, "value", "low", "high", "seeds"])
 
 
 def paired(first: pd.Series, second: pd.Series) -> np.ndarray:
-    """first - second on the seeds (index) that both have; `ValueError` where a seed stands twice."""
+    """first - second on the seeds (index) that both have; `UserError` where a seed stands twice."""
     for side in (first, second):
         if side.index.has_duplicates:
             twice = sorted(set(side.index[side.index.duplicated()]))
-            raise ValueError(f"an arm has two runs with seed {twice[0]}; give folders in which it runs once")
+            raise UserError(f"an arm has two runs with seed {twice[0]}; give folders in which it runs once")
     return (first - second).dropna().to_numpy()
 
 
@@ -83,14 +66,6 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     stepped = p_values[order] * (len(p_values) - np.arange(len(p_values)))
     adjusted[order] = np.minimum(np.maximum.accumulate(stepped), 1)
     return adjusted
-
-
-def share(count: int, n: int) -> Interval:
-    """A share of pairs with its 95 % Wilson interval."""
-    if n == 0:
-        return Interval(nan, nan, nan, 0)
-    low, high = stats.binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
-    return Interval(count / n, low, high, n)
 
 
 def verdict(

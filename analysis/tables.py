@@ -13,7 +13,9 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import collect, equal_kl, published, table_format
-from analysis.statistics import INERT, Interval, holm, over_seeds, paired, sign_flip, verdict
+from analysis.statistics import INERT, holm, paired, sign_flip, verdict
+from sdpo.errors import UserError
+from sdpo.stats import Interval, student
 
 COMPANIONS = {
     "lab/gold": "gold reward",
@@ -106,10 +108,10 @@ def steps(*paths: Path | str) -> pd.DataFrame:
 
 
 def headline_name(runs: pd.DataFrame) -> str | None:
-    """The measure that heads these runs, None where none was measured; `ValueError` where they differ."""
+    """The measure that heads these runs, None where none was measured; `UserError` where they differ."""
     names = runs["headline_name"].dropna().unique()
     if len(names) > 1:
-        raise ValueError(f"these runs have the headlines {', '.join(names)}; give runs that share one")
+        raise UserError(f"these runs have the headlines {', '.join(names)}; give runs that share one")
     return names[0] if len(names) else None
 
 
@@ -155,7 +157,7 @@ def _contrast(first: str, second: str, runs: pd.DataFrame, steps: pd.DataFrame) 
     rules = [set(runs.loc[runs["arm"] == arm, "choices.reference"]) for arm in (first, second)]
     return {
         "contrast": f"{first} - {second}",
-        "difference": over_seeds(differences),
+        "difference": student(differences),
         "seeds": len(differences),
         "p": sign_flip(differences),
         "leverage": leverage,
@@ -167,7 +169,7 @@ def _at_equal_kl(first: str, second: str, gains: pd.DataFrame) -> dict:
     """The difference of two arms' gains over plain DPO's line, on the seeds of which that line says something."""
     by_arm = {arm: group.set_index("seed")["gain"] for arm, group in gains.groupby("arm")}
     known = {first, second} <= by_arm.keys()
-    found = over_seeds(paired(by_arm[first], by_arm[second]) if known else [])
+    found = student(paired(by_arm[first], by_arm[second]) if known else [])
     return {"at equal KL": found if found.n else None, "seeds there": found.n or None}
 
 
@@ -199,7 +201,7 @@ def main() -> None:
             made = published.set_tables(chosen.out, chosen.format)
         else:
             made = _of_runs(list(map(Path, chosen.what)), chosen.format)
-    except ValueError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     print(table_format.document(made, chosen.format))
 

@@ -78,5 +78,10 @@ class Arms(Launcher):
             place = folder / composed.hydra.sweep.subdir
             asked[place] = run_folder.of(run_folder.without_hydra(composed), composed.hydra, place, arm, folder.name)
         overrides = list(self.config.hydra.overrides.task)
-        sweep.run(sweep.Sweep(folder, list(asked.values()), overrides, **self.settings))
+        asked_for = sweep.Sweep(folder, list(asked.values()), overrides, **self.settings)
+        if sweep.run(asked_for):
+            from analysis import report  # here, because it imports what the runs do without
+
+            print(f"report: {report.write_report(folder)}")
+            sweep.refuse_failures(asked_for)
         return []

@@ -13,20 +13,21 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdpo.config import Settings, sentence
+from sdpo.errors import UserError
 
 
-def choose(room: ModuleType, settings: Settings) -> Callable:
+def bind(room: ModuleType, settings: Settings) -> Callable:
     """The function of `room` called settings["name"], with its keyword-only arguments filled in."""
     given = dict(settings)
     name = given.pop("name", None)
     if name not in variants(room):
-        raise ValueError(f"{room.__name__} has no {name!r}; it has {', '.join(variants(room))}")
+        raise UserError(f"{room.__name__} has no {name!r}; it has {', '.join(variants(room))}")
     function = variants(room)[name]
     try:
         filled = OmegaConf.merge(_keywords(function), given)
         return partial(function, **OmegaConf.to_container(filled, throw_on_missing=True))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{room.__name__}.{name}: {sentence(error, name)}") from error
+        raise UserError(f"{room.__name__}.{name}: {sentence(error, name)}") from error
 
 
 def variants(room: ModuleType) -> dict[str, Callable]:
@@ -38,7 +39,7 @@ def variants(room: ModuleType) -> dict[str, Callable]:
     }
 
 
-def needs(function: Callable) -> list[str]:
+def inputs_of(function: Callable) -> list[str]:
     """The names of the data that a room's function reads: its positional parameters."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]

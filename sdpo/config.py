@@ -14,6 +14,8 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from sdpo.errors import UserError
+
 Settings = dict[str, Any]
 
 
@@ -176,22 +178,22 @@ PER_STEP = ("optim", "loss", "reference", "start")  # what steps.<t> may overrid
 
 
 def from_composed(composed: DictConfig | dict) -> Config:
-    """The typed configuration: unknown keys (also those forced in with ++), wrong types and values are ValueErrors."""
+    """The typed configuration: unknown keys (also those forced in with ++), wrong types and values are UserErrors."""
     try:
         if not isinstance(composed, DictConfig):
             composed = OmegaConf.create(composed)
         if missing := sorted(OmegaConf.missing_keys(composed)):
-            raise ValueError(f"{missing[0]} has no value; set {missing[0]}=...")
+            raise UserError(f"{missing[0]} has no value; set {missing[0]}=...")
         given = OmegaConf.to_container(composed, resolve=True)
         given["steps"] = {_step_number(t): changes for t, changes in (given.get("steps") or {}).items()}
         config = OmegaConf.to_object(OmegaConf.merge(_schema(), given))
     except OmegaConfBaseException as error:
-        raise ValueError(sentence(error)) from error
+        raise UserError(sentence(error)) from error
     _check(config)
     if config.model.name != "lab" and config.model.path is None:
-        raise ValueError("model.path has no value; set model.path=...")
+        raise UserError("model.path has no value; set model.path=...")
     if config.data.name != "lab" and not config.data.train:
-        raise ValueError("data.train has no value; set data.train=[...]")
+        raise UserError("data.train has no value; set data.train=[...]")
     for t in config.steps:
         for_step(config, t)
     return config
@@ -213,11 +215,11 @@ def for_step(config: Config, t: int) -> Config:
     if not changes:
         return config
     if extra := set(changes) - set(PER_STEP):
-        raise ValueError(f"steps.{t}.{min(extra)}: a step can change {', '.join(PER_STEP)}, nothing else")
+        raise UserError(f"steps.{t}.{min(extra)}: a step can change {', '.join(PER_STEP)}, nothing else")
     try:
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), changes))
     except OmegaConfBaseException as error:
-        raise ValueError(f"steps.{t}: {sentence(error)}") from error
+        raise UserError(f"steps.{t}: {sentence(error)}") from error
     _check(merged, f"steps.{t}.")
     return merged
 
@@ -250,19 +252,19 @@ def _inner_keys(node: DictConfig, name: str) -> list[str]:
 
 def _step_number(key: Any) -> int:
     if not str(key).isdigit() or int(key) < 1:
-        raise ValueError(f"steps.{key}: steps are counted from 1, as in steps.2.optim.lr=1e-6")
+        raise UserError(f"steps.{key}: steps are counted from 1, as in steps.2.optim.lr=1e-6")
     return int(key)
 
 
 def _check(node: Any, prefix: str = "") -> None:
-    """Raise a ValueError for the first value outside what its field's metadata allows."""
+    """Raise a UserError for the first value outside what its field's metadata allows."""
     for f in fields(node):
         value, key = getattr(node, f.name), prefix + f.name
         if "choices" in f.metadata and value not in f.metadata["choices"]:
             choices = ", ".join("null" if c is None else str(c) for c in f.metadata["choices"])
-            raise ValueError(f"{key} is {value!r}; it can be {choices}")
+            raise UserError(f"{key} is {value!r}; it can be {choices}")
         if "low" in f.metadata and not f.metadata["low"] <= value <= f.metadata["high"]:
-            raise ValueError(f"{key} is {value}; it must be {_range(f.metadata['low'], f.metadata['high'])}")
+            raise UserError(f"{key} is {value}; it must be {_range(f.metadata['low'], f.metadata['high'])}")
         inner = value if isinstance(value, dict) else {None: value}
         for name, child in inner.items():
             if is_dataclass(child):

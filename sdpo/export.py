@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from sdpo import config
+from sdpo.errors import UserError
 from sdpo.run import model_card
 from sdpo.store import Artifact, Store, check
 
@@ -24,11 +25,11 @@ BOOKKEEPING = ("manifest.json", "train.json", "reference.parquet", "probes.parqu
 def export(run: Path, t: int, out: Path, merge: bool = False) -> Path:
     """Write M_t, its tokenizer and its card into `out`; with `merge` without the adapter beside the merged weights.
 
-    ValueError where there is no such step, where its files have changed, and where `out` is in use.
+    UserError where there is no such step, where its files have changed, and where `out` is in use.
     """
     files, model = model_card.read(run), _step(run, t)
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; remove it or name another folder with --out")
+        raise UserError(f"{out} is not empty; remove it or name another folder with --out")
     left_out = shutil.ignore_patterns(*BOOKKEEPING, *(["adapter"] if merge else []))
     shutil.copytree(model.folder, out, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
     (out / "README.md").write_text(model_card.write(files, t), encoding="utf-8")
@@ -41,7 +42,7 @@ def export_pairs(run: Path, t: int, file: Path) -> Path:
     They are `prompt`, `chosen`, `rejected` (text without the stop token), `prompt_ids`, `chosen_ids`, `rejected_ids`
     (what the step was trained on) and `ref_chosen_logps`, `ref_rejected_logps` (summed, in nats, what its loss read).
     A DPOTrainer made with this data set uses them once `trainer.precompute_ref_logps = True` is set (TRL 1.16).
-    ValueError where the step had no one reference, and where the pairs are no longer those of the run.
+    UserError where the step had no one reference, and where the pairs are no longer those of the run.
     """
     from sdpo.data.templates import ChatFormat
     from sdpo.data.tokenize import content_hash
@@ -50,17 +51,17 @@ def export_pairs(run: Path, t: int, file: Path) -> Path:
     model = _step(run, t)
     made_of = json.loads((model.folder / "manifest.json").read_text())
     if len(made_of["windows"]) != 1:
-        raise ValueError(f"step {t} read {len(made_of['windows'])} references; TRL's columns hold exactly one")
+        raise UserError(f"step {t} read {len(made_of['windows'])} references; TRL's columns hold exactly one")
     settings = config.load(run / "config.yaml")
     inputs = prepare(settings, Store(model.folder.parents[1]))
     reference = pd.read_parquet(model.folder / "reference.parquet")
-    by_id = {row.id: row for row in inputs.train}
-    rows = [by_id[id] for id in reference["id"] if id in by_id]
-    if content_hash(rows) != made_of["rows"]:
-        raise ValueError(f"the pairs of {run} have changed since step {t} was trained; restore the files it names")
-    chat = ChatFormat(inputs.bench.tokenizer, settings.data.template)
-    texts = pd.DataFrame(chat.texts(inputs.pairs[row.id]) for row in rows)
-    ids = pd.DataFrame(rows)[["prompt", "chosen", "rejected"]].add_suffix("_ids")
+    known = set(inputs.train.ids)
+    chunk = inputs.train.take(inputs.train.indices(id for id in reference["id"] if id in known))
+    if content_hash(chunk.rows) != made_of["rows"]:
+        raise UserError(f"the pairs of {run} have changed since step {t} was trained; restore the files it names")
+    chat = ChatFormat(inputs.runner.tokenizer, settings.data.template)
+    texts = pd.DataFrame(map(chat.texts, chunk.pairs))
+    ids = pd.DataFrame(chunk.rows)[["prompt", "chosen", "rejected"]].add_suffix("_ids")
     logps = reference[["chosen", "rejected"]].add_prefix("ref_").add_suffix("_logps")
     pd.concat([reference["id"], texts, ids, logps], axis=1).to_parquet(file, index=False)
     return file
@@ -80,7 +81,7 @@ def _step(run: Path, t: int) -> Artifact:
     """M_t of a finished run, its files verified."""
     steps = model_card.read(run).manifest["steps"]
     if not 1 <= t <= len(steps):
-        raise ValueError(f"{run} has steps 1 to {len(steps)}, and no step {t}")
+        raise UserError(f"{run} has steps 1 to {len(steps)}, and no step {t}")
     model = Artifact(steps[t - 1]["key"], (run / "steps" / str(t)).resolve(), reused=True)
     check(model)
     return model
@@ -107,5 +108,5 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,23 +1,55 @@
-"""A measure is {"value", "low", "high", "n"}: a mean with its 95 % interval, null where undefined."""
+"""Intervals: Student's for means, Wilson's for shares, and a win rate at equal length.
+
+A measure is an interval as JSON holds it: {"value", "low", "high", "n"}, null where something is undefined.
+"""
+
+from collections.abc import Sequence
+from math import isnan, nan
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, special, stats
 
-Measures = dict[str, dict]
+Measure = dict[str, Any]
+Measures = dict[str, Measure]  # by name
 
+PROBABILITY = 0.95  # that an interval covers
 PRIOR = 10.0  # standard deviation, in logits: keeps the fit of one-sided wins finite and hardly moves any other
 
 
-def mean(values: np.ndarray | None) -> dict:
-    """The mean of one number per pair, prompt or item with its Student interval (null for a single value)."""
-    if values is None or len(values) == 0:
-        return {"value": None, "low": None, "high": None, "n": 0}
-    values, n = np.asarray(values, dtype=np.float64), len(values)
-    value = float(np.mean(values))
-    if n == 1:
-        return {"value": value, "low": None, "high": None, "n": n}
-    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
-    return {"value": value, "low": value - half, "high": value + half, "n": n}
+class Interval(NamedTuple):
+    """A value with its 95 % interval; nan where nothing can be said."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def student(values: Sequence[float] | np.ndarray) -> Interval:
+    """The mean of some numbers (nan: left out) with its Student interval; a single number has no interval."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    if len(known) < 2:
+        return Interval(float(known[0]) if len(known) else nan, nan, nan, len(known))
+    return around(float(known.mean()), float(stats.sem(known)), len(known))
+
+
+def around(value: float, standard_error: float, n: int) -> Interval:
+    """The Student interval of a mean of n numbers from its standard error."""
+    half = float(stats.t.ppf((1 + PROBABILITY) / 2, n - 1)) * standard_error if n > 1 else nan
+    return Interval(value, value - half, value + half, n)
+
+
+def wilson(values: np.ndarray) -> Interval:
+    """The share of values above 0, ties counting half, with its Wilson score interval."""
+    n = len(values)
+    if n == 0:
+        return Interval(nan, nan, nan, 0)
+    share, z = float(share_above(values).mean()), float(stats.norm.ppf((1 + PROBABILITY) / 2))
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return Interval(share, max(middle - half, 0.0), min(middle + half, 1.0), n)
 
 
 def share_above(values: np.ndarray) -> np.ndarray:
@@ -25,7 +57,17 @@ def share_above(values: np.ndarray) -> np.ndarray:
     return (values > 0) + 0.5 * (values == 0)
 
 
-def length_controlled(wins: np.ndarray, longer: np.ndarray) -> dict:
+def as_measure(interval: Interval) -> Measure:
+    """An interval as JSON holds it."""
+    return {name: None if isnan(part) else part for name, part in interval._asdict().items()}
+
+
+def mean(values: np.ndarray | None) -> Measure:
+    """The mean of one number per pair, prompt or item as a measure; undefined if there is none."""
+    return as_measure(student([] if values is None else values))
+
+
+def length_controlled(wins: np.ndarray, longer: np.ndarray) -> Measure:
     """The win rate as it would be between answers of one length: AlpacaEval 2's (Dubois et al. 2404.04475) for one
     pair of models, without its term for the difficulty of each instruction.
 
@@ -46,4 +88,4 @@ def length_controlled(wins: np.ndarray, longer: np.ndarray) -> dict:
     curvature = (inputs_N2.T * (chance * (1 - chance))) @ inputs_N2 + np.eye(2) / PRIOR**2
     half = 1.96 * np.linalg.inv(curvature)[0, 0] ** 0.5
     value, low, high = (float(special.expit(at)) for at in (theta, theta - half, theta + half))
-    return {"value": value, "low": low, "high": high, "n": len(wins)}
+    return as_measure(Interval(value, low, high, len(wins)))

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from sdpo.launch import local as launch
+from sdpo import distributed
+from sdpo.errors import UserError
 
 NUMERICS_VERSION = 5  # raised whenever the same settings would give other numbers
 
@@ -53,6 +54,10 @@ class Store:
     def has(self, kind: str, key: str) -> bool:
         return (self.folder(kind, key) / "manifest.json").is_file()
 
+    def holds(self, kind: str, determinants: dict) -> bool:
+        """Whether the artifact of these determinants exists."""
+        return self.has(kind, key_of(kind, determinants))
+
     def make(self, kind: str, determinants: dict, build: Callable[[Path], None]) -> Artifact:
         """The artifact of these determinants: found, or built by `build(folder)` on every rank.
 
@@ -61,25 +66,25 @@ class Store:
         key = key_of(kind, determinants)
         final, work = self.folder(kind, key), self.folder(kind, f"tmp-{key[:12]}")
         with self._lock(kind, key):
-            if launch.broadcast(self.has(kind, key) if launch.is_main() else None):
+            if distributed.broadcast(self.has(kind, key) if distributed.is_main() else None):
                 return Artifact(key, final, reused=True)
-            if launch.is_main():
+            if distributed.is_main():
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir(parents=True)
-            launch.barrier()
+            distributed.barrier()
             try:
                 build(work)
-                launch.barrier()
-                if launch.is_main():
+                distributed.barrier()
+                if distributed.is_main():
                     manifest = {"kind": kind, "key": key, **determinants, "files": hash_files(work, work.rglob("*"))}
                     (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
                     _sync([*work.rglob("*"), work])
                     work.rename(final)
                     _sync([final.parent])
             finally:
-                if launch.is_main():
+                if distributed.is_main():
                     shutil.rmtree(work, ignore_errors=True)
-            launch.barrier()
+            distributed.barrier()
         return Artifact(key, final, reused=False)
 
     def make_json(self, kind: str, determinants: dict, compute: Callable[[], object]) -> object:
@@ -87,7 +92,7 @@ class Store:
 
         def build(folder: Path) -> None:
             value = compute()
-            if launch.is_main():
+            if distributed.is_main():
                 (folder / "value.json").write_text(json.dumps(value))
 
         artifact = self.make(kind, determinants, build)
@@ -97,7 +102,7 @@ class Store:
     @contextmanager
     def _lock(self, kind: str, key: str) -> Iterator[None]:
         """Exclusive among runs; the operating system frees the lock of a dead maker."""
-        if not launch.is_main():
+        if not distributed.is_main():
             yield
             return
         path = self.root / "locks" / f"{kind}-{key[:16]}"
@@ -107,18 +112,14 @@ class Store:
             yield
 
 
-class NotYet(Exception):
-    """What was asked of a read-only store does not exist."""
-
-
 class ReadOnly(Store):
-    """The same artifacts, none of which is made: models are named before they exist, anything else raises NotYet."""
+    """The same artifacts, none of which is made: models are named before they exist, anything else has to exist."""
 
     def make(self, kind: str, determinants: dict, build: Callable[[Path], None]) -> Artifact:
         key = key_of(kind, determinants)
         found = Artifact(key, self.folder(kind, key), reused=self.has(kind, key))
         if not found.reused and kind not in ("model", "mean", "rounded"):
-            raise NotYet(kind)
+            raise RuntimeError(f"a {kind} was asked of a read-only store, and does not exist")
         return found
 
 
@@ -132,9 +133,9 @@ def damaged(artifact: Artifact, *names: str) -> list[str]:
 
 
 def check(artifact: Artifact, *names: str) -> None:
-    """ValueError where an artifact (or its files of these names) is not what was stored: nothing damaged is served."""
+    """UserError where an artifact (or its files of these names) is not what was stored: nothing damaged is served."""
     if wrong := damaged(artifact, *names):
-        raise ValueError(
+        raise UserError(
             f"{artifact.folder} has changed since it was written ({', '.join(wrong)}); remove it and start again"
         )
 

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from sdpo import config as configuration
 
-CONF = Path(__file__).parents[1] / "conf"
-REAL_DATA = Path(os.environ.get("SDPO_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+CHECKOUT = Path(__file__).parents[1]
+CONF = CHECKOUT / "conf"
+REAL_DATA = Path(os.environ.get("SDPO_REAL_DATA", CHECKOUT.parent / "shared" / "data"))
 
 # Large enough to be a real architecture, small enough for a forward pass in milliseconds.
 TINY = {

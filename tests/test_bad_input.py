@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import CHECKOUT, random_model
 
-TRAIN = Path(__file__).parents[1] / "train.py"
+TRAIN = CHECKOUT / "train.py"
 GOOD = {"prompt": "What is 1 + 1?", "chosen": "2", "rejected": "3"}
 MORE = [GOOD | {"prompt": f"What is {n} + {n}?", "chosen": str(2 * n)} for n in (2, 3, 4)]
 

@@ -6,20 +6,20 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import CHECKOUT
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from sdpo import config
+from sdpo import config, validate
 from sdpo.binding import variants
+from sdpo.errors import UserError
 from sdpo.launch import help
 from sdpo.run import folder as run_folder
 
-CHECKOUT = Path(__file__).parents[1]
 CONF = str(CHECKOUT / "conf")
 REAL = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]
 ROOMS = {
@@ -41,7 +41,7 @@ def composed(*overrides):
 
 def bound(*overrides):
     settings = config.from_composed(composed(*overrides))
-    run_folder.check(settings)
+    validate.check(settings)
     return settings
 
 
@@ -80,7 +80,7 @@ def test_every_run_of_every_experiment_composes_and_binds(experiment):
         if settings.model.name != "lab" and not settings.model.path:
             settings.model.path = "x"  # what only the user knows
             settings.data.train = settings.data.train or ["x"]
-        run_folder.check(config.from_composed(settings))
+        validate.check(config.from_composed(settings))
     contrasts = hydra_settings(f"experiment={experiment}").launcher.contrasts
     assert {arm for pair in contrasts.values() for arm in pair} <= set(run_folder.labels(asked)) and len(contrasts) <= 8
 
@@ -118,7 +118,7 @@ def test_help_fits_a_screen_and_explains_every_axis():
         assert [head.split()[0] for head in heads] == help.options(group)
         assert all(re.fullmatch(r"\S+ +\S.* .*\.", head) and "@" not in head for head in heads)
     assert "lr: ${model.lr}" in help.show(["optim"])
-    with pytest.raises(ValueError, match="no help on 'los'; there is help on model, data"):
+    with pytest.raises(UserError, match="no help on 'los'; there is help on model, data"):
         help.show(["los"])
 
 

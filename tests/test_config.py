@@ -4,6 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sdpo import config
+from sdpo.errors import UserError
 
 
 def settings(**changes):
@@ -54,7 +55,7 @@ def test_a_run_folder_keeps_the_configuration_whole(tmp_path):
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(changes, sentence):
-    with pytest.raises(ValueError, match="^[^\n]*$") as error:
+    with pytest.raises(UserError, match="^[^\n]*$") as error:
         config.from_composed(settings(**changes))
     assert sentence in str(error.value)
 

@@ -18,7 +18,7 @@ from sdpo.data.tokenize import encode
 from sdpo.model import hub
 from sdpo.model.engine import Plain
 from sdpo.model.logprobs import Scorer, naive_logprobs
-from sdpo.train.loop import updates
+from sdpo.train.schedule import updates
 
 BETA = 0.1
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo import config, export
 from sdpo.config import Config, Data, Model
+from sdpo.errors import UserError
 from sdpo.store import Store
 
 MEASURE = {"value": 0.75, "low": 0.5, "high": 1.0, "n": 8}
@@ -90,11 +91,11 @@ def test_the_card_tells_lineage_scores_and_settings_but_no_paths(finished, tmp_p
 
 
 def test_what_cannot_be_exported_is_refused(finished, tmp_path):
-    with pytest.raises(ValueError, match="has steps 1 to 2, and no step 3"):
+    with pytest.raises(UserError, match="has steps 1 to 2, and no step 3"):
         export.export(finished, 3, tmp_path / "M_3")
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(UserError, match="is not empty"):
         export.export(finished, 2, finished)
-    with pytest.raises(ValueError, match="holds no summary.json"):
+    with pytest.raises(UserError, match="holds no summary.json"):
         export.export(tmp_path, 1, tmp_path / "M_1")
 
 
@@ -143,10 +144,10 @@ def test_trl_sees_the_losses_that_we_saw(run, tmp_path):
 
 def test_pairs_of_another_time_or_of_no_one_reference_are_refused(run, toy, tmp_path):
     folder = run("split=all_at_once", "reference=periodic", "reference.updates=2")
-    with pytest.raises(ValueError, match="step 1 read .* references; TRL's columns hold exactly one"):
+    with pytest.raises(UserError, match="step 1 read .* references; TRL's columns hold exactly one"):
         export.export_pairs(folder, 1, tmp_path / "pairs.parquet")
     folder = run("split=all_at_once", name="changed")
     settings = (folder / "config.yaml").read_text().replace("max_tokens: 1024", "max_tokens: 30")
     (folder / "config.yaml").write_text(settings.replace("on_long: error", "on_long: truncate_response"))
-    with pytest.raises(ValueError, match="the pairs of .* have changed since step 1 was trained"):
+    with pytest.raises(UserError, match="the pairs of .* have changed since step 1 was trained"):
         export.export_pairs(folder, 1, tmp_path / "pairs.parquet")

@@ -11,6 +11,7 @@ import pytest
 from conftest import random_model, read_lines
 from safetensors.torch import load_file, save_file
 
+from sdpo.errors import UserError
 from sdpo.model import engine
 from sdpo.store import hash_files
 
@@ -96,7 +97,7 @@ def poison(table, row):
 def test_a_poisoned_log_prob_stops_the_run_and_names_the_row(run, tmp_path):
     run("split=all_at_once")
     wrong = poison(chunk_table(tmp_path / "store"), 5)
-    with pytest.raises(ValueError, match=f"other log-probs for {re.escape(wrong)};"):
+    with pytest.raises(UserError, match=f"other log-probs for {re.escape(wrong)};"):
         run("split=all_at_once", "loss.beta=0.2")
 
 
@@ -109,7 +110,7 @@ def test_a_stale_table_under_a_right_hash_is_caught_by_the_audit(run, tmp_path):
     manifest = json.loads((table.parent / "manifest.json").read_text())
     manifest["files"] = hash_files(table.parent, [table])
     (table.parent / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"the reference log-probs of row \S+ are"):
+    with pytest.raises(UserError, match=r"the reference log-probs of row \S+ are"):
         run("split=all_at_once", "loss.beta=0.2")
 
 
@@ -124,7 +125,7 @@ def test_reference_log_probs_that_changed_beside_a_killed_step_are_not_read(run,
     kept = load_file(table)
     kept["logps"][5, 0] += 0.5
     save_file(kept, table)
-    with pytest.raises(ValueError, match=r"reference.safetensors has changed since it was written; remove "):
+    with pytest.raises(UserError, match=r"reference.safetensors has changed since it was written; remove "):
         run(*overrides)
 
 
@@ -132,7 +133,7 @@ def test_reference_log_probs_that_changed_in_a_finished_step_are_not_read(run, t
     run("split=all_at_once")
     (table,) = (tmp_path / "store").glob("step/*/reference.parquet")
     poison(table, 5)
-    with pytest.raises(ValueError, match=r"has changed since it was written \(reference.parquet\)"):
+    with pytest.raises(UserError, match=r"has changed since it was written \(reference.parquet\)"):
         run("split=all_at_once", name="again")
 
 
@@ -173,5 +174,5 @@ def test_a_full_disk_leaves_the_store_valid(run, tmp_path):
 
 
 def test_a_diverging_step_stops_with_its_update_and_rows(run):
-    with pytest.raises(ValueError, match=r"update \d+: .* is not finite; its pairs are \w+-"):
+    with pytest.raises(UserError, match=r"update \d+: .* is not finite; its pairs are \w+-"):
         run("split=all_at_once", "optim.lr=1e30", "optim.epochs=3", "optim.clip=1e30")

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import CHECKOUT
 from nbclient import NotebookClient
 from runs import make_sweep
 
 from analysis import tables
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,16 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import REAL_DATA, TINY, byte_tokenizer, compose, random_model, read_lines
+from conftest import CHECKOUT, REAL_DATA, TINY, byte_tokenizer, compose, random_model, read_lines
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from sdpo import stepwise
+from sdpo import stepwise, validate
 from sdpo.launch import help
 from sdpo.run import folder as run_folder
 
-CHECKOUT = Path(__file__).parents[1]
 FILES = ["data.train=[a.jsonl,b.jsonl]", "data.template=plain", "data.held_out_share=0.2"]
 TOY = ["model=local", "model.path=model", "data=local", *FILES, "optim.pairs_per_update=8"]
 HERE = ["model.name=local", "model.path=model", "data.name=local", *FILES]  # whatever model and data say
@@ -54,24 +52,25 @@ NEEDS = {  # what an option cannot do without
     ],
     "evaluate=[h4]": ["evaluate.h4.local=eval", "evaluate.h4.limit=1"],
     "evaluate=[lm_eval]": ["evaluate.lm_eval.local=eval", "evaluate.lm_eval.tasks=[hellaswag]"],
-    "experiment=paper_table4": ["~evaluate.lm_eval"],
-    "experiment=paper_table1": ["hydra.sweeper.params.arm=all_at_once"],  # the others are arms of their own
+    "experiment=paper/table4": ["~evaluate.lm_eval"],
+    "experiment=paper/table1": ["hydra.sweeper.params.arm=baseline/all_at_once"],  # the others are arms of their own
 }
 OTHERS = ["reference.path=other", "reference.template=plain"]
 INSTEAD = {  # of what its group is trained with
     "model=lab": ["data=lab", *SMALL],
     "data=lab": ["model=lab", *SMALL],
-    "arm=intel_dpo": [*TOY, *OTHERS],
-    "arm=solar_70b": [*TOY, *OTHERS],
+    "arm=published/intel_dpo": [*TOY, *OTHERS],
+    "arm=published/solar_70b": [*TOY, *OTHERS],
     "experiment=smoke": [],
-    "experiment=pre_dpo": SMALL,
-    "experiment=study": SMALL,
-    "experiment=study_real": [*HERE, "hydra.sweeper.params.seed=0"],
+    "experiment=published/pre_dpo": SMALL,
+    "experiment=study/base": SMALL,
+    "experiment=real/stories": [*HERE, "hydra.sweeper.params.seed=0"],
 }
-ELSEWHERE = ("arm=easy_then_hard", "arm=hard_then_easy")  # trained by the hardness sweeps, whose sources they name
+# Trained by the hardness sweeps, which name their sources.
+ELSEWHERE = ("arm=hardness/easy_then_hard", "arm=hardness/hard_then_easy")
 for name in help.options("experiment"):
-    if name in ("demo", "controls") or name.startswith("study_"):
-        of_sources = OF_HARDNESS if name.startswith("study_hardness") else SMALL
+    if name in ("demo", "controls") or name.startswith("study/"):
+        of_sources = OF_HARDNESS if name.startswith("study/hardness") else SMALL
         INSTEAD.setdefault(f"experiment={name}", [*of_sources, "hydra.sweeper.params.seed=0"])
 
 
@@ -110,7 +109,7 @@ def chosen(option):
 def train(split, reference, folder):
     given = chosen(f"reference={reference}")
     settings = replace(chosen(f"split={split}"), reference=given.reference, loss=given.loss)
-    run_folder.check(settings)
+    validate.check(settings)
     run_folder.Run(settings, folder, choices={}, arm="").prepare()
     return stepwise.run(settings, folder)
 

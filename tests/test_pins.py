@@ -23,11 +23,11 @@ from sdpo.data.preferences import prompt_key
 from sdpo.data.prompts import Prompt
 from sdpo.data.tokenize import content_hash
 from sdpo.evals import generation, reward_model, suites
-from sdpo.lab import Exam
+from sdpo.lab.exam import Exam
 from sdpo.model import hub
 from sdpo.plan import dry_run
 from sdpo.run import folder as run_folder
-from sdpo.store import NUMERICS_VERSION, NotYet, ReadOnly, Store, key_of
+from sdpo.store import NUMERICS_VERSION, ReadOnly, Store, key_of
 from sdpo.train.setup import prepare
 
 SHAPE = {  # config.json, written without transformers, which would add its version
@@ -114,6 +114,10 @@ class Asked(ReadOnly):
         self.asked.append((kind, determinants))
         return super().make(kind, determinants, build)
 
+    def holds(self, kind, determinants):
+        self.asked.append((kind, determinants))
+        return super().holds(kind, determinants)
+
     def make_json(self, kind, determinants, compute):
         self.asked.append((kind, determinants))
         return {}
@@ -153,17 +157,17 @@ def asked(place, ask, tmp_path_factory):
     """What a store is asked for by all that the small run above leaves out."""
     store = Asked(tmp_path_factory.mktemp("asked"))
     inputs = prepare(ask(""), store)
-    bench, initial, exam = inputs.bench, inputs.initial, Exam(["a", "b"], 2, [["c", "d", "e", "f"]])
+    runner, initial, exam = inputs.runner, inputs.initial, Exam(["a", "b"], 2, [["c", "d", "e", "f"]])
     other = initial._replace(key="0" * 64)
-    with pytest.raises(NotYet):
-        bench.logprobs(initial, inputs.train)
-    suites.lab(other, initial, exam, bench)
-    suites.lab(initial, initial, exam, bench)
-    suites.h4(initial, bench, local=str(place / "benchmarks"), limit=2)
-    suites.lm_eval(initial, bench, tasks=["arc_challenge"], num_fewshot=0, local=str(place / "benchmarks"))
-    generation.divergence(other, initial, [Prompt(1, ["abc"], "asked")], generation.Decoding(0.5, 4, 2, 7), bench)
-    pairs = [inputs.pairs[row.id] for row in inputs.held_out]
-    reward_model.rewards({"path": str(place / "model"), "revision": None, "template": "plain"}, pairs, bench)
+    assert not runner.has_logprobs(initial, inputs.train.rows)
+    suites.lab(other, initial, exam, runner)
+    suites.lab(initial, initial, exam, runner)
+    suites.h4(initial, runner, local=str(place / "benchmarks"), limit=2)
+    suites.lm_eval(initial, runner, tasks=["arc_challenge"], num_fewshot=0, local=str(place / "benchmarks"))
+    generation.divergence(other, initial, [Prompt(1, ["abc"], "asked")], generation.Decoding(0.5, 4, 2, 7), runner)
+    reward_model.rewards(
+        {"path": str(place / "model"), "revision": None, "template": "plain"}, inputs.held_out.pairs, runner
+    )
     for overrides in ("reference=average", "tune=lora tune.between=stack tune.quantize=4bit", "experiment=smoke"):
         by_name(ask(overrides), store)
     return store.asked
@@ -223,8 +227,8 @@ def test_the_numerics_version_is_raised_on_purpose_only():
 def test_the_model_and_the_pairs_are_known_by_their_content(place, ask, tmp_path):
     inputs = prepare(ask(""), Store(tmp_path))
     assert hub.fingerprint(place / "model") == inputs.initial.key == pins.MODEL
-    assert [inputs.train[0].id, inputs.train[-1].id, *(row.id for row in inputs.held_out)] == pins.IDS
-    assert prompt_key(inputs.pairs[inputs.train[0].id].prompt) == pins.PROMPT
+    assert [inputs.train.ids[0], inputs.train.ids[-1], *inputs.held_out.ids] == pins.IDS
+    assert prompt_key(inputs.train.pairs[0].prompt) == pins.PROMPT
 
 
 @pytest.mark.parametrize("overrides", pins.STEPS)
@@ -236,12 +240,10 @@ def test_keys_of_steps(ask, overrides, tmp_path):
 def test_hashes_of_chunks_and_of_their_tokens(ask, overrides, tmp_path):
     settings = ask(overrides)
     inputs = prepare(settings, Store(tmp_path))
-    history = [inputs.initial]
-    chunks = build.in_order(inputs, settings, history)
-    split, _ = build.describe(inputs, settings, history, chunks)
+    curriculum = build.build(inputs, settings, inputs.initial)
     found = [
-        (chunk["hash"], content_hash(inputs.chunk(ids).rows))
-        for chunk, ids in zip(split["receipts"], chunks, strict=True)
+        (receipt["hash"], content_hash(inputs.chunk(chunk).rows))
+        for receipt, chunk in zip(curriculum.describe()["receipts"], curriculum.chunks, strict=True)
     ]
     assert [hash for pair in found for hash in pair] == pins.SPLITS[overrides]
 

@@ -17,8 +17,9 @@ from test_equivalence import chunks
 from test_faults import Killed, interrupt_after
 from transformers import AutoModelForCausalLM
 
+from sdpo.errors import UserError
 from sdpo.model.logprobs import naive_logprobs
-from sdpo.train.runner import read_table
+from sdpo.train.logprob_table import read
 
 
 def naive(model_folder, rows):
@@ -28,7 +29,7 @@ def naive(model_folder, rows):
 
 
 def reference(folder, t):
-    return read_table(folder / "steps" / str(t) / "reference.parquet")
+    return read(folder / "steps" / str(t) / "reference.parquet")
 
 
 def test_t1_the_second_step_reads_the_first_one_s_model(run, toy):
@@ -50,7 +51,7 @@ def test_t9_a_checkpoint_is_continued_and_never_a_reference(run, toy, tmp_path, 
         with pytest.raises(Killed):
             run(*overrides)
     (checkpoint,) = (tmp_path / "store" / "partial").glob("*/[0-9]*")
-    with pytest.raises(ValueError, match="holds no config.json; name a Hugging Face model folder"):
+    with pytest.raises(UserError, match="holds no config.json; name a Hugging Face model folder"):
         run(*overrides, f"model.path={checkpoint}", name="from_checkpoint")
     resumed = run(*overrides)
     _, (rows,) = chunks(resumed)

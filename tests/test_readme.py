@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import CHECKOUT
 from runs import make_sweep
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (CHECKOUT / "README.md").read_text()
 
 
 def commands():

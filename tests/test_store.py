@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import random_model
 
+from sdpo.errors import UserError
 from sdpo.model.hub import fingerprint
 from sdpo.store import Store, check, key_of
 
@@ -56,7 +57,7 @@ def test_a_changed_file_is_never_served(tmp_path):
     artifact = Store(tmp_path).make("step", {}, build_text("right"))
     check(artifact)
     (artifact.folder / "text").write_text("wrong")
-    with pytest.raises(ValueError, match=r"has changed since it was written \(text\)"):
+    with pytest.raises(UserError, match=r"has changed since it was written \(text\)"):
         check(artifact)
 
 

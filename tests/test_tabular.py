@@ -9,8 +9,9 @@ Shape suffixes: K answers, P ordered pairs of answers.
 import torch
 from torch.autograd.functional import hessian, jacobian
 
+from sdpo.types import ChosenRejected
 from sdpo.variants import reference as references
-from sdpo.variants.loss import Both, dpo
+from sdpo.variants.loss import dpo
 
 K, T, BETA = 5, 4, 0.8
 
@@ -29,7 +30,7 @@ def converged(reference_K, beta):
 
     def expected_loss(logits_K):
         policy, reference = (
-            Both(logps_K[WON_P], logps_K[LOST_P]) for logps_K in (logits_K.log_softmax(-1), reference_K)
+            ChosenRejected(logps_K[WON_P], logps_K[LOST_P]) for logps_K in (logits_K.log_softmax(-1), reference_K)
         )
         return (CHANCE_P * dpo(policy, reference, beta=beta)).mean()
 

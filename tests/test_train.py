@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import CHECKOUT
 
-TRAIN = [sys.executable, str(Path(__file__).parents[1] / "train.py"), "model=hub", "model.path=x"]
+TRAIN = [sys.executable, str(CHECKOUT / "train.py"), "model=hub", "model.path=x"]
 DATA = ["data=hub", "data.train=[a]"]
 
 

@@ -9,11 +9,11 @@ import pytest
 from conftest import read_lines
 from torch.nn.functional import softplus
 
+from sdpo.types import Window
 from sdpo.variants import loss as losses
 from sdpo.variants import reference as references
 from sdpo.variants import score as scores
 from sdpo.variants import split as splits
-from sdpo.variants.reference import Window
 
 
 def alternating(rows, *, num_chunks: int):

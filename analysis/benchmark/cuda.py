@@ -8,14 +8,13 @@ from transformers import LlamaForCausalLM
 
 from analysis.benchmark.work import from_profile, shape
 from sdpo.config import Config
-from sdpo.data.tokenize import TokenPair
 from sdpo.model.attention.interface import BACKENDS, Rule
 from sdpo.model.engine import open_engine
 from sdpo.model.logprobs import Head, Scorer, score
 from sdpo.model.packing import micro_batches, pack, tokens_of
 from sdpo.train import throughput
+from sdpo.types import ChosenRejected, TokenPair
 from sdpo.variants import loss as losses
-from sdpo.variants.loss import Both
 
 SIZES = ("1b", "3b", "7b")
 ADAPTED = ("7b",)  # trained with LoRA: masters and moments of all weights would not leave room for activations
@@ -99,7 +98,7 @@ def _update(engine, rows: list[TokenPair], reference_N2: torch.Tensor) -> None:
     plan = micro_batches(rows, TOKENS_PER_PACK)[0]
     for position, members in enumerate(plan):
         policy = engine.forward(pack([rows[i] for i in members]).to("cuda"))
-        loss_B = losses.dpo(policy, Both(*reference_N2[members].unbind(1)), beta=0.1)
+        loss_B = losses.dpo(policy, ChosenRejected(*reference_N2[members].unbind(1)), beta=0.1)
         engine.backward(loss_B.sum() / len(rows), last=position == len(plan) - 1)
     engine.update(5e-7)
 

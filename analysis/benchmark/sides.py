@@ -10,83 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from analysis.benchmark.meter import Meter
-from analysis.benchmark.work import MAX_TOKENS, Work, text
+from analysis.benchmark.trl import BETA, LR, TUNED, make_trainer, trl_default, trl_tuned
+from analysis.benchmark.work import Work
 from sdpo.config import Config
 from sdpo.model import hub
 from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import in_order, pack, tokens_of
 from sdpo.store import Artifact, Store
-from sdpo.train import runner
-from sdpo.train.loop import Chunk, Fit
+from sdpo.train import runner as runner_module
+from sdpo.train.loop import TrainingLoop
 from sdpo.train.step import take_step
+from sdpo.train.step_key import StepSpec
+from sdpo.types import ChosenRejected, Chunk
 from sdpo.variants import loss as losses
-from sdpo.variants.loss import Both
 
-BETA, LR = 0.1, 5e-7
 TOKENS_PER_PACK = {"cpu": 1536, "cuda": 8192}
-TUNED = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
-
-
-def trl_default(work: Work, meter: Meter) -> dict:
-    """DPOTrainer as it comes: a reference forward pass in every step, activation checkpointing."""
-    return _train_trl(work, meter, {})
-
-
-def trl_tuned(work: Work, meter: Meter) -> dict:
-    """DPOTrainer at its best: reference log-probs computed once, no checkpointing."""
-    return _train_trl(work, meter, TUNED)
-
-
-def _train_trl(work: Work, meter: Meter, options: dict) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(work, folder, options, meter)
-        with meter.phase("updates"):
-            trainer.train()
-    lengths = np.array([[len(ids) for ids in row[1:]] for row in work.rows()])
-    sequences = (lengths[:, :1] + lengths[:, 1:]).reshape(-1, 2 * work.pairs_per_microbatch)
-    return {
-        "first_loss": next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
-        "padding_share": 1 - float(sequences.mean() / sequences.max(axis=1).mean()),
-    }
-
-
-def _trainer(work: Work, folder: str, options: dict, meter: Meter | None = None):
-    """TRL's trainer on the pairs as text; its reference pass, where it makes one, is a phase of its own."""
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
-    if meter:
-        DPOTrainer._precompute_ref_logps = meter.around("reference", DPOTrainer._precompute_ref_logps)
-    args = DPOConfig(
-        output_dir=folder,
-        per_device_train_batch_size=work.pairs_per_microbatch,
-        gradient_accumulation_steps=work.pairs_per_update // work.pairs_per_microbatch,
-        num_train_epochs=1,
-        learning_rate=LR,
-        beta=BETA,
-        max_length=MAX_TOKENS,
-        bf16=work.precision == "bf16",
-        use_cpu=work.device == "cpu",
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        **options,
-    )
-    rows = work.rows()
-    texts = [{"prompt": text(r.prompt).strip(), "chosen": text(r.chosen), "rejected": text(r.rejected)} for r in rows]
-    trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32),
-        args=args,
-        train_dataset=Dataset.from_list(texts),
-        processing_class=hub.load_tokenizer(work.model),
-    )
-    for row, theirs in zip(rows, trainer.train_dataset, strict=True):
-        assert [theirs[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")] == [ids.tolist() for ids in row[1:]]
-    return trainer
 
 
 def engine(work: Work, meter: Meter) -> dict:
@@ -100,16 +40,17 @@ def engine_in_8_steps(work: Work, meter: Meter) -> dict:
 
 
 def _steps(work: Work, meter: Meter, num_steps: int) -> dict:
-    runner.score = meter.around("reference", runner.score)
-    Fit.run = meter.around("updates", Fit.run)
+    run_loop = TrainingLoop.run
+    runner_module.score = meter.around("reference", runner_module.score)
+    TrainingLoop.run = meter.around("updates", lambda *arguments: list(run_loop(*arguments)))
     rows, config, steps = work.rows(), _config(work), []
     with tempfile.TemporaryDirectory() as folder:
-        bench = runner.Workbench(config, Store(Path(folder)), hub.load_tokenizer(work.model))
+        runner = runner_module.Runner(config, Store(Path(folder)), hub.load_tokenizer(work.model))
         history = [Artifact(hub.fingerprint(work.model), work.model, reused=True)]
         with meter.phase("everything"):
             for t, members in enumerate(np.array_split(np.arange(len(rows)), num_steps), start=1):
                 chunk = Chunk([rows[i] for i in members], np.full((len(members), 2), np.nan, np.float32))
-                steps.append(take_step(bench, config, t, history[-1], history, chunk))
+                steps.append(take_step(StepSpec(t, config, history[-1], list(history), chunk), runner))
                 history.append(steps[-1].model)
     tokens = sum(map(tokens_of, rows))
     packs = [pack([rows[i] for i in members]) for members in in_order(rows, config.launch.tokens_per_pack)]
@@ -140,9 +81,9 @@ def agreement(work: Work, meter: Meter) -> dict:
     Each side has its own reference pass, moved by the same random amounts so that margins are not 0.
     """
     rows = work.rows()[: work.pairs_per_update]
-    shift = Both(*torch.randn(2, len(rows), generator=torch.Generator().manual_seed(0)))
+    shift = ChosenRejected(*torch.randn(2, len(rows), generator=torch.Generator().manual_seed(0)))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(work._replace(pairs_per_microbatch=len(rows)), folder, TUNED)
+        trainer = make_trainer(work._replace(pairs_per_microbatch=len(rows)), folder, TUNED)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
     for name, moved in zip(("ref_chosen_logps", "ref_rejected_logps"), shift, strict=True):
         batch[name] += moved
@@ -151,7 +92,7 @@ def agreement(work: Work, meter: Meter) -> dict:
     their_loss.backward()
     ours = hub.load(work.model)
     policy = Scorer(ours)(pack(rows))
-    reference = Both(*(logps.detach() + moved for logps, moved in zip(policy, shift, strict=True)))
+    reference = ChosenRejected(*(logps.detach() + moved for logps, moved in zip(policy, shift, strict=True)))
     our_loss = losses.dpo(policy, reference, beta=BETA).mean()
     our_loss.backward()
     gradients = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (ours, theirs)]

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sdpo import config
 from sdpo.data import preferences
-from sdpo.data.tokenize import TokenPair
+from sdpo.errors import UserError
+from sdpo.types import TokenPair
 
 WORDS, EOS, MAX_TOKENS = 8192, 2, 1024
 # Mean tokens of prompt, chosen and rejected, of lognormals with as much spread as mean: they reproduce the published
@@ -73,10 +74,10 @@ def from_profile(profile: str, num_pairs: int) -> np.ndarray:
 
 
 def from_file(path: Path, num_pairs: int) -> np.ndarray:
-    """Lengths [N, 3] of the first pairs of a data file, at 4 characters a token; ValueError where it has fewer."""
+    """Lengths [N, 3] of the first pairs of a data file, at 4 characters a token; UserError where it has fewer."""
     pairs = preferences.load(config.Data(name="local", train=[str(path)], held_out_share=0.0)).train[:num_pairs]
     if len(pairs) < num_pairs:
-        raise ValueError(f"{path} has {len(pairs)} pairs, and the benchmark needs {num_pairs}: set --pairs")
+        raise UserError(f"{path} has {len(pairs)} pairs, and the benchmark needs {num_pairs}: set --pairs")
     characters = [
         (sum(len(turn["content"]) for turn in pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs
     ]

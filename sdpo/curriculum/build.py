@@ -1,101 +1,169 @@
-"""Which pairs each step trains on: the split's chunks, with scores computed only where the split asks for them."""
+"""Which pairs each step trains on: the split's chunks, with scores computed only if the split asks for them."""
 
-from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from sdpo.config import Config
-from sdpo.curriculum import chunking, diagnostics, sources
-from sdpo.curriculum.chunking import Score, Split
-from sdpo.curriculum.score_inputs import rows_of, scored
-from sdpo.data.tokenize import TokenPair
-from sdpo.metrics import tell
+from sdpo.console import tell
+from sdpo.curriculum import chunking, diagnostics, score_inputs
+from sdpo.curriculum.chunking import Score, Split, split_rows
+from sdpo.curriculum.diagnostics import Accuracies
 from sdpo.model.packing import tokens_of
 from sdpo.store import Artifact
 from sdpo.train.reference_windows import external
 from sdpo.train.setup import Inputs
-from sdpo.variants.split import Chunks, Row
+from sdpo.types import SplitRow
 
 
-def in_order(inputs: Inputs, config: Config, history: list[Artifact]) -> Iterable[list[str]]:
-    """The ids of each step's pairs: a list or, where what remains is scored anew, an iterator over a growing history.
+@dataclass
+class Curriculum:
+    """The chunks of a run, as indices of training pairs, and what decided them.
 
-    Reasons to doubt the order are told before the first step trains.
+    All chunks are known from the start, unless the newest model scores what remains before every step.
     """
-    plan = _plan(inputs, config, history)
-    if isinstance(plan, list) and (beyond := [t for t in config.steps if t > len(plan)]):
-        tell(f"warning: steps.{beyond[0]} changes nothing, because there are only {len(plan)} steps")
-    return plan
+
+    inputs: Inputs
+    config: Config
+    split: Split
+    score: Score | None  # None: the split reads no scores
+    rows: list[SplitRow]  # of all training pairs
+    num_steps: int = 0
+    chunks: list[np.ndarray] = field(default_factory=list)
+    score_N: np.ndarray | None = None  # the score that decided each pair's place
+    sources: Accuracies = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    scored_by: list[Artifact] = field(default_factory=list)  # the models whose log-probs decided, in order
+    num_tokens_scored: int = 0
+    left: np.ndarray | None = None  # the pairs that no chunk has yet, if what remains is scored again
+
+    @property
+    def complete(self) -> bool:
+        return len(self.chunks) == self.num_steps
+
+    def chunk(self, number: int, newest: Artifact) -> np.ndarray:
+        """The pairs of a step (counted from 0); `newest` is the model of the step before, which scores what remains."""
+        if number == len(self.chunks):
+            assert self.left is not None and self.score_N is not None
+            self.score_N[self.left] = _score(self, newest, self.left)
+            self.take_next_chunk()
+        return self.chunks[number]
+
+    def why_unknown(self, number: int, newest: Artifact) -> str | None:
+        """Why `chunk` would have to load a model; None if the store has what it reads."""
+        if number < len(self.chunks):
+            return None
+        assert self.left is not None and self.score
+        table = self.inputs.train.take(self.left)
+        return score_inputs.why_unknown(self.inputs, self.config, self.score.function, newest, table)
+
+    def take_next_chunk(self) -> None:
+        """Cut what remains into as many chunks as remain, and take the first."""
+        assert self.left is not None
+        split = self.split.for_rest(self.num_steps - len(self.chunks))
+        self.chunks.append(_divide(self, split, self.left)[0])
+        self.left = np.setdiff1d(self.left, self.chunks[-1])
+
+    def describe(self) -> dict[str, Any]:
+        """What split.json holds; here ids stand for pairs."""
+        table = self.inputs.train
+        used = np.zeros(len(table), dtype=bool)
+        used[np.concatenate(self.chunks)] = True
+        return {
+            "chunks": [table.take(indices).ids for indices in self.chunks],
+            "dropped": table.take(np.flatnonzero(~used)).ids,
+            "score": self._describe_score(),
+            "sources": self.sources,
+            "warnings": self.warnings,
+            "receipts": diagnostics.chunk_receipts(self.chunks, table, self.score_N),
+        }
+
+    def _describe_score(self) -> dict[str, Any] | None:
+        """The score as it was used, the keys of the weights that it read, and the tokens that these read for it."""
+        if self.score is None:
+            return None
+        settings = {"name": self.score.name, **self.score.function.keywords, "model": self.score.model}
+        weights = [model.key for model in self.scored_by] if self.score.model else []
+        if "path" in settings:
+            weights.append(external(settings).key)
+        return settings | {"weights": weights, "tokens": self.num_tokens_scored if self.score.model else None}
 
 
-def _plan(inputs: Inputs, config: Config, history: list[Artifact]) -> Iterable[list[str]]:
-    split, rows = chunking.bind(config.split), rows_of(inputs)
-    if not split.needs_scores:
-        return chunking.divide(split, rows, None, config.seed)
-    score = chunking.bind_score(config.score, split)
-    by_id = scored(inputs, config, score.function, history[0], inputs.train)
-    kept = split.kept(rows, by_id)
-    accuracies = sources.accuracies(inputs, config, score, by_id, [row.id for row in kept])
-    for warning in sources.warnings(split, score, accuracies):
-        tell(f"warning: {warning}")
-    if score.model == "current":
-        return _rescoring(inputs, config, history, split, score, kept)
-    return chunking.divide(split, rows, by_id, config.seed)
-
-
-def describe(inputs: Inputs, config: Config, history: list[Artifact], divided: Chunks) -> tuple[dict, dict[str, float]]:
-    """What split.json holds, and the score by which each pair got its place; all of it read from the store."""
-    split, rows = chunking.bind(config.split), rows_of(inputs)
-    used = {id for chunk in divided for id in chunk}
-    by_id, about = {}, {"score": None, "sources": {}, "warnings": []}
+def build(inputs: Inputs, config: Config, initial: Artifact) -> Curriculum:
+    """The chunks of a run, scored by S where scores are read. Prints reasons to doubt the order."""
+    split, table = chunking.bind_split(config.split), inputs.train
+    curriculum = Curriculum(inputs, config, split, None, split_rows(table))
+    everything = np.arange(len(table))
     if split.needs_scores:
-        score = chunking.bind_score(config.score, split)
-        by_id = scored(inputs, config, score.function, history[0], inputs.train)
-        kept = [row.id for row in rows if row.id in used]
-        accuracies = sources.accuracies(inputs, config, score, by_id, kept)
-        about = {"sources": accuracies, "warnings": sources.warnings(split, score, accuracies)}
-        rounds = _rounds(inputs, score, divided)
-        for model, left in zip(history[1:], rounds[1:], strict=False):
-            by_id |= scored(inputs, config, score.function, model, left)
-        about["score"] = _settings(score, history[: len(rounds)], rounds)
-    lengths = {row.id: (len(row.chosen), len(row.rejected)) for row in inputs.train}
-    return {
-        "chunks": divided,
-        "dropped": [row.id for row in rows if row.id not in used],
-        **about,
-        "receipts": diagnostics.chunk_receipts(divided, rows, lengths, by_id),
-    }, by_id
+        _score_everything(curriculum, initial)
+    if curriculum.score and curriculum.score.model == "current":
+        curriculum.left = _kept(curriculum)
+        curriculum.num_steps = split.function.keywords["num_chunks"] or len(set(table.sources[curriculum.left]))
+        _tell_cost(curriculum)
+        curriculum.take_next_chunk()
+    else:
+        curriculum.chunks = _divide(curriculum, split, everything)
+        curriculum.num_steps = len(curriculum.chunks)
+        if beyond := [t for t in config.steps if t > curriculum.num_steps]:
+            tell(f"warning: steps.{beyond[0]} changes nothing, because there are only {curriculum.num_steps} steps")
+    return curriculum
 
 
-def _rescoring(
-    inputs: Inputs, config: Config, history: list[Artifact], split: Split, score: Score, rows: list[Row]
-) -> Iterator[list[str]]:
-    """The first chunk of what remains, in the order that the newest model gives it, until nothing remains."""
-    num_chunks = split.function.keywords["num_chunks"] or len({row.source for row in rows})
-    tokens = sum(row.tokens for row in rows)
+def why_unknown(inputs: Inputs, config: Config, initial: Artifact) -> str | None:
+    """Why `build` would have to load or train a model to score the pairs; None if the store has what it reads."""
+    split = chunking.bind_split(config.split)
+    score = chunking.bind_score(config.score, split)
+    if reason := score_inputs.why_unknown(inputs, config, score.function, initial, inputs.train):
+        return reason
+    curriculum = Curriculum(inputs, config, split, score, split_rows(inputs.train))
+    curriculum.score_N = _score(curriculum, initial, np.arange(len(inputs.train)))
+    has_accuracies = diagnostics.has_accuracies(inputs, score, _kept(curriculum))
+    return None if has_accuracies else "the pairs are not scored yet"
+
+
+def _score_everything(curriculum: Curriculum, initial: Artifact) -> None:
+    inputs, config = curriculum.inputs, curriculum.config
+    curriculum.score = score = chunking.bind_score(config.score, curriculum.split)
+    curriculum.score_N = _score(curriculum, initial, np.arange(len(inputs.train)))
+    curriculum.sources = diagnostics.accuracies(inputs, config, score, curriculum.score_N, _kept(curriculum))
+    curriculum.warnings = diagnostics.warnings(curriculum.split, score, curriculum.sources)
+    for warning in curriculum.warnings:
+        tell(f"warning: {warning}")
+
+
+def _score(curriculum: Curriculum, model: Artifact, indices: np.ndarray) -> np.ndarray:
+    """The scores of these pairs under a model."""
+    assert curriculum.score
+    table = curriculum.inputs.train.take(indices)
+    curriculum.scored_by.append(model)
+    curriculum.num_tokens_scored += sum(map(tokens_of, table.rows))
+    return score_inputs.scores(curriculum.inputs, curriculum.config, curriculum.score.function, model, table)
+
+
+def _divide(curriculum: Curriculum, split: Split, indices: np.ndarray) -> list[np.ndarray]:
+    """The chunks of these pairs. Splits speak of ids."""
+    rows = [curriculum.rows[i] for i in indices]
+    chunks = chunking.divide(split, rows, _by_id(curriculum), curriculum.config.seed)
+    return [curriculum.inputs.train.indices(ids) for ids in chunks]
+
+
+def _kept(curriculum: Curriculum) -> np.ndarray:
+    """The pairs that `split.keep` keeps."""
+    kept = curriculum.split.kept(curriculum.rows, _by_id(curriculum))
+    return curriculum.inputs.train.indices(row.id for row in kept)
+
+
+def _by_id(curriculum: Curriculum) -> dict[str, float] | None:
+    if curriculum.score_N is None:
+        return None
+    return dict(zip(curriculum.inputs.train.ids, curriculum.score_N.tolist(), strict=True))
+
+
+def _tell_cost(curriculum: Curriculum) -> None:
+    assert curriculum.left is not None
+    tokens = sum(map(tokens_of, curriculum.inputs.train.take(curriculum.left).rows))
     tell(
-        f"score.model=current scores what remains before each of {num_chunks} steps: about "
-        f"{tokens * (num_chunks - 1) // 2:,} tokens of forward passes more than scoring once"
+        f"score.model=current scores what remains before each of {curriculum.num_steps} steps: about "
+        f"{tokens * (curriculum.num_steps - 1) // 2:,} tokens of forward passes more than scoring once"
     )
-    for left in range(num_chunks, 0, -1):
-        ids = {row.id for row in rows}
-        here = inputs.train if len(history) == 1 else [row for row in inputs.train if row.id in ids]
-        by_id = scored(inputs, config, score.function, history[-1], here)
-        chunk = chunking.divide(split.for_rest(left), rows, by_id, config.seed)[0]
-        yield chunk
-        rows = [row for row in rows if row.id not in set(chunk)]
-
-
-def _rounds(inputs: Inputs, score: Score, divided: Chunks) -> list[list[TokenPair]]:
-    """What was scored: everything and, with score.model=current, what remained before each later step."""
-    later = range(1, len(divided)) if score.model == "current" else []
-    left = [{id for chunk in divided[t:] for id in chunk} for t in later]
-    return [inputs.train] + [[row for row in inputs.train if row.id in ids] for ids in left]
-
-
-def _settings(score: Score, models: list[Artifact], rounds: list[list[TokenPair]]) -> dict:
-    """The score as it was used, with the keys of the weights that it read and the tokens that S and M_t read for it."""
-    settings = {"name": score.name, **score.function.keywords, "model": score.model}
-    weights = [model.key for model in models] if score.model else []
-    if "path" in settings:
-        weights.append(external(settings).key)
-    tokens = sum(tokens_of(row) for rows in rounds for row in rows) if score.model else None
-    return settings | {"weights": weights, "tokens": tokens}

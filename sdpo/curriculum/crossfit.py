@@ -3,47 +3,68 @@
 Shape suffixes: N pairs, R repeats.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from sdpo.config import Config, Probe
+from sdpo.curriculum.chunking import split_rows
 from sdpo.train.setup import Inputs
-from sdpo.train.step import take_step
+from sdpo.train.step import name_step, take_step
+from sdpo.train.step_key import StepSpec
 from sdpo.variants import score as scores
 from sdpo.variants import split as splits
-from sdpo.variants.split import Row
 
 
-def margins(inputs: Inputs, config: Config, rows: Sequence[Row], *, repeats: int, beta: float, seed: int) -> np.ndarray:
+class Half(NamedTuple):
+    """One cross-fitted model: its training step, and the pairs that it scores, which it was not trained on."""
+
+    repeat: int
+    spec: StepSpec
+    unseen: np.ndarray  # indices of training pairs
+
+
+def margins(inputs: Inputs, config: Config, *, repeats: int, beta: float, seed: int) -> np.ndarray:
     """Margins [N, R] of every training pair under models that DPO trained from S on the half without its prompt.
 
-    Each repeat halves the data anew. The models are ordinary steps with the run's optimiser settings, and so found
-    in the store by every other run that asks for them.
+    Each repeat halves the data anew. The models are ordinary steps with the run's optimiser settings, so every other
+    run that asks for them finds them in the store.
     """
-    training, halves = trainings(config, rows, repeats=repeats, beta=beta, seed=seed)
-    position = {row.id: i for i, row in enumerate(inputs.train)}
-    initial_N = scores.gamma(inputs.bench.logprobs(inputs.initial, inputs.train))
+    initial_N = scores.gamma(inputs.runner.logprobs(inputs.initial, inputs.train.rows))
     margins_NR = np.empty((len(inputs.train), repeats))
-    for repeat, trained, unseen in halves:
-        step = take_step(inputs.bench, training, 1, inputs.initial, [inputs.initial], inputs.chunk(trained))
-        where = [position[id] for id in unseen]
-        logps = inputs.bench.logprobs(step.model, [inputs.train[i] for i in where])
-        margins_NR[where, repeat] = scores.gamma(logps) - initial_N[where]
+    for half in halves(inputs, config, repeats=repeats, beta=beta, seed=seed):
+        model = take_step(half.spec, inputs.runner).model
+        logps_N2 = inputs.runner.logprobs(model, inputs.train.take(half.unseen).rows)
+        margins_NR[half.unseen, half.repeat] = scores.gamma(logps_N2) - initial_N[half.unseen]
     return margins_NR
 
 
-def trainings(
-    config: Config, rows: Sequence[Row], *, repeats: int, beta: float, seed: int
-) -> tuple[Config, list[tuple[int, list[str], list[str]]]]:
-    """How each model is trained, and for each its repeat and the ids of its own half and of the other."""
-    loss = {"name": "dpo", "beta": beta, "label_smoothing": 0.0}
-    reference = {"name": "initial", "placebo": "none"}
-    optim = replace(config.optim, moments="reset", schedule_over="step")  # the run's steps go on, these do not
-    halves = []
+def has_margins(inputs: Inputs, config: Config, **settings) -> bool:
+    """Whether the store has all models and log-probs that `margins` reads."""
+    runner = inputs.runner
+    for half in halves(inputs, config, **settings):
+        key = name_step(half.spec, runner).key
+        model = half.spec.start._replace(key=key, folder=runner.store.folder("step", key))
+        if not (runner.store.has("step", key) and runner.has_logprobs(model, inputs.train.take(half.unseen).rows)):
+            return False
+    return runner.has_logprobs(inputs.initial, inputs.train.rows)
+
+
+def halves(inputs: Inputs, config: Config, *, repeats: int, beta: float, seed: int) -> Iterator[Half]:
+    """The models in the order in which they are trained, two per repeat."""
+    training = replace(
+        config,
+        loss={"name": "dpo", "beta": beta, "label_smoothing": 0.0},
+        reference={"name": "initial", "placebo": "none"},
+        optim=replace(config.optim, moments="reset", schedule_over="step"),  # whatever the run's own steps carry over
+        probe=Probe(),
+        seed=seed,
+    )
+    rows = split_rows(inputs.train)
     for repeat in range(repeats):
-        one, other = splits.random(rows, 1000 * seed + repeat, num_chunks=2)
-        halves += [(repeat, one, other), (repeat, other, one)]
-    training = replace(config, loss=loss, reference=reference, optim=optim, probe=Probe(), seed=seed)
-    return training, halves
+        one, other = map(inputs.train.indices, splits.random(rows, 1000 * seed + repeat, num_chunks=2))
+        for trained, unseen in ((one, other), (other, one)):
+            spec = StepSpec(1, training, inputs.initial, [inputs.initial], inputs.chunk(trained))
+            yield Half(repeat, spec, unseen)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from sdpo import config
 from sdpo.data.readers import Table, read_file, read_hub, source_of_file, source_on_hub
 from sdpo.data.schemas import BadRow, Message, check_text, normalise, rename
+from sdpo.errors import UserError
 
 COLUMNS = (
     "id",
@@ -46,7 +47,7 @@ class Preferences(NamedTuple):
 def load(settings: config.Data) -> Preferences:
     """The pairs of `data=local` or `data=hub`, no prompt of which stands on both sides.
 
-    Raises ValueError for settings that contradict each other, and for the first bad row, naming file, row and
+    Raises UserError for settings that contradict each other, and for the first bad row, naming file, row and
     field (with `on_bad_row=skip` bad rows are left out and reported).
     """
     _check(settings)
@@ -57,7 +58,7 @@ def load(settings: config.Data) -> Preferences:
     if not settings.held_out:
         train, held_out = hold_out(train, settings.held_out_share, settings.seed)
     if not train:
-        raise ValueError("no training pair is left; lower data.held_out_share or name more files in data.train")
+        raise UserError("no training pair is left; lower data.held_out_share or name more files in data.train")
     report = {
         "files": intake.files,
         "sources": {"train": describe(train), "held_out": describe(held_out)},
@@ -154,7 +155,7 @@ class _Intake:
                 layouts[layout] += 1
         if not pairs:
             why = f"; the first: {dropped[0]['problem']}" if dropped else ""
-            raise ValueError(f"{table.name}: none of its {len(dropped)} rows can be used{why}")
+            raise UserError(f"{table.name}: none of its {len(dropped)} rows can be used{why}")
         self.dropped += dropped
         self.files.append(
             {
@@ -203,7 +204,7 @@ class _Intake:
         field = self.settings.columns.get(bad.field, bad.field)
         problem = f"field '{field}' {bad.problem}" if field else bad.problem
         if self.settings.on_bad_row == "error":
-            raise ValueError(f"{name}, row {number}: {problem}; repair it or set data.on_bad_row=skip") from bad
+            raise UserError(f"{name}, row {number}: {problem}; repair it or set data.on_bad_row=skip") from bad
         return {"file": name, "row": number, "reason": bad.reason, "field": field, "problem": problem}
 
 
@@ -212,7 +213,7 @@ def _reasons(dropped: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _check_sources(settings: config.Data) -> None:
-    """ValueError where two inputs would be taken for one source, and so for one step."""
+    """UserError where two inputs would be taken for one source, and so for one step."""
     if settings.source_from == "row":
         return
     source_of = source_on_hub if settings.name == "hub" else source_of_file
@@ -220,7 +221,7 @@ def _check_sources(settings: config.Data) -> None:
     for name in settings.train:
         source = source_of(name)
         if source in named:
-            raise ValueError(
+            raise UserError(
                 f"data.train: {named[source]} and {name} would both be the source {source!r}; rename one, or name the "
                 "source of every row in a column and set data.source_from=row"
             )
@@ -228,26 +229,26 @@ def _check_sources(settings: config.Data) -> None:
 
 
 def _check(settings: config.Data) -> None:
-    """Raises ValueError for settings that no data could make right."""
+    """Raises UserError for settings that no data could make right."""
     if not settings.train:
-        raise ValueError("data.train names no file; give data.train=[a.jsonl,...]")
+        raise UserError("data.train names no file; give data.train=[a.jsonl,...]")
     for key, allowed in (("on_bad_row", ("error", "skip")), ("source_from", ("file", "row"))):
         if getattr(settings, key) not in allowed:
-            raise ValueError(f"data.{key}={getattr(settings, key)} is none of {', '.join(allowed)}")
+            raise UserError(f"data.{key}={getattr(settings, key)} is none of {', '.join(allowed)}")
     for side in (settings.train, settings.held_out):
         repeated = [name for name, times in Counter(side).items() if times > 1]
         if repeated:
-            raise ValueError(f"data names {repeated[0]} twice")
+            raise UserError(f"data names {repeated[0]} twice")
     _check_sources(settings)
     if not 0 <= settings.held_out_share < 1:
-        raise ValueError(f"data.held_out_share={settings.held_out_share} is not a share from 0 to below 1")
+        raise UserError(f"data.held_out_share={settings.held_out_share} is not a share from 0 to below 1")
     if unknown := settings.columns.keys() - set(COLUMNS):
-        raise ValueError(f"data.columns has {min(unknown)}; our columns are {', '.join(COLUMNS)}")
+        raise UserError(f"data.columns has {min(unknown)}; our columns are {', '.join(COLUMNS)}")
     if settings.columns and not {"chosen", "rejected"} <= settings.columns.keys():
-        raise ValueError("data.columns has to name every column that is read, chosen and rejected among them")
+        raise UserError("data.columns has to name every column that is read, chosen and rejected among them")
     repositories = {"/".join(name.split(":")[0].split("/")[:2]) for name in settings.train + settings.held_out}
     if settings.name == "hub" and (unknown := settings.revisions.keys() - repositories):
-        raise ValueError(f"data.revisions names {min(unknown)}, which is no data set of this run")
+        raise UserError(f"data.revisions names {min(unknown)}, which is no data set of this run")
 
 
 def _digest(content: Any) -> str:

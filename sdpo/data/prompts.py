@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdpo.data.readers import Table, read_file
+from sdpo.errors import UserError
 
 ID_COLUMNS = ("question_id", "id")
 PROMPT_COLUMNS = ("instruction", "prompt", "turns")
@@ -19,14 +20,14 @@ class Prompt(NamedTuple):
 def read(name: str) -> list[Prompt]:
     """The prompts of a .txt file (one a line), or of .jsonl, .json, .parquet or .csv with one of PROMPT_COLUMNS.
 
-    An id is the row's number unless it has one, a data set the file's name. Raises ValueError, naming file and row.
+    An id is the row's number unless it has one, a data set the file's name. Raises UserError, naming file and row.
     """
     table = _lines(name) if Path(name).suffix == ".txt" else read_file(name)
     prompts = [_prompt(table, number, row) for number, row in table.rows]
     if not prompts:
-        raise ValueError(f"{name} holds no prompt")
+        raise UserError(f"{name} holds no prompt")
     if len({prompt.id for prompt in prompts}) < len(prompts):
-        raise ValueError(f"{name}: an id stands twice; give every prompt one of its own, or none")
+        raise UserError(f"{name}: an id stands twice; give every prompt one of its own, or none")
     return prompts
 
 
@@ -34,7 +35,7 @@ def _lines(name: str) -> Table:
     try:
         lines = Path(name).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name}: cannot be read ({error})") from error
+        raise UserError(f"{name}: cannot be read ({error})") from error
     return Table(name, Path(name).stem, "", [(i, {"prompt": line}) for i, line in enumerate(lines, 1) if line.strip()])
 
 
@@ -43,10 +44,10 @@ def _prompt(table: Table, number: int, row: Any) -> Prompt:
     try:
         row = json.loads(row) if isinstance(row, str) else row
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: is not valid JSON ({error.msg})") from error
+        raise UserError(f"{place}: is not valid JSON ({error.msg})") from error
     asked = next((row[column] for column in PROMPT_COLUMNS if column in row), None) if isinstance(row, dict) else None
     turns = asked if isinstance(asked, list) else [asked]
     if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise ValueError(f"{place}: has no text in one of the fields {', '.join(PROMPT_COLUMNS)}")
+        raise UserError(f"{place}: has no text in one of the fields {', '.join(PROMPT_COLUMNS)}")
     id = next((row[column] for column in ID_COLUMNS if column in row), number)
     return Prompt(id, turns, row.get("dataset", table.source))

@@ -8,15 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sdpo.config import Data
+from sdpo.errors import Unreachable, UserError
+
 Numbered = Iterator[tuple[int, Any]]  # counted from 1; a row, or a line of JSON that is still to be parsed
-
-
-class Unreachable(ValueError):
-    """What is neither on this machine nor can be loaded from the Hub."""
-
-    def __init__(self, name: str, reason: Exception):
-        super().__init__(f"{name}: cannot be loaded from the Hub ({' '.join(str(reason).split())})")
-        self.name = name
 
 
 class Table(NamedTuple):
@@ -30,19 +25,19 @@ def read_file(name: str) -> Table:
     """A .jsonl, .json, .parquet or .csv file; its source is the file name up to the first dot.
 
     Invalid UTF-8 is kept as lone surrogates, so that the check of a row can name the field that holds it.
-    Raises ValueError for a file that cannot be read as a whole.
+    Raises UserError for a file that cannot be read as a whole.
     """
     path = Path(name)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(f"{name}: files of this kind are not read; use one of {', '.join(READERS)}")
+        raise UserError(f"{name}: files of this kind are not read; use one of {', '.join(READERS)}")
     try:
         content = path.read_bytes()
         rows = list(reader(content))
     except OSError as error:
-        raise ValueError(f"{name}: cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{name}: is not a valid {path.suffix} file ({error})") from error
+        raise UserError(f"{name}: is not a valid {path.suffix} file ({error})") from error
     return Table(name, source_of_file(name), hashlib.sha256(content).hexdigest(), rows)
 
 
@@ -50,22 +45,46 @@ def read_hub(name: str, revisions: dict[str, str]) -> Table:
     """A data set `owner/name`, `owner/name:split` or `owner/name/config:split`.
 
     The split is `train` unless named; `revisions` maps `owner/name` to a branch, tag or commit. Raises Unreachable,
-    a ValueError, where the data set cannot be loaded.
+    a UserError, where the data set cannot be loaded.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    path, _, split = name.partition(":")
-    repository, config = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
+    repository, config, split = _parts(name)
     revision = revisions.get(repository)
     try:
-        rows = load_dataset(repository, config or None, split=split or "train", revision=revision).to_list()
+        rows = load_dataset(repository, config, split=split, revision=revision).to_list()
     except (OSError, ValueError, DatasetsError) as error:
         raise Unreachable(name, error) from error
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return Table(name, source_on_hub(name), digest.hexdigest(), list(enumerate(rows, 1)))
+
+
+def on_hub(settings: Data) -> list[str]:
+    """The names of the Hub's data sets that a run reads."""
+    return [*settings.train, *settings.held_out] if settings.name == "hub" else []
+
+
+def is_here(name: str, revisions: dict[str, str]) -> bool:
+    """Whether a data set is in the Hub's cache; asks no network while HF_HUB_OFFLINE is set."""
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
+    repository, config, _ = _parts(name)
+    try:
+        load_dataset_builder(repository, config, revision=revisions.get(repository))
+    except (OSError, ValueError, DatasetsError):
+        return False
+    return True
+
+
+def _parts(name: str) -> tuple[str, str | None, str]:
+    """Repository, configuration and split of `owner/name/config:split`."""
+    path, _, split = name.partition(":")
+    owner_and_name, config = path.split("/")[:2], "/".join(path.split("/")[2:])
+    return "/".join(owner_and_name), config or None, split or "train"
 
 
 def source_of_file(name: str) -> str:

@@ -4,6 +4,8 @@ import math
 import re
 from typing import Any, NamedTuple, TypedDict
 
+from sdpo.errors import UserError
+
 Row = dict[str, Any]
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
@@ -32,7 +34,7 @@ class Normal(NamedTuple):
     rejected_rating: float | None
 
 
-class BadRow(ValueError):
+class BadRow(UserError):
     """A row that cannot be used: the reason to count it by, the field at fault, and what is wrong with it."""
 
     def __init__(self, reason: str, field: str | None, problem: str):

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sdpo.data.preferences import Pair
 from sdpo.data.schemas import Turns
+from sdpo.errors import UserError
 
 TEMPLATES = {
     "alpaca": (
@@ -39,17 +40,17 @@ class Texts(NamedTuple):
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
-    """The Jinja text of a named template, or of the tokenizer's own for None. Raises ValueError."""
+    """The Jinja text of a named template, or of the tokenizer's own for None. Raises UserError."""
     names = ", ".join(TEMPLATES)
     if name is None and not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer has no chat template; set data.template to one of {names}")
+        raise UserError(f"the tokenizer has no chat template; set data.template to one of {names}")
     if name is not None and name not in TEMPLATES:
-        raise ValueError(f"data.template={name} is none of {names}")
+        raise UserError(f"data.template={name} is none of {names}")
     return tokenizer.get_chat_template() if name is None else TEMPLATES[name]
 
 
 class ChatFormat:
-    """How one tokenizer and template write conversations. Raises ValueError for a template that cannot be used.
+    """How one tokenizer and template write conversations. Raises UserError for a template that cannot be used.
 
     `bos` (id or None) begins a prompt if the text begins with it or `adds_bos` is set: a tokenizer's own template
     writes BOS itself where the model wants one, the named ones leave it to the tokenizer. `stop` ends an answer.
@@ -63,13 +64,13 @@ class ChatFormat:
         self.stop, self.ending = self._find_ending()
 
     def texts(self, pair: Pair) -> Texts:
-        """The pair written down. Raises ValueError, naming the pair, where the template fails on it."""
+        """The pair written down. Raises UserError, naming the pair, where the template fails on it."""
         try:
             prompt = self.prompt(pair.prompt)
             answers = (self._answer(pair, prompt, answer) for answer in (pair.chosen, pair.rejected))
             return Texts(prompt, *answers)
-        except (TemplateError, ValueError) as error:
-            raise ValueError(f"pair {pair.id} of source {pair.source}: the chat template fails ({error})") from error
+        except (TemplateError, ValueError, UserError) as error:
+            raise UserError(f"pair {pair.id} of source {pair.source}: the chat template fails ({error})") from error
 
     def prompt(self, turns: Turns) -> str:
         """A conversation in which the assistant is to speak next."""
@@ -80,7 +81,7 @@ class ChatFormat:
             return ""
         text = self._render((*pair.prompt, {"role": "assistant", "content": answer}))
         if not text.startswith(prompt) or not text.endswith(self.ending):
-            raise ValueError("the prompt alone is not how the conversation begins; set data.template")
+            raise UserError("the prompt alone is not how the conversation begins; set data.template")
         return text.removeprefix(prompt).removesuffix(self.ending)
 
     def _render(self, turns: Turns, invite: bool = False) -> str:
@@ -93,12 +94,12 @@ class ChatFormat:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         _, found, ending = self._render(turns).rpartition("answer")
         if not found:
-            raise ValueError("the chat template leaves the assistant's answers out; set data.template")
+            raise UserError("the chat template leaves the assistant's answers out; set data.template")
         special = {id: token.content for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special.pop(self.tokenizer.unk_token_id, None)
         for id in self.tokenizer(ending, add_special_tokens=False).input_ids:
             if id in special:
                 return id, ending[ending.index(special[id]) :]
         if self.tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no EOS token and its template ends an answer with no special token")
+            raise UserError("the tokenizer has no EOS token and its template ends an answer with no special token")
         return self.tokenizer.eos_token_id, ending

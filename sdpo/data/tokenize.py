@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from sdpo.data.preferences import Pair
 from sdpo.data.schemas import Turns
 from sdpo.data.templates import ChatFormat
+from sdpo.errors import UserError
+from sdpo.types import TokenPair
 
 Ids = list[int]
 
@@ -21,15 +23,6 @@ COUNTS = (
     *("boundary_mismatches", "specials_removed", "prompts_with_bos", "responses_with_stop"),
 )
 LENGTHS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
-
-
-class TokenPair(NamedTuple):
-    """Token ids, int32 [T]. A response ends in its one stop token, unless it was truncated."""
-
-    id: str
-    prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray  # of length 0 in a demonstration
 
 
 def encode(
@@ -48,10 +41,10 @@ def encode(
     keeps the end of a prompt behind its BOS, or the beginning of a response, which then has no stop token: its
     text goes on. A pair with nothing left of a prompt or response, or with equal responses, is dropped and counted.
 
-    Raises ValueError for a template that is missing or fails, and for a pair over the limit if `on_long="error"`.
+    Raises UserError for a template that is missing or fails, and for a pair over the limit if `on_long="error"`.
     """
     if on_long not in ON_LONG:
-        raise ValueError(f"data.on_long={on_long} is none of {', '.join(ON_LONG)}")
+        raise UserError(f"data.on_long={on_long} is none of {', '.join(ON_LONG)}")
     chat = ChatFormat(tokenizer, template)
     rows: dict[str, TokenPair] = {}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -69,7 +62,7 @@ def encode(
                 rows[pair.id] = row
                 _receipt(row, chat, tally)
     if pairs and not rows:
-        raise ValueError(f"no pair is left after tokenisation; raise data.max_tokens={max_tokens}")
+        raise UserError(f"no pair is left after tokenisation; raise data.max_tokens={max_tokens}")
     report = {
         "template": template or "tokenizer",
         "bos": tokenizer.bos_token,
@@ -161,7 +154,7 @@ def _num_tokens(row: TokenPair) -> int:
 def _shorten(row: TokenPair, max_tokens: int, on_long: str, *, num_bos: int) -> TokenPair | None:
     """The row within the limit; None where it is to be dropped, or nothing of a prompt or response would be left."""
     if on_long == "error":
-        raise ValueError(
+        raise UserError(
             f"pair {row.id} has {_num_tokens(row)} tokens, more than data.max_tokens={max_tokens}; "
             f"raise it or set data.on_long to one of {', '.join(ON_LONG[1:])}"
         )

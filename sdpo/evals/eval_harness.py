@@ -16,6 +16,7 @@ from functools import cache
 from importlib.metadata import version
 from inspect import signature
 from itertools import zip_longest
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
-from scipy import stats
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from sdpo.launch import local as launch
+from sdpo import distributed, stats
+from sdpo.errors import UserError
+from sdpo.stats import Interval, Measure, Measures
 
-Measures = dict[str, dict]
 Overrides = dict[str, Any]  # what is to differ from a task's definition
 
 H4 = {  # task -> shots, metric
@@ -56,7 +57,7 @@ def h4(
     """ARC-Challenge (25 shots), HellaSwag (10), MMLU (5), TruthfulQA MC2 (0), and their mean `h4`.
 
     `local` is a folder with copies of the tasks' data; `limit` keeps so many items per task, of MMLU per subject.
-    Every rank holds the whole model and takes its share of the items. Raises ValueError where a local copy is missing.
+    Every rank holds the whole model and takes its share of the items. Raises UserError where a local copy is missing.
     """
     tasks = {name: {"num_fewshot": shots} for name, (shots, _) in H4.items()}
     scores = _evaluate(Ranks(model, tokenizer, batch_size), tasks, _definitions(H4_FOLDERS), local, limit)
@@ -76,12 +77,12 @@ def benchmark(
 ) -> Measures:
     """Any tasks and groups of lm-eval by name, with every metric of each as `task/metric`.
 
-    `num_fewshot` replaces every task's own number of shots; the other options are those of `h4`. Raises ValueError
+    `num_fewshot` replaces every task's own number of shots; the other options are those of `h4`. Raises UserError
     for a name that lm-eval does not know.
     """
     known = _definitions(ALL_FOLDERS)
     if unknown := set(tasks) - {*known.all_subtasks, *known.all_groups}:
-        raise ValueError(f"lm-eval has no task {', '.join(sorted(unknown))}; `lm_eval ls tasks` lists what it has")
+        raise UserError(f"lm-eval has no task {', '.join(sorted(unknown))}; `lm_eval ls tasks` lists what it has")
     overrides = {} if num_fewshot is None else {"num_fewshot": num_fewshot}
     lm = Ranks(model, tokenizer, batch_size)
     scores = _evaluate(lm, dict.fromkeys(tasks, overrides), known, local, limit)
@@ -162,9 +163,9 @@ class Ranks(HFLM):
 
 def _shared(answer: Callable[[list[Instance]], list], requests: list[Instance]) -> list:
     """Every request's answer, in order, each given by one rank."""
-    ranks = range(launch.world_size())
+    ranks = range(distributed.world_size())
     shares = [[i for i, request in enumerate(requests) if request.doc_id % len(ranks) == rank] for rank in ranks]
-    answers = launch.gather(answer([requests[i] for i in shares[launch.rank()]]))
+    answers = distributed.gather(answer([requests[i] for i in shares[distributed.rank()]]))
     by_index = {i: a for share, given in zip(shares, answers, strict=True) for i, a in zip(share, given, strict=True)}
     return [by_index[i] for i in range(len(requests))]
 
@@ -192,9 +193,9 @@ def _evaluate(
             numpy_random_seed=None,
             torch_random_seed=None,
         )
-    if launch.is_main():
+    if distributed.is_main():
         scores = {name: _measures(name, results) for name in tasks}
-    return launch.broadcast(scores if launch.is_main() else None)
+    return distributed.broadcast(scores if distributed.is_main() else None)
 
 
 def _measures(name: str, results: dict) -> Measures:
@@ -205,26 +206,22 @@ def _measures(name: str, results: dict) -> Measures:
         if not filtering or metric.endswith("_stderr"):
             continue
         error, n = found.get(f"{metric}_stderr,{filtering}"), found["sample_len"]
-        half = None if n < 2 or error == "N/A" else stats.t.ppf(0.975, n - 1) * error
+        interval = stats.around(float(value), float("nan") if error == "N/A" else float(error), n)
         label = f"{name} {results['versions'][name]}, lm-eval {version('lm_eval')}"
-        measures[metric if filtering == "none" else f"{metric}/{filtering}"] = _measure(value, half, n, label)
+        measure = stats.as_measure(interval) | {"version": label}
+        measures[metric if filtering == "none" else f"{metric}/{filtering}"] = measure
     if not measures:
-        raise ValueError(f"lm-eval gives the group {name} no score of its own; name its tasks instead")
+        raise UserError(f"lm-eval gives the group {name} no score of its own; name its tasks instead")
     return measures
 
 
-def _mean(measures: list[dict]) -> dict:
+def _mean(measures: list[Measure]) -> Measure:
     """The mean of independent measures."""
     value = sum(m["value"] for m in measures) / len(measures)
-    halves = [None if m["high"] is None else m["high"] - m["value"] for m in measures]
-    half = None if None in halves else sum(h**2 for h in halves) ** 0.5 / len(measures)
-    return _measure(value, half, sum(m["n"] for m in measures), "; ".join(m["version"] for m in measures))
-
-
-def _measure(value: float, half: float | None, n: int, label: str) -> dict:
-    """A value with half the width of its 95 % interval, and the versions of what gave it."""
-    low, high = (None, None) if half is None else (float(value - half), float(value + half))
-    return {"value": float(value), "low": low, "high": high, "n": n, "version": label}
+    halves = [nan if m["high"] is None else m["high"] - m["value"] for m in measures]
+    half = sum(h**2 for h in halves) ** 0.5 / len(measures)
+    interval = Interval(value, value - half, value + half, sum(m["n"] for m in measures))
+    return stats.as_measure(interval) | {"version": "; ".join(m["version"] for m in measures)}
 
 
 def _local_splits(folder: Path, task: str, part: str | None) -> datasets.DatasetDict:
@@ -235,12 +232,12 @@ def _local_splits(folder: Path, task: str, part: str | None) -> datasets.Dataset
     names = {path.name.split(".")[0] for path in folder.glob("*.*.jsonl")}
     fitting = [name for name in names if task.startswith(name)]
     if not fitting:
-        raise ValueError(f"{folder} has no local copy of {task}: {task}.<split>.jsonl, rows as upstream has them")
+        raise UserError(f"{folder} has no local copy of {task}: {task}.<split>.jsonl, rows as upstream has them")
     splits = {}
     for path in folder.glob(f"{max(fitting, key=len)}.*.jsonl"):
         rows = [row for row in _read(path) if row.get("subject", part) == part]
         if not rows:
-            raise ValueError(f"{path} has no row with subject {part}")
+            raise UserError(f"{path} has no row with subject {part}")
         splits[path.name.split(".")[1]] = datasets.Dataset.from_list(rows)
     return datasets.DatasetDict(splits)
 

@@ -1,119 +1,128 @@
-"""What a run learns of its models while they are in memory: measures and reference statistics."""
+"""What a run learns of S and of every M_t: measures, and statistics of each step's reference."""
 
 from collections import Counter
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdpo.binding import choose, needs
+from sdpo import distributed
+from sdpo.binding import bind, inputs_of
 from sdpo.config import Config
 from sdpo.data.tokenize import response_lengths
 from sdpo.evals import suites
-from sdpo.launch import local as launch
 from sdpo.metrics import Recorder
+from sdpo.stats import Measures
 from sdpo.store import Artifact
 from sdpo.train import gradient_weight
 from sdpo.train.setup import Inputs
 from sdpo.train.step import Step
-from sdpo.variants import loss as losses
+
+REFERENCE_STATISTICS = (
+    "gamma_ref_mean",  # mean reference margin of the chunk's pairs
+    "gamma_ref_negative_share",
+    "lambda_mean",  # gradient weight of the chunk's probes at the step's end, and its spread
+    "lambda_std",
+    "reference_leverage",  # mean absolute change of the gradient weight if the reference were S
+)
 
 
 class Measured(NamedTuple):
-    """A model, the step that made it (None for S), and what was measured on it."""
+    """A model and what was measured on it."""
 
     model: Artifact
-    step: Step | None
-    eval: dict[str, dict]
-    told: list[dict]  # what suites say besides numbers: answers, with how they were decoded
-    summary: dict | None  # the step's entry in summary.json, less its eval
+    step: Step | None  # that made it; None for S
+    chunk: np.ndarray  # the training pairs of that step
+    eval: Measures
+    answers: list[dict]  # what suites report besides numbers: answers, with how they were decoded
+    summary: dict[str, Any]  # the step's entry in summary.json, without its eval
 
 
-class Evidence:
-    """Gathers what is known of M_0 .. M_t, and logs it."""
+class Evaluator:
+    """Measures S and every M_t, and logs what happens to a run; `measured` holds M_0 .. M_t."""
 
     def __init__(self, inputs: Inputs, config: Config, recorder: Recorder | None):
+        """`recorder` is None on all ranks but the first."""
         self.inputs, self.config, self.recorder = inputs, config, recorder
         self.measured: list[Measured] = []
 
     def add_initial(self) -> None:
         """Measure S."""
-        measures, told = self._measure(self.inputs.initial, None)
-        self._log_evaluation(0, measures, told)
-        self.measured.append(Measured(self.inputs.initial, None, measures, told, None))
+        measures, answers = self._measure(self.inputs.initial, None)
+        self._log_evaluation(0, measures, answers)
+        self.measured.append(Measured(self.inputs.initial, None, np.array([], dtype=int), measures, answers, {}))
 
-    def add(self, t: int, step: Step, config: Config, seconds: float) -> None:
-        """Log a step that was trained or found (`config` has its overrides), and measure its model."""
-        for entry in step.entries:
-            self._log("train", t, entry)
-        measures, told = self._measure(step.model, step.reference)
+    def add(self, step: Step, chunk: np.ndarray, seconds: float) -> None:
+        """Log a step that was trained or found, and measure its model. `chunk` are its training pairs."""
+        measures, answers = self._measure(step.model, step.reference)
         curve = [entry["loss"] for entry in step.entries]
         summary = {
-            "t": t,
-            "num_pairs": len(step.chunk.rows),
-            "sources": dict(Counter(self.inputs.pairs[row.id].source for row in step.chunk.rows)),
+            "t": step.spec.t,
+            "num_pairs": len(chunk),
+            "sources": dict(Counter(self.inputs.train.sources[chunk])),
             "first_loss": curve[0],
             "last_loss": float(np.mean(curve[-max(1, len(curve) // 10) :])),
-            **self._reference_statistics(step, choose(losses, config.loss)),
+            **self._reference_statistics(step, chunk),
             **step.speed._asdict(),
             "reused": step.model.reused,
             "seconds": seconds,
         }
-        self._log("step", t, summary)
-        self._log_evaluation(t, measures, told)
-        self.measured.append(Measured(step.model, step, measures, told, summary))
+        self.log("step", step.spec.t, summary)
+        self._log_evaluation(step.spec.t, measures, answers)
+        self.measured.append(Measured(step.model, step, chunk, measures, answers, summary))
 
-    def _log_evaluation(self, t: int, measures: dict[str, dict], told: list[dict]) -> None:
-        self._log("eval", t, {"eval": measures})
-        for said in told:
-            self._log("answers", t, said)
-
-    def _log(self, kind: str, t: int, entry: dict) -> None:
-        if launch.is_main():
+    def log(self, kind: str, t: int, entry: dict[str, Any]) -> None:
+        """Record an entry of step t."""
+        if self.recorder and distributed.is_main():
             self.recorder.log({"kind": kind, "t": t} | entry)
 
-    def _measure(self, model: Artifact, reference: Artifact | None) -> tuple[dict[str, dict], list[dict]]:
-        """Every suite of the evaluation on one model, and what they tell; `reference` is its step's."""
-        bench, held_out = self.inputs.bench, self.inputs.held_out
-        told: list[dict] = []
-        initial = self.inputs.initial
+    def _log_evaluation(self, t: int, measures: Measures, answers: list[dict]) -> None:
+        self.log("eval", t, {"eval": measures})
+        for given in answers:
+            self.log("answers", t, given)
+
+    def _measure(self, model: Artifact, reference: Artifact | None) -> tuple[Measures, list[dict]]:
+        """Run every suite on one model; `reference` is its step's. Returns measures, and reported answers."""
+        runner, held_out, initial = self.inputs.runner, self.inputs.held_out, self.inputs.initial
+        answers: list[dict] = []
         data = {
-            "policy": lambda: bench.logprobs(model, held_out),
-            "reference": lambda: bench.logprobs(reference, held_out) if reference else None,
-            "initial": lambda: bench.logprobs(initial, held_out) if model.key != initial.key else None,
-            "lengths": lambda: response_lengths(held_out),
-            "sources": lambda: [self.inputs.pairs[row.id].source for row in held_out],
+            "policy": lambda: runner.logprobs(model, held_out.rows),
+            "reference": lambda: runner.logprobs(reference, held_out.rows) if reference else None,
+            "initial": lambda: runner.logprobs(initial, held_out.rows) if model.key != initial.key else None,
+            "lengths": lambda: held_out.lengths_N2,
+            "sources": lambda: held_out.sources,
             "model": lambda: model,
             "initial_model": lambda: initial,
             "exam": lambda: self.inputs.exam,
-            "bench": lambda: bench,
-            "tell": lambda: told.append,
+            "runner": lambda: runner,
+            "report": lambda: answers.append,
         }
-        measures: dict[str, dict] = {}
+        measures: Measures = {}
         for settings in self.config.evaluate.values():
-            suite = choose(suites, settings)
-            measures |= suite(*(data[name]() for name in needs(suite)))
-        return measures, told
+            suite = bind(suites, settings)
+            measures |= suite(*(data[name]() for name in inputs_of(suite)))
+        return measures, answers
 
-    def _reference_statistics(self, step: Step, loss: Callable) -> dict[str, float | None]:
-        """gamma_ref on the whole chunk; at the step's end, on the chunk's probes: lambda (see lambdas), its spread, and
-        the leverage, its mean distance from what it were with S as reference. None where there is no such thing."""
-        names = ("gamma_ref_mean", "gamma_ref_negative_share", "lambda_mean", "lambda_std", "reference_leverage")
-        if step.reference is None:
-            return dict.fromkeys(names)
-        gamma_ref = step.reference_N2[:, 0].astype(np.float64) - step.reference_N2[:, 1]
-        values = [gamma_ref.mean(), (gamma_ref < 0).mean()]
-        lambda_N, under_initial_N = self._lambdas(step, loss)
-        if lambda_N is not None:
-            values += [lambda_N.mean(), lambda_N.std(), np.abs(lambda_N - under_initial_N).mean()]
-        return dict.fromkeys(names) | dict(zip(names, map(float, values), strict=False))
+    def _reference_statistics(self, step: Step, chunk: np.ndarray) -> dict[str, float | None]:
+        """The statistics that the step has, in the order of REFERENCE_STATISTICS; None for others."""
+        values: list[float] = []
+        if step.reference:
+            gamma_ref_N = step.reference_N2[:, 0].astype(np.float64) - step.reference_N2[:, 1]
+            values += [gamma_ref_N.mean(), (gamma_ref_N < 0).mean()]
+            lambda_N, under_initial_N = self._gradient_weights(step, chunk)
+            if lambda_N is not None:
+                values += [lambda_N.mean(), lambda_N.std(), np.abs(lambda_N - under_initial_N).mean()]
+        known = zip(REFERENCE_STATISTICS, map(float, values), strict=False)
+        return dict.fromkeys(REFERENCE_STATISTICS) | dict(known)
 
-    def _lambdas(self, step: Step, loss: Callable) -> list[np.ndarray | None]:
-        """lambda of the chunk's probes at the step's end: with its reference, and with S in its place."""
-        ids = [row.id for row in step.chunk.rows]
-        probes = self.inputs.probes(ids)
-        where = [ids.index(row.id) for row in probes]
-        policy, initial = (self.inputs.bench.logprobs(model, probes) for model in (step.model, self.inputs.initial))
-        rest = {"lengths": response_lengths(probes), "ratings": step.chunk.ratings_N2[where]}
+    def _gradient_weights(self, step: Step, chunk: np.ndarray) -> list[np.ndarray | None]:
+        """The gradient weights of the chunk's probes at the step's end, with its reference, and with S in its place."""
+        probes = self.inputs.probes(chunk)
+        rows, where = self.inputs.train.take(probes).rows, np.flatnonzero(np.isin(chunk, probes))
+        where = where[np.argsort(chunk[where])]  # probes stand in the order of the training pairs
+        policy, initial = (self.inputs.runner.logprobs(model, rows) for model in (step.model, self.inputs.initial))
+        rest = {"lengths": response_lengths(rows), "ratings": step.spec.chunk.ratings_N2[where]}
         references = (step.reference_N2[where], initial)
-        return [gradient_weight.of_pairs(loss, policy=policy, reference=reference, **rest) for reference in references]
+        return [
+            gradient_weight.of_pairs(step.spec.loss, policy=policy, reference=reference, **rest)
+            for reference in references
+        ]

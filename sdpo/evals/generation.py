@@ -11,15 +11,16 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
+from sdpo import distributed
+from sdpo.console import progress
 from sdpo.data.prompts import Prompt
 from sdpo.data.templates import ChatFormat
 from sdpo.data.tokenize import prompt_ids
-from sdpo.launch import local as launch
-from sdpo.metrics import progress
+from sdpo.errors import UserError
 from sdpo.model import hub, sampling
 from sdpo.model.attention.interface import own_attention
 from sdpo.store import Artifact, key_of
-from sdpo.train.runner import Workbench
+from sdpo.train.runner import Runner
 
 Answer = dict  # of one turn: text, prompt_ids, ids (the stop token included), ended (whether there is one)
 LIBRARIES = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -34,26 +35,25 @@ class Decoding(NamedTuple):
     seed: int
 
 
-def give(model: Artifact, asked: list[Prompt], decoding: Decoding, bench: Workbench) -> list[list[Answer]]:
+def give(model: Artifact, asked: list[Prompt], decoding: Decoding, runner: Runner) -> list[list[Answer]]:
     """A model's answers to every turn of every prompt: found in the store, or generated, shared out over ranks.
 
-    Raises ValueError where a prompt and its answer are longer than the model can read.
+    Raises UserError where a prompt and its answer are longer than the model can read.
     """
-    template = bench.config.data.template
+    template = runner.config.data.template
     determinants = {
         "weights": model.key,
         "prompts": asked,
         "template": template,
-        "tokenizer": hub.fingerprint_tokenizer(bench.tokenizer),
+        "tokenizer": hub.fingerprint_tokenizer(runner.tokenizer),
         "decoding": decoding._asdict(),
-        "precision": bench.config.precision,
-        "device": bench.device.type,
+        **runner.numerics.of_own_forward(),
         **LIBRARIES,
     }
 
     def generate() -> list[list[Answer]]:
-        chat, turns, answers = ChatFormat(bench.tokenizer, template), [[] for _ in asked], [[] for _ in asked]
-        network = _alone(model, bench)
+        chat, turns, answers = ChatFormat(runner.tokenizer, template), [[] for _ in asked], [[] for _ in asked]
+        network = _alone(model, runner)
         for turn in range(max(len(prompt.turns) for prompt in asked)):
             going = [i for i, prompt in enumerate(asked) if turn < len(prompt.turns)]
             for i in going:
@@ -64,34 +64,33 @@ def give(model: Artifact, asked: list[Prompt], decoding: Decoding, bench: Workbe
                 answers[i].append(answer)
         return answers
 
-    return bench.store.make_json("answers", determinants, generate)
+    return runner.store.make_json("answers", determinants, generate)
 
 
 def divergence(
-    model: Artifact, initial_model: Artifact, asked: list[Prompt], decoding: Decoding, bench: Workbench
+    model: Artifact, initial_model: Artifact, asked: list[Prompt], decoding: Decoding, runner: Runner
 ) -> list[float]:
     """KL(M_t, S) in nats per prompt: the exact next-token KL summed over the positions, EOS counted, of an answer
     that the model gives at temperature 1; over all answers where there are several turns."""
     drawn = decoding._replace(temperature=1.0)
-    answers = give(model, asked, drawn, bench)
+    answers = give(model, asked, drawn, runner)
     determinants = {
         "suite": "divergence",
         "weights": model.key,
         "initial": initial_model.key,
         "answers": key_of("answers", {"answers": answers}),
-        "precision": bench.config.precision,
-        "device": bench.device.type,
+        **runner.numerics.of_own_forward(),
         **LIBRARIES,
     }
 
     def compute() -> list[float]:
-        with own_attention(_alone(model, bench)) as here, own_attention(_alone(initial_model, bench)) as there:
-            mine = range(launch.rank(), len(answers), launch.world_size())
-            shares = launch.gather({i: sum(_kl(here, there, answer) for answer in answers[i]) for i in mine})
+        with own_attention(_alone(model, runner)) as here, own_attention(_alone(initial_model, runner)) as there:
+            mine = range(distributed.rank(), len(answers), distributed.world_size())
+            shares = distributed.gather({i: sum(_kl(here, there, answer) for answer in answers[i]) for i in mine})
         sums = {i: value for share in shares for i, value in share.items()}
         return [sums[i] for i in range(len(answers))]
 
-    return bench.store.make_json("evaluation", determinants, compute)
+    return runner.store.make_json("evaluation", determinants, compute)
 
 
 def write_formats(folder: Path, name: str, answered: list[dict]) -> None:
@@ -102,7 +101,7 @@ def write_formats(folder: Path, name: str, answered: list[dict]) -> None:
         for row in answered
     ]
     (folder / f"{name}.alpaca_eval.json").write_text(json.dumps(alpaca, indent=1))
-    bench = [
+    answers = [
         {
             "question_id": row["id"],
             "answer_id": f"{name}-{row['id']}",
@@ -111,7 +110,7 @@ def write_formats(folder: Path, name: str, answered: list[dict]) -> None:
         }
         for row in answered
     ]
-    (folder / f"{name}.mt_bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bench))
+    (folder / f"{name}.mt_bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
 
 
 def told(asked: list[Prompt], answers: list[list[Answer]]) -> list[dict]:
@@ -120,10 +119,10 @@ def told(asked: list[Prompt], answers: list[list[Answer]]) -> list[dict]:
     return [prompt._asdict() | {"answers": text} for prompt, text in zip(asked, texts, strict=True)]
 
 
-def _alone(model: Artifact, bench: Workbench) -> PreTrainedModel:
+def _alone(model: Artifact, runner: Runner) -> PreTrainedModel:
     """A copy on this rank's device, in the run's precision, while the workbench holds nothing."""
-    bench.release()
-    return hub.cast(bench.host_model(model), bench.device, hub.DTYPES[bench.config.precision])
+    runner.release()
+    return hub.cast(runner.load_verified(model), runner.device, hub.DTYPES[runner.config.precision])
 
 
 def _generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int]], decoding: Decoding) -> list[Answer]:
@@ -131,7 +130,7 @@ def _generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int
     longest = max(map(len, prompts)) + decoding.max_new_tokens
     room = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if room and longest > room:
-        raise ValueError(
+        raise UserError(
             f"the model reads {room} tokens, but the longest prompt and its answer may have {longest}; "
             f"lower max_new_tokens={decoding.max_new_tokens} or shorten the prompt"
         )
@@ -143,9 +142,9 @@ def _generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int
     with (
         own_attention(network),
         torch.random.fork_rng(),
-        progress(len(prompts), "answers", "prompts", quiet=not launch.is_main()) as bar,
+        progress(len(prompts), "answers", "prompts", quiet=not distributed.is_main()) as bar,
     ):
-        for place in range(launch.rank(), len(batches), launch.world_size()):
+        for place in range(distributed.rank(), len(batches), distributed.world_size()):
             members = batches[place]
             torch.manual_seed(decoding.seed * len(batches) + place)
             for i, ids in zip(members, _continue(network, [prompts[i] for i in members], stops), strict=True):
@@ -153,7 +152,7 @@ def _generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int
                 text = chat.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
                 answers[i] = {"text": text, "prompt_ids": prompts[i], "ids": ids, "ended": ended}
             bar.advance(len(members))
-    answers = {i: answer for share in launch.gather(answers) for i, answer in share.items()}
+    answers = {i: answer for share in distributed.gather(answers) for i, answer in share.items()}
     return [answers[i] for i in range(len(prompts))]
 
 

@@ -4,60 +4,73 @@ Shape suffixes: N pairs; columns are the chosen and the rejected response; B seq
 """
 
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from sdpo import distributed
 from sdpo.config import Settings
+from sdpo.console import progress
 from sdpo.data.preferences import Pair
 from sdpo.data.templates import chat_template
-from sdpo.data.tokenize import TokenPair, content_hash
-from sdpo.launch import local as launch
-from sdpo.metrics import progress
+from sdpo.data.tokenize import content_hash
+from sdpo.errors import UserError
 from sdpo.model import hub
 from sdpo.store import Artifact
 from sdpo.train.reference_windows import external
-from sdpo.train.runner import Workbench
+from sdpo.train.runner import Runner
+from sdpo.types import TokenPair
 
 
-def base_logps(settings: Settings, rows: list[TokenPair], bench: Workbench) -> np.ndarray:
+def base_logps(settings: Settings, rows: list[TokenPair], runner: Runner) -> np.ndarray:
     """Summed log-probs [N, 2] of the same tokens under the model before fine-tuning, at `path`.
 
-    ValueError where its tokens are not those of the run's model.
+    UserError where its tokens are not those of the run's model.
     """
     base = external(settings)
-    theirs, ours = hub.load_tokenizer(base.folder).get_vocab(), bench.tokenizer.get_vocab()
+    theirs, ours = hub.load_tokenizer(base.folder).get_vocab(), runner.tokenizer.get_vocab()
     ids = set(np.unique(np.concatenate([part for row in rows for part in row[1:]])).tolist())
     differ = sorted(token for token, id in ours.items() if id in ids and theirs.get(token) != id)
     if differ:
-        raise ValueError(
+        raise UserError(
             f"score.path: to {settings['path']} {differ[0]!r} is another token than to the run's model; "
             "an implicit reward compares the same tokens: name the model that S was trained from"
         )
-    return bench.logprobs(base, rows)
+    return runner.logprobs(base, rows)
 
 
-def rewards(settings: Settings, pairs: list[Pair], bench: Workbench) -> np.ndarray:
+def rewards(settings: Settings, pairs: list[Pair], runner: Runner) -> np.ndarray:
     """Rewards [N, 2] that the sequence classifier at `path` gives to whole conversations in its own tokens.
 
-    Kept in the store. ValueError where it is no reward model, or cannot read that much.
+    Kept in the store. UserError if it is no reward model, or cannot read that much.
     """
     model = external(settings)
     rows = _read(pairs, hub.load_tokenizer(model.folder), settings["template"])
-    determinants = {
-        "reward_model": model.key,
-        "rows": content_hash(rows),
-        "precision": bench.config.precision,
-        "device": bench.device.type,
-    }
 
     def compute() -> list:
-        bench.release()
+        runner.release()
         sequences = [ids for row in rows for ids in (row.chosen, row.rejected)]
-        return _judge(_load(model, bench), sequences, bench).reshape(-1, 2).tolist()
+        return _judge(_load(model, runner), sequences, runner).reshape(-1, 2).tolist()
 
-    return np.array(bench.store.make_json("score", determinants, compute))
+    return np.array(runner.store.make_json("score", _decide(model, rows, runner), compute))
+
+
+def has_base_logps(settings: Settings, rows: list[TokenPair], runner: Runner) -> bool:
+    """Whether the store has what `base_logps` reads."""
+    return runner.has_logprobs(external(settings), rows)
+
+
+def has_rewards(settings: Settings, pairs: list[Pair], runner: Runner) -> bool:
+    """Whether the store has what `rewards` reads."""
+    model = external(settings)
+    rows = _read(pairs, hub.load_tokenizer(model.folder), settings["template"])
+    return runner.store.holds("score", _decide(model, rows, runner))
+
+
+def _decide(model: Artifact, rows: list[TokenPair], runner: Runner) -> dict[str, Any]:
+    return {"reward_model": model.key, "rows": content_hash(rows), **runner.numerics.of_own_forward()}
 
 
 def _read(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[TokenPair]:
@@ -74,33 +87,33 @@ def _read(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, template: str |
     return [TokenPair(pair.id, nothing, tokens(pair, pair.chosen), tokens(pair, pair.rejected)) for pair in pairs]
 
 
-def _load(model: Artifact, bench: Workbench) -> PreTrainedModel:
+def _load(model: Artifact, runner: Runner) -> PreTrainedModel:
     network, loading = AutoModelForSequenceClassification.from_pretrained(
-        model.folder, dtype=hub.DTYPES[bench.config.precision], use_safetensors=True, output_loading_info=True
+        model.folder, dtype=hub.DTYPES[runner.config.precision], use_safetensors=True, output_loading_info=True
     )
     if loading["missing_keys"]:
-        raise ValueError(f"{model.folder} is no reward model: it has no {min(loading['missing_keys'])}")
+        raise UserError(f"{model.folder} is no reward model: it has no {min(loading['missing_keys'])}")
     if network.config.num_labels != 1:
-        raise ValueError(f"{model.folder} has {network.config.num_labels} labels, a reward model has one")
-    return network.eval().to(bench.device)
+        raise UserError(f"{model.folder} has {network.config.num_labels} labels, a reward model has one")
+    return network.eval().to(runner.device)
 
 
-def _judge(network: PreTrainedModel, sequences: list[np.ndarray], bench: Workbench) -> np.ndarray:
+def _judge(network: PreTrainedModel, sequences: list[np.ndarray], runner: Runner) -> np.ndarray:
     """The reward of every sequence, in batches of one length, so that nothing is padded; ranks divide them."""
     text = network.config.get_text_config()
     longest, room = max(map(len, sequences)), getattr(text, "max_position_embeddings", None)
     if room and longest > room:
-        raise ValueError(f"the reward model reads {room} tokens, but one conversation has {longest}")
+        raise UserError(f"the reward model reads {room} tokens, but one conversation has {longest}")
     if text.pad_token_id is None:
         text.pad_token_id = -1  # no token is padding, but without one transformers refuses batches
-    batches = _batches(sequences, bench.config.launch.tokens_per_pack)[launch.rank() :: launch.world_size()]
-    rewards = torch.zeros(len(sequences), device=bench.device, dtype=network.dtype)
-    with torch.no_grad(), progress(len(sequences), "rewards", "answers", quiet=not launch.is_main()) as bar:
+    batches = _batches(sequences, runner.config.launch.tokens_per_pack)[distributed.rank() :: distributed.world_size()]
+    rewards = torch.zeros(len(sequences), device=runner.device, dtype=network.dtype)
+    with torch.no_grad(), progress(len(sequences), "rewards", "answers", quiet=not distributed.is_main()) as bar:
         for members in batches:
-            tokens_BT = torch.from_numpy(np.stack([sequences[i] for i in members])).long().to(bench.device)
+            tokens_BT = torch.from_numpy(np.stack([sequences[i] for i in members])).long().to(runner.device)
             rewards[members] = network(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT)).logits[:, 0]
             bar.advance(len(members))
-    return launch.total(rewards.float()).cpu().numpy()
+    return distributed.total(rewards.float()).cpu().numpy()
 
 
 def _batches(sequences: list[np.ndarray], budget: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """What is measured on S and after every step: one function per suite, each a dictionary of named measures.
 
 The positional parameters say what a suite reads. Log-probs are [N, 2] in nats: the chosen and the rejected response
-of N held-out pairs. `tell` takes what a suite has to say besides numbers. Measures are those of sdpo.measures.
+of N held-out pairs. `report` takes what a suite has besides numbers. Measures are those of sdpo.measures.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from sdpo import lab as laboratory
 from sdpo.data import prompts
 from sdpo.data.preferences import Pair
 from sdpo.evals import generation, reward_model
 from sdpo.evals.generation import LIBRARIES, Decoding
+from sdpo.lab import exam as lab_exam
+from sdpo.lab import measures as lab_measures
 from sdpo.model import hub
 from sdpo.stats import Measures, length_controlled, mean, share_above
 from sdpo.store import Artifact, hash_files
-from sdpo.train.runner import Workbench
+from sdpo.train.runner import Runner
 
 
 def preference(
@@ -58,22 +59,22 @@ def preference(
     return measures
 
 
-def lab(model: Artifact, initial_model: Artifact, exam: laboratory.Exam | None, bench: Workbench) -> Measures:
+def lab(model: Artifact, initial_model: Artifact, exam: lab_exam.Exam | None, runner: Runner) -> Measures:
     """The laboratory's exact gold reward, KL to S and multiple-choice accuracy, with the same noise for every model,
     and of S the gold reward of its best of n; nothing on other data. Kept in the store by model, S and exam."""
     if exam is None:
         return {}
-    given, host = {"exam": asdict(exam), **LIBRARIES}, bench.host_model
-    measures = bench.store.make_json(
+    given, host = {"exam": asdict(exam), **LIBRARIES}, runner.load_verified
+    measures = runner.store.make_json(
         "evaluation",
         {"suite": "lab", "weights": model.key, "initial": initial_model.key} | given,
-        lambda: laboratory.measure(host(model), host(initial_model), bench.tokenizer, exam, seed=0),
+        lambda: lab_measures.measure(host(model), host(initial_model), runner.tokenizer, exam, seed=0),
     )
     if model.key == initial_model.key:
-        measures |= bench.store.make_json(
+        measures |= runner.store.make_json(
             "evaluation",
             {"suite": "best_of_n", "weights": model.key} | given,
-            lambda: laboratory.best_of_n(host(model), bench.tokenizer, exam, seed=0),
+            lambda: lab_measures.best_of_n(host(model), runner.tokenizer, exam, seed=0),
         )
     return measures
 
@@ -81,8 +82,8 @@ def lab(model: Artifact, initial_model: Artifact, exam: laboratory.Exam | None, 
 def generate(
     model: Artifact,
     initial_model: Artifact,
-    bench: Workbench,
-    tell: Callable[[dict], None],
+    runner: Runner,
+    report: Callable[[dict], None],
     *,
     file: str,
     temperature: float = 0.0,
@@ -95,11 +96,11 @@ def generate(
     `generate/ended` is the share of answers that stop before `max_new_tokens`; the KL of longer ones is cut there.
     """
     asked, decoding = prompts.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
-    given = generation.give(model, asked, decoding, bench)
-    tell({"decoding": decoding._asdict(), "answers": generation.told(asked, given)})
+    given = generation.give(model, asked, decoding, runner)
+    report({"decoding": decoding._asdict(), "answers": generation.told(asked, given)})
     flat = [answer for turns in given for answer in turns]
     return {
-        "generate/kl": mean(np.array(generation.divergence(model, initial_model, asked, decoding, bench))),
+        "generate/kl": mean(np.array(generation.divergence(model, initial_model, asked, decoding, runner))),
         "generate/tokens": mean(np.array([len(answer["ids"]) for answer in flat])),
         "generate/ended": mean(np.array([answer["ended"] for answer in flat])),
     }
@@ -108,7 +109,7 @@ def generate(
 def win_rate(
     model: Artifact,
     initial_model: Artifact,
-    bench: Workbench,
+    runner: Runner,
     *,
     file: str,
     path: str,
@@ -125,12 +126,14 @@ def win_rate(
     if model.key == initial_model.key:
         return {f"win_rate{name}": mean(None) for name in names}
     asked, decoding = prompts.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
-    texts = [[turns[0]["text"] for turns in generation.give(m, asked, decoding, bench)] for m in (model, initial_model)]
+    texts = [
+        [turns[0]["text"] for turns in generation.give(m, asked, decoding, runner)] for m in (model, initial_model)
+    ]
     pairs = [
         Pair(str(prompt.id), prompt.dataset, ({"role": "user", "content": prompt.turns[0]},), *both)
         for prompt, *both in zip(asked, *texts, strict=True)
     ]
-    rewards_N2 = reward_model.rewards({"path": path, "revision": revision, "template": template}, pairs, bench)
+    rewards_N2 = reward_model.rewards({"path": path, "revision": revision, "template": template}, pairs, runner)
     gap = rewards_N2[:, 0] - rewards_N2[:, 1]
     wins, longer = share_above(gap), np.array([len(pair.chosen) - len(pair.rejected) for pair in pairs])
     values = (mean(wins), length_controlled(wins, longer), mean(gap), mean(longer))
@@ -138,18 +141,18 @@ def win_rate(
 
 
 def h4(
-    model: Artifact, bench: Workbench, *, local: str | None = None, batch_size: int = 8, limit: int | None = None
+    model: Artifact, runner: Runner, *, local: str | None = None, batch_size: int = 8, limit: int | None = None
 ) -> Measures:
     """ARC, HellaSwag, MMLU, TruthfulQA and their mean by lm-eval's own task definitions, with the leaderboard's shots.
 
     `local` is a folder with copies of the data; `limit` takes only so many items a task.
     """
-    return _benchmark(model, bench, {"suite": "h4", "local": local, "batch_size": batch_size, "limit": limit})
+    return _benchmark(model, runner, {"suite": "h4", "local": local, "batch_size": batch_size, "limit": limit})
 
 
 def lm_eval(
     model: Artifact,
-    bench: Workbench,
+    runner: Runner,
     *,
     tasks: list[str],
     num_fewshot: int | None = None,
@@ -159,10 +162,10 @@ def lm_eval(
 ) -> Measures:
     """Any tasks of lm-eval, by name."""
     settings = {"tasks": tasks, "num_fewshot": num_fewshot, "local": local, "batch_size": batch_size, "limit": limit}
-    return _benchmark(model, bench, {"suite": "benchmark", **settings})
+    return _benchmark(model, runner, {"suite": "benchmark", **settings})
 
 
-def _benchmark(model: Artifact, bench: Workbench, settings: dict) -> Measures:
+def _benchmark(model: Artifact, runner: Runner, settings: dict) -> Measures:
     """A suite of sdpo.benchmarks, kept in the store by model, settings, the local data's content and versions."""
     from sdpo.evals import eval_harness  # lm-eval takes seconds to import
 
@@ -172,14 +175,14 @@ def _benchmark(model: Artifact, bench: Workbench, settings: dict) -> Measures:
     data = hash_files(folder, folder.iterdir()) if folder else None
     determinants = {
         "weights": model.key,
-        "tokenizer": hub.fingerprint_tokenizer(bench.tokenizer),
+        "tokenizer": hub.fingerprint_tokenizer(runner.tokenizer),
         "lm_eval": version("lm_eval"),
         **settings,
         "local": data,  # by content, wherever it lies
     }
 
     def compute() -> Measures:
-        bench.release()  # the engine, which would stand beside it on the device
-        return suite(bench.host_model(model).to(bench.device), bench.tokenizer, **call)
+        runner.release()  # the engine, which would stand beside it on the device
+        return suite(runner.load_verified(model).to(runner.device), runner.tokenizer, **call)
 
-    return bench.store.make_json("evaluation", determinants, compute)
+    return runner.store.make_json("evaluation", determinants, compute)

@@ -7,6 +7,7 @@ from math import ceil
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo.config import LabData
+from sdpo.errors import UserError
 from sdpo.lab import world
 from sdpo.model.sampling import response_logp, sample
 
@@ -27,7 +28,7 @@ class Exam:
 def set_exam(settings: LabData, initial_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Exam:
     """The exam for models that come from this S: its prompts are the same for every S, only wrong choices differ.
 
-    Raises ValueError where S has too few wrong answers to make items of.
+    Raises UserError where S has too few wrong answers to make items of.
     """
     rng, taken = random.Random(f"exam {settings.prompts}"), set()
     prompts = world.draw(settings.num_prompts, settings.prompts, rng, taken)
@@ -36,7 +37,7 @@ def set_exam(settings: LabData, initial_model: PreTrainedModel, tokenizer: PreTr
         asked = world.draw(ceil(SPARE * settings.num_items), settings.prompts, rng, taken, [family])
         found = _items(asked, initial_model, tokenizer)
         if len(found) < settings.num_items:
-            raise ValueError(
+            raise UserError(
                 f"S gives three wrong answers to {len(found)} prompts of {family}, and data.lab.num_items is "
                 f"{settings.num_items}; ask for fewer, or train S less"
             )

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sdpo import config
 from sdpo.data.preferences import Pair, Preferences, describe
 from sdpo.data.schemas import Message
-from sdpo.data.tokenize import TokenPair
+from sdpo.errors import UserError
 from sdpo.lab import world
 from sdpo.lab.model import STOP, VOCABULARY
 from sdpo.model.sampling import sample
+from sdpo.types import TokenPair
 
 NUM_ANSWERS = 4  # of S to a prompt, of which two make a pair
 PROMPTS_AT_ONCE = 250
@@ -46,7 +47,7 @@ def preferences(
 ) -> Preferences:
     """The pairs of every source, for training and held out; no two pairs share a prompt.
 
-    Raises ValueError for a family that does not exist, and for an S that has one answer only.
+    Raises UserError for a family that does not exist, and for an S that has one answer only.
     """
 
     def on_policy(prompts: list[str], rng: random.Random) -> list[list[str]]:
@@ -91,7 +92,7 @@ def _judged(
         answers = [list(dict.fromkeys(filter(None, texts))) for texts in sampler(prompts, rng)]
         asked = [(prompt, texts) for prompt, texts in zip(prompts, answers, strict=True) if len(texts) > 1]
         if not asked:
-            raise ValueError(f"S has one answer only to each of {len(prompts)} prompts: train it less (model.sft)")
+            raise UserError(f"S has one answer only to each of {len(prompts)} prompts: train it less (model.sft)")
         for prompt, texts in asked:
             yield prompt, *_judge(source, prompt, texts, rng)
 
@@ -124,4 +125,4 @@ def _turns(prompt: str) -> tuple[Message]:
 def _check_families(name: str, families: list[str]) -> None:
     if unknown := set(families) - set(world.FAMILIES):
         known = ", ".join(world.FAMILIES)
-        raise ValueError(f"data.lab.sources.{name}.families: there is no {min(unknown)!r}; there are {known}")
+        raise UserError(f"data.lab.sources.{name}.families: there is no {min(unknown)!r}; there are {known}")

@@ -13,8 +13,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-from sdpo import config
-from sdpo.run import folder as run_folder
+from sdpo import config, errors
+from sdpo.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
 MOST_LINES = 4  # that the options of one axis take on the screen of all
@@ -29,14 +29,14 @@ python train.py experiment=demo plan=true               what exists, what would 
 
 
 def show(names: list[str]) -> str:
-    """All axes on one screen; or the axis, or the section of config.yaml, that is named. ValueError if unknown."""
+    """All axes on one screen; or the axis, or the section of config.yaml, that is named. UserError if unknown."""
     if not names:
         return _overview()
     if names[0] in groups():
         return "\n".join(_option(names[0], option) for option in options(names[0]))
     if names[0] in _sections():
         return _sections()[names[0]]
-    raise ValueError(f"no help on {names[0]!r}; there is help on {', '.join([*groups(), *_sections()])}")
+    raise UserError(f"no help on {names[0]!r}; there is help on {', '.join([*groups(), *_sections()])}")
 
 
 def options(group: str) -> list[str]:
@@ -54,7 +54,7 @@ def explain(error: Exception, arguments: list[str]) -> str:
     cause = error.__cause__ if isinstance(error, HydraException) else error
     if isinstance(cause, OmegaConfBaseException) and cause.parent_node:
         return config.sentence(cause)
-    return run_folder.one_line(error)
+    return errors.one_line(error)
 
 
 def groups() -> dict[str, str]:

@@ -16,94 +16,23 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from sdpo import config
 from sdpo.config import Config
+from sdpo.distributed import device, is_main, rank, set_threads, world_size
+from sdpo.errors import UserError
 from sdpo.run import folder as run_folder
 
 CHECKOUT = Path(__file__).parents[2]
 PARENT = "SDPO_PARENT"  # the port on which a rank's parent listens as long as it lives
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def is_main() -> bool:
-    return rank() == 0
-
-
-def device(name: str = "auto"):
-    """The torch device of this rank; `auto` is its GPU where there is one. ValueError where cuda is absent."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("launch.device=cuda, but PyTorch finds no GPU; use launch.device=cpu or auto")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        import torch.distributed as dist
-
-        dist.barrier()
-
-
-def broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if world_size() == 1:
-        return value
-    import torch.distributed as dist
-
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def gather(value: Any) -> list:
-    """The values of all ranks, in their order, on every rank."""
-    if world_size() == 1:
-        return [value]
-    import torch.distributed as dist
-
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def total(tensor):
-    """The sum of a tensor over the ranks, on every rank."""
-    if world_size() > 1:
-        import torch.distributed as dist
-
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def set_threads(threads: int) -> None:
-    """Threads of the numerical libraries; exact where it is called before they are imported."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(threads)
-    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # of pyarrow: a sweep forks from one thread
-    if "torch" in sys.modules:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
 def refuse_ranks() -> None:
-    """ValueError where this process is itself a rank of torchrun, deepspeed or mpirun."""
+    """UserError where this process is itself a rank of torchrun, deepspeed or mpirun."""
     given = [name for name in ("RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK") if name in os.environ]
     given += [argument for argument in sys.argv if argument.startswith("--local")]
     if given:
-        raise ValueError(
+        raise UserError(
             f"train.py starts its own ranks, but {given[0]} says that it is one: "
             "run it plainly, with launch.ranks=8 for eight GPUs, not under torchrun, deepspeed or mpirun"
         )
@@ -182,7 +111,7 @@ def job(folder: Path) -> list[str]:
 
 
 def _start_ranks(settings: Config, folder: Path) -> None:
-    """Run torchrun to its end. ValueError with the error of the first rank that failed."""
+    """Run torchrun to its end. UserError with the error of the first rank that failed."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     script = ["-m", "sdpo.launch", str(folder / "config.yaml")]
     with socket.create_server(("127.0.0.1", 0)) as alive, (folder / "log.txt").open("a") as log:
@@ -197,7 +126,7 @@ def _start_ranks(settings: Config, folder: Path) -> None:
                 os.killpg(agent.pid, signal.SIGKILL)  # its ranks end with `alive`
                 agent.wait()
     if code:
-        raise ValueError(_cause(folder))
+        raise UserError(_cause(folder))
 
 
 def _cause(folder: Path) -> str:

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+from sdpo.console import columns
 from sdpo.run.folder import Run
+from sdpo.stats import student
 
 
 def of(runs: list[Run], now: set[Path]) -> str:
@@ -38,17 +40,9 @@ def _row(arm: str, members: list[Run], summaries: dict[Path, dict]) -> tuple[str
 
 def _headline(summaries: list[dict]) -> str:
     """Mean and 95 % interval over the seeds."""
-    from analysis.statistics import over_seeds
-
     headlines = [summary["headline"] for summary in summaries if summary["headline"]["value"] is not None]
     if not headlines:
         return "-"
-    mean = over_seeds([headline["value"] for headline in headlines])
+    mean = student([headline["value"] for headline in headlines])
     interval = f" [{mean.low:.4f}, {mean.high:.4f}]" if mean.n > 1 else ""
     return f"{headlines[0]['name']} {mean.value:.4f}{interval}"
-
-
-def columns(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows of text as lines in which every column is as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

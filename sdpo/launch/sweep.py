@@ -21,8 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sdpo import metrics
+from sdpo import console, distributed, validate
 from sdpo.config import Settings
+from sdpo.errors import UserError
 from sdpo.launch import local as launch
 from sdpo.launch import summary
 from sdpo.run import folder as run_folder
@@ -44,22 +45,22 @@ class Sweep:
     slurm: Settings  # submitit's parameters
 
 
-def run(sweep: Sweep) -> None:
-    """Do what is missing of a sweep, and say what came of it. ValueError at the end if a run failed."""
+def run(sweep: Sweep) -> bool:
+    """Do what is missing of a sweep and print its table; returns False if the sweep was only planned."""
     _check(sweep)
-    launch.set_threads(1)  # before torch starts; every run then sets its own number
+    distributed.set_threads(1)  # before torch starts; every run then sets its own number
     todo = [one for one in sweep.runs if not one.finished]
     for one in {one.arm: one for one in todo}.values():  # the runs of an arm differ in their seed alone
-        run_folder.check(one.config)
+        validate.check(one.config)
     if any(one.config.plan for one in sweep.runs):
         from sdpo.plan import report
 
         report.show(sweep.runs)
         _leave_nothing(sweep.folder)
-        return
+        return False
     _prepare(sweep, todo)
     try:
-        with metrics.progress(len(sweep.runs), sweep.folder.name, "runs") as bar:
+        with console.progress(len(sweep.runs), sweep.folder.name, "runs") as bar:
             bar.update(len(sweep.runs) - len(todo))
             if todo:
                 (_cluster if sweep.backend == "slurm" else _local)(sweep, todo, bar)
@@ -67,11 +68,13 @@ def run(sweep: Sweep) -> None:
         print(summary.of(sweep.runs, {one.folder for one in todo}))
         raise
     print(summary.of(sweep.runs, {one.folder for one in todo}))
-    from analysis import report  # here, because it imports what the runs do without
+    return True
 
-    print(f"report: {report.write_report(sweep.folder)}")
+
+def refuse_failures(sweep: Sweep) -> None:
+    """Raise UserError if a run of the sweep failed."""
     if failed := [one for one in sweep.runs if one.error]:
-        raise ValueError(f"{len(failed)} of {len(sweep.runs)} runs failed; the same command retries them alone")
+        raise UserError(f"{len(failed)} of {len(sweep.runs)} runs failed; the same command retries them alone")
 
 
 def _leave_nothing(folder: Path) -> None:
@@ -83,11 +86,11 @@ def _leave_nothing(folder: Path) -> None:
 
 
 def _prepare(sweep: Sweep, todo: list[Run]) -> None:
-    """Make the folders ready, and write down what the sweep is. ValueError for contrasts that follow results."""
+    """Make the folders ready, and write down what the sweep is. UserError for contrasts that follow results."""
     written = sweep.folder / "sweep.json"
     if written.is_file() and any(one.finished for one in sweep.runs):
         if json.loads(written.read_text())["contrasts"] != sweep.contrasts:
-            raise ValueError(
+            raise UserError(
                 f"{written} declares other contrasts, and some of its runs are finished: declare these in a sweep of "
                 "another folder, hydra.sweep.dir=..., which finds their steps in the store"
             )
@@ -95,29 +98,29 @@ def _prepare(sweep: Sweep, todo: list[Run]) -> None:
         one.prepare()
     names = {"name": sweep.folder.name, "command": sys.argv, "overrides": sweep.overrides}
     folders = [one.folder.name for one in sweep.runs]
-    metrics.write_json(written, {**names, "runs": folders, "contrasts": sweep.contrasts})
+    run_folder.write_json(written, {**names, "runs": folders, "contrasts": sweep.contrasts})
 
 
 def _check(sweep: Sweep) -> None:
-    """ValueError for what the launcher's settings cannot mean."""
+    """UserError for what the launcher's settings cannot mean."""
     if sweep.backend not in ("local", "slurm"):
-        raise ValueError(f"hydra.launcher.backend is {sweep.backend!r}; it can be local, slurm")
+        raise UserError(f"hydra.launcher.backend is {sweep.backend!r}; it can be local, slurm")
     if not (sweep.n == "auto" or isinstance(sweep.n, int) and sweep.n > 0):
-        raise ValueError(f"hydra.launcher.n is {sweep.n!r}; it can be auto or a number above 0")
+        raise UserError(f"hydra.launcher.n is {sweep.n!r}; it can be auto or a number above 0")
     if len(sweep.contrasts) > MOST_CONTRASTS:
-        raise ValueError(f"{len(sweep.contrasts)} contrasts are declared; {MOST_CONTRASTS} is the most")
+        raise UserError(f"{len(sweep.contrasts)} contrasts are declared; {MOST_CONTRASTS} is the most")
     arms = list(dict.fromkeys(one.arm for one in sweep.runs))
     for name, pair in sweep.contrasts.items():
         if len(pair) != 2:
-            raise ValueError(f"the contrast {name!r} has {len(pair)} arms; it compares two, [a, b]")
+            raise UserError(f"the contrast {name!r} has {len(pair)} arms; it compares two, [a, b]")
         if unknown := [arm for arm in pair if arm not in arms]:
-            raise ValueError(f"a contrast names the arm {unknown[0]!r}; this sweep has {', '.join(map(repr, arms))}")
+            raise UserError(f"a contrast names the arm {unknown[0]!r}; this sweep has {', '.join(map(repr, arms))}")
 
 
 def _ended(one: Run, bar: tqdm, error: str | None) -> None:
     """Count a run that came to its end; `error` is what is known of one that could not say it itself."""
     if error and not one.error:
-        run_folder.fail(one.folder, ValueError(error))
+        run_folder.fail(one.folder, UserError(error))
     if one.error:
         tqdm.write(f"failed: {one.folder.name}: {one.error}", file=sys.stderr)
     bar.update()
@@ -176,7 +179,7 @@ def _slots(n: int | str, todo: list[Run]) -> list[str]:
     ranks = max(asked.ranks for asked in launches)
     gpus = [] if all(asked.device == "cpu" for asked in launches) else _gpus()
     if gpus and len(gpus) < ranks:
-        raise ValueError(f"launch.ranks={ranks}, but there are {len(gpus)} GPUs")
+        raise UserError(f"launch.ranks={ranks}, but there are {len(gpus)} GPUs")
     if gpus:
         slots = [",".join(gpus[i : i + ranks]) for i in range(0, len(gpus) - ranks + 1, ranks)]
     else:
@@ -204,7 +207,7 @@ def _cluster(sweep: Sweep, todo: list[Run], bar: tqdm) -> None:
         executor = submitit.AutoExecutor(sweep.folder / "slurm", cluster=settings.pop("cluster", "slurm"))
         executor.update_parameters(name=sweep.folder.name, **settings)
     except (NameError, RuntimeError, ValueError) as error:  # what submitit raises for unknown parameters
-        raise ValueError(f"hydra.launcher.slurm: {error}") from error
+        raise UserError(f"hydra.launcher.slurm: {error}") from error
     with executor.batch():
         jobs = [executor.submit(submitit.helpers.CommandFunction(launch.job(one.folder))) for one in todo]
     try:

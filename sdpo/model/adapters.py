@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from sdpo.config import Config
-from sdpo.launch import local as launch
+from sdpo import distributed
+from sdpo.errors import UserError
 from sdpo.model import hub
 from sdpo.store import Artifact, Store
 from sdpo.variants.tune import Adapter
@@ -57,18 +57,26 @@ def place(adapter: Adapter, start: Artifact, find: Callable[[str], Artifact]) ->
     return Place(adapter, start, base, kept["num_adapters"])
 
 
-def load(place: Place, config: Config) -> PreTrainedModel:
+class Loading(NamedTuple):
+    """How weights are loaded: the dtype and device are those of a quantised base."""
+
+    trust_remote_code: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load(place: Place, seed: int, loading: Loading) -> PreTrainedModel:
     """The start of a step with what is trained, a fresh adapter and whole modules; as a function it is the start still.
 
-    Raises ValueError where the targets are not linear layers of the model's body, or a module is not there.
+    Raises UserError where the targets are not linear layers of the model's body, or a module is not there.
     """
     from peft import LoraModel
 
     adapter = place.adapter
-    model = _base(place, config) if adapter.quantize == "none" else _quantised(place.base, config)
+    model = _base(place, loading.trust_remote_code) if adapter.quantize == "none" else _quantised(place.base, loading)
     targets = _all_linear(model) if adapter.targets == ["all-linear"] else adapter.targets
     whole = {name: _modules(model, name) for name in adapter.modules_to_save}
-    torch.manual_seed(config.seed * 1_000_003 - 1 - place.num_earlier)  # the updates' seeds count up from there
+    torch.manual_seed(seed * 1_000_003 - 1 - place.num_earlier)  # the updates' seeds count up from there
     tuner = LoraModel(model, _settings(place, 1, targets, adapter.dropout), FRESH)
     if place.stacked:
         tuner.peft_config[EARLIER] = _settings(place, place.num_earlier, targets)
@@ -82,11 +90,11 @@ def load(place: Place, config: Config) -> PreTrainedModel:
     return model.train(adapter.dropout > 0)
 
 
-def finish(place: Place, trained: dict[str, torch.Tensor], folder: Path, config: Config) -> PreTrainedModel:
+def finish(place: Place, trained: dict[str, torch.Tensor], folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     """Write the trained adapter (by parameter name) into a step's folder; returns the base with it merged, fp32."""
     from peft import LoraModel
 
-    base, num_adapters = _base(place, config), 1
+    base, num_adapters = _base(place, trust_remote_code), 1
     factors = {name: tensor for name, tensor in trained.items() if ".lora_" in name}
     whole = _under_all_names(base, {name: trained[name] for name in trained.keys() - factors.keys()})
     weights = {_file_name(name, FRESH): tensor for name, tensor in factors.items()}
@@ -117,19 +125,19 @@ def concatenated(name: str, earlier: torch.Tensor, fresh: torch.Tensor) -> torch
     return torch.cat([earlier, fresh], dim=0 if ".lora_A." in name else 1)
 
 
-def rounded(given: Artifact, config: Config, store: Store, tokenizer: PreTrainedTokenizerBase) -> Artifact:
+def rounded(given: Artifact, loading: Loading, store: Store, tokenizer: PreTrainedTokenizerBase) -> Artifact:
     """The weights of a model as 4 bits hold them: what a quantised policy starts from is S rounded, so this is M_0."""
 
     def build(folder: Path) -> None:
-        if launch.is_main():
-            model = _quantised(given, config).dequantize(torch.float32)
+        if distributed.is_main():
+            model = _quantised(given, loading).dequantize(torch.float32)
             hub.save(model, dict(model.named_parameters()), tokenizer, folder)
 
     return store.make("rounded", {"model": given.key, "format": "nf4"}, build)
 
 
-def _base(place: Place, config: Config) -> PreTrainedModel:
-    return hub.load(place.base.folder, trust_remote_code=config.model.trust_remote_code)
+def _base(place: Place, trust_remote_code: bool) -> PreTrainedModel:
+    return hub.load(place.base.folder, trust_remote_code=trust_remote_code)
 
 
 def _earlier(place: Place) -> dict[str, torch.Tensor]:
@@ -137,19 +145,17 @@ def _earlier(place: Place) -> dict[str, torch.Tensor]:
     return load_file(place.start.folder / FOLDER / WEIGHTS)
 
 
-def _quantised(model: Artifact, config: Config) -> PreTrainedModel:
+def _quantised(model: Artifact, loading: Loading) -> PreTrainedModel:
     """In blocks of 4-bit normal floats, but for the output head. The blocks' scales stay fp32: then rounding what was
     rounded before changes nothing."""
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=hub.DTYPES[config.precision]
-    )
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=loading.dtype)
     loaded = AutoModelForCausalLM.from_pretrained(
         model.folder,
         dtype=torch.float32,
         quantization_config=settings,
-        device_map={"": launch.device(config.launch.device)},
+        device_map={"": loading.device},
         use_safetensors=True,
-        trust_remote_code=config.model.trust_remote_code,
+        trust_remote_code=loading.trust_remote_code,
     )
     for layer in loaded.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -212,7 +218,7 @@ def _check_targets(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and (layer is head or layer.lora_embedding_A):
-            raise ValueError(
+            raise UserError(
                 f"tune.targets names {name}, which is no linear layer of the model's body; leave it out, or train it "
                 "whole with tune.modules_to_save"
             )
@@ -222,12 +228,12 @@ def _modules(model: PreTrainedModel, name: str) -> list[nn.Module]:
     """The modules whose path ends in this name."""
     found = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
     if not found:
-        raise ValueError(f"tune.modules_to_save names {name}, which {type(model).__name__} does not have")
+        raise UserError(f"tune.modules_to_save names {name}, which {type(model).__name__} does not have")
     return found
 
 
 def _train_whole(name: str, modules: list[nn.Module]) -> None:
     for module in modules:
         if any("lora_" in part or not tensor.is_floating_point() for part, tensor in module.named_parameters()):
-            raise ValueError(f"tune.modules_to_save names {name}, which holds adapters or 4-bit weights; leave it out")
+            raise UserError(f"tune.modules_to_save names {name}, which holds adapters or 4-bit weights; leave it out")
         module.requires_grad_(True)

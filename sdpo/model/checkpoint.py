@@ -7,16 +7,24 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdpo.launch import local as launch
+from sdpo import distributed
+from sdpo.errors import UserError
 from sdpo.model.engine import Engine
 from sdpo.store import hash_files
-from sdpo.train.reference_logprobs import MovingReference
 
 REFERENCE = "reference.safetensors"  # log-probs that the next updates read: no gate would notice that they changed
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds besides the engine's state."""
+
+    tensors: dict[str, torch.Tensor]
+    log: dict  # JSON; `entries` are the log entries of the updates so far
 
 
 class Checkpoint:
@@ -26,38 +34,37 @@ class Checkpoint:
         self.folder, self.name, self.seconds = folder, name, 60 * minutes
         self.saved = time.monotonic()
 
-    def restore(self, engine: Engine, reference: MovingReference) -> list[dict]:
-        """Bring engine and reference to the newest checkpoint; returns its log entries, none where the step begins."""
+    def restore(self, engine: Engine) -> Saved | None:
+        """Bring the engine to the newest checkpoint and return the rest of it; None if there is no checkpoint."""
         newest = self._newest()
         if newest is None:
-            return []
+            return None
         _load_masters(engine, newest)
         load_moments(engine, newest)
         log = json.loads((newest / "log.json").read_text())
         if log["hashes"] != hash_files(newest, [newest / REFERENCE]):
-            raise ValueError(f"{newest / REFERENCE} has changed since it was written; remove {self.folder}")
-        reference.restore(load_file(newest / REFERENCE))
-        reference.report = log["windows"]
-        return log["entries"]
+            raise UserError(f"{newest / REFERENCE} has changed since it was written; remove {self.folder}")
+        return Saved(load_file(newest / REFERENCE), log)
 
-    def save(self, engine: Engine, reference: MovingReference, entries: list[dict]) -> None:
-        """Write a checkpoint if the last one is old enough; the rename that ends it makes it count."""
-        if not launch.broadcast(time.monotonic() - self.saved >= self.seconds):
-            return
-        work, final = self.folder / "unfinished", self.folder / f"{len(entries):08}"
-        if launch.is_main():
+    def due(self) -> bool:
+        """Whether the last checkpoint is old enough, as rank 0's clock has it."""
+        return distributed.broadcast(time.monotonic() - self.saved >= self.seconds)
+
+    def save(self, engine: Engine, state: Saved) -> None:
+        """Write a checkpoint; it counts once its folder is renamed, at the end."""
+        work, final = self.folder / "unfinished", self.folder / f"{len(state.log['entries']):08}"
+        if distributed.is_main():
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-        launch.barrier()
+        distributed.barrier()
         _save_masters(engine, work)
         save_moments(engine, work)
-        if launch.is_main():
-            save_file(reference.state(), work / REFERENCE)
+        if distributed.is_main():
+            save_file(state.tensors, work / REFERENCE)
             hashes = hash_files(work, [work / REFERENCE])
-            log = {"entries": entries, "windows": reference.report, "hashes": hashes}
-            (work / "log.json").write_text(json.dumps(log))
-        launch.barrier()
-        if launch.is_main():
+            (work / "log.json").write_text(json.dumps(state.log | {"hashes": hashes}))
+        distributed.barrier()
+        if distributed.is_main():
             earlier = self._newest()
             work.rename(final)
             if earlier:
@@ -66,7 +73,7 @@ class Checkpoint:
 
     def clear(self) -> None:
         """Remove what a finished step no longer needs."""
-        if launch.is_main():
+        if distributed.is_main():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _newest(self) -> Path | None:
@@ -104,7 +111,7 @@ def load_moments(engine: Engine, folder: Path) -> None:
 
 def _write(tensors: dict[str, torch.Tensor], engine: Engine, path: Path) -> None:
     """Keep the tensors of this rank's part; of ranks that have the same part the first one writes."""
-    if engine.part == launch.rank():
+    if engine.part == distributed.rank():
         save_file(tensors, f"{path}-{engine.part}.safetensors")
 
 

@@ -19,8 +19,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from sdpo import config
-from sdpo.launch import local as launch
+from sdpo import config, distributed
+from sdpo.errors import UserError
 from sdpo.model.hub import DTYPES, cast
 
 
@@ -32,6 +32,7 @@ def adamw(params: list[torch.Tensor], optim: config.Optim) -> torch.optim.AdamW:
 class Plain:
     """Every rank holds the whole model; gradients are summed over ranks once per update."""
 
+    stage = None
     part = 0  # all ranks have the same part of masters and optimiser state: the whole
 
     def __init__(self, scorer: nn.Module, optim: config.Optim, precision: str, device: torch.device):
@@ -54,7 +55,7 @@ class Plain:
     def update(self, lr: float) -> torch.Tensor:
         """One optimiser update with the gradients so far; returns their norm before clipping."""
         masters = list(self.masters.values())
-        if launch.world_size() > 1:
+        if distributed.world_size() > 1:
             for master in masters:
                 torch.distributed.all_reduce(master.grad)
         norm = nn.utils.clip_grad_norm_(masters, self.clip)
@@ -154,7 +155,7 @@ class Zero:
             optimizer=adamw(list(trained.values()), optim) if trained else None,
             config=_zero_config(optim, precision, settings),
         )
-        self.scorer, self.part = scorer, launch.rank()
+        self.scorer, self.part = scorer, distributed.rank()
         if trained:
             self.zero, self.optimizer = wrapped, wrapped.optimizer
         self.module.training = scorer.training  # its own train() and eval() leave this alone
@@ -166,7 +167,7 @@ class Zero:
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.module.set_gradient_accumulation_boundary(last)
-        self.module.backward(loss * launch.world_size())  # DeepSpeed averages over ranks; ours are sums
+        self.module.backward(loss * distributed.world_size())  # DeepSpeed averages over ranks; ours are sums
         if not last:
             self.module.step()
 
@@ -185,7 +186,7 @@ class Zero:
         for name, param in (trained or dict(self.scorer.named_parameters())).items():
             with deepspeed.zero.GatheredParameters([param], enabled=not trained):
                 tensor = safe_get_full_fp32_param(param) if trained else param.detach().float()
-                if everywhere or launch.is_main():
+                if everywhere or distributed.is_main():
                     full[name] = tensor.to("cpu", copy=True)
         return full
 
@@ -198,8 +199,8 @@ class Zero:
                 safe_set_full_fp32_param(param, tensor)
             else:  # all ranks have shares of one size, the last ones padded, which the call above does not expect
                 size = param.ds_tensor.numel()
-                padded = nn.functional.pad(tensor.flatten(), (0, launch.world_size() * size - tensor.numel()))
-                safe_set_local_fp32_param(param, padded.split(size)[launch.rank()])
+                padded = nn.functional.pad(tensor.flatten(), (0, distributed.world_size() * size - tensor.numel()))
+                safe_set_local_fp32_param(param, padded.split(size)[distributed.rank()])
         self.refresh()
 
     def shifted(self, deltas: dict[str, torch.Tensor]) -> AbstractContextManager:
@@ -251,15 +252,17 @@ def _zero_config(optim: config.Optim, precision: str, settings: config.Deepspeed
 Engine = Plain | Zero
 
 
-def open_engine(scorer: nn.Module, settings: config.Config, device: torch.device) -> Engine:
-    """The engine that the configuration asks for, with masters equal to the scorer's fp32 weights.
+def open_engine(
+    scorer: nn.Module, optim: config.Optim, precision: str, deepspeed: config.Deepspeed, device: torch.device
+) -> Engine:
+    """The engine that the settings ask for, with masters equal to the scorer's fp32 weights.
 
-    To score alone, ZeRO 1 and 2 have nothing to divide, and are plain. Raises ValueError for bf16 on a processor
+    To score alone, ZeRO 1 and 2 have nothing to divide, and are plain. Raises UserError for bf16 on a processor
     without bf16 arithmetic, where it is 50 times slower than fp32.
     """
     has_bf16 = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if settings.precision == "bf16" and not has_bf16:
-        raise ValueError("precision=bf16: this processor has neither avx512_bf16 nor AMX; use precision=fp32")
-    if settings.deepspeed.stage is None or (settings.deepspeed.stage < 3 and not _trained(scorer)):
-        return Plain(scorer, settings.optim, settings.precision, device)
-    return Zero(scorer, settings.optim, settings.precision, device, settings.deepspeed)
+    if precision == "bf16" and not has_bf16:
+        raise UserError("precision=bf16: this processor has neither avx512_bf16 nor AMX; use precision=fp32")
+    if deepspeed.stage is None or (deepspeed.stage < 3 and not _trained(scorer)):
+        return Plain(scorer, optim, precision, device)
+    return Zero(scorer, optim, precision, device, deepspeed)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sdpo.data.tokenize import TokenPair
-from sdpo.launch import local as launch
+from sdpo import distributed
+from sdpo.errors import UserError
 from sdpo.model.attention import interface as backends
 from sdpo.model.packing import MIN_ROWS, Pack, in_order, pack
-from sdpo.variants.loss import Both
+from sdpo.types import ChosenRejected, TokenPair
 
 # Bytes of fp32 logits: of one tile, and of all tiles of a pack, up to which they are kept for the backward pass
 # (above it they are computed again).
@@ -35,7 +35,7 @@ class Head(nn.Module):
         super().__init__()
         projection, config = model.get_output_embeddings(), model.config.get_text_config()
         if type(projection) is not nn.Linear:
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__}'s output projection is a {type(projection).__name__}, not a plain linear "
                 "layer: leave it out of adapters and quantisation"
             )
@@ -129,14 +129,14 @@ def _add_product(total_VH: Tensor, left_VR: Tensor, right_RH: Tensor) -> None:
 class Scorer(nn.Module):
     """A causal language model (`.model`) whose forward pass takes a pack and returns log-probs.
 
-    `attention`: auto | sdpa | varlen | flex | plain. Raises ValueError, naming the model, where its packed
+    `attention`: auto | sdpa | varlen | flex | plain. Raises UserError, naming the model, where its packed
     log-probs differ from its own.
     """
 
     def __init__(self, model: PreTrainedModel, attention: str = "auto"):
         super().__init__()
         if model.get_decoder() is model:
-            raise ValueError(f"{type(model).__name__} has no decoder apart from its head, and cannot be scored here")
+            raise UserError(f"{type(model).__name__} has no decoder apart from its head, and cannot be scored here")
         self.model, self.head, self.attention = model, Head(model), attention
         if attention != "plain":
             backends.share_prompts(model)
@@ -159,14 +159,14 @@ class Scorer(nn.Module):
         backends.leave_out_of_graphs()
         self.decode = torch.compile(self.decode, dynamic=True)
 
-    def forward(self, pack: Pack) -> Both:
+    def forward(self, pack: Pack) -> ChosenRejected:
         """Summed log-probs [B], fp32, in nats, of the chosen and the rejected responses (0 where one is empty)."""
         hidden_TH = self._hidden(pack)
         logps_R = self.head(hidden_TH.index_select(0, pack.rows_R), pack.targets_R)
         # Sums in fp64: their rounding is then far below that of the terms.
         sums = logps_R.new_zeros(2 * pack.num_pairs + 2, dtype=torch.float64)
         sums = sums.index_add(0, pack.branches_R, logps_R.double())
-        return Both(*sums[: 2 * pack.num_pairs].float().view(-1, 2).unbind(1))
+        return ChosenRejected(*sums[: 2 * pack.num_pairs].float().view(-1, 2).unbind(1))
 
     def _hidden(self, pack: Pack) -> Tensor:
         """Last hidden states of the stream [T, H], the head not yet applied."""
@@ -196,15 +196,15 @@ def _check(scorer: Scorer) -> None:
     tolerance = 1e-4 if packed.dtype == scorer.head.weight.dtype else 2e-2
     if not torch.allclose(packed, naive, rtol=tolerance):
         reason = f"its log-probs would be {packed.tolist()}, not {naive.tolist()}"
-        raise ValueError(backends.refusal(scorer.model, reason))
+        raise UserError(backends.refusal(scorer.model, reason))
 
 
-def naive_logprobs(model: PreTrainedModel, row: TokenPair) -> Both:
+def naive_logprobs(model: PreTrainedModel, row: TokenPair) -> ChosenRejected:
     """The same two sums from the model's own forward pass, attention and logits, one sequence at a time.
 
     Slow and obvious: what the audit and the tests compare with.
     """
-    return Both(*(_naive(model, row.prompt, response) for response in (row.chosen, row.rejected)))
+    return ChosenRejected(*(_naive(model, row.prompt, response) for response in (row.chosen, row.rejected)))
 
 
 def _naive(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray) -> Tensor:
@@ -229,13 +229,13 @@ def score(
     device, training = next(scorer.parameters()).device, scorer.training
     logps_N2 = torch.zeros(len(rows), 2)
     packs = in_order(rows, tokens_per_pack)
-    packs += [[]] * (-len(packs) % launch.world_size())  # every rank runs the same number
+    packs += [[]] * (-len(packs) % distributed.world_size())  # every rank runs the same number
     scorer.eval()
     with torch.no_grad():
-        for members in packs[launch.rank() :: launch.world_size()]:
+        for members in packs[distributed.rank() :: distributed.world_size()]:
             both = scorer(pack([rows[i] for i in members]).to(device))
             logps_N2[members] = torch.stack(both, 1).cpu()
             if progress:
                 progress(len(members))
     scorer.train(training)
-    return launch.total(logps_N2.to(device)).cpu().numpy()
+    return distributed.total(logps_N2.to(device)).cpu().numpy()

@@ -13,27 +13,28 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sdpo.config import Config
-from sdpo.data.tokenize import TokenPair
-from sdpo.launch import local as launch
-from sdpo.metrics import tell
+from sdpo import distributed
+from sdpo.config import Launch
+from sdpo.console import tell
+from sdpo.errors import UserError
 from sdpo.model.engine import Engine
 from sdpo.model.packing import micro_batches, pack, tokens_of
+from sdpo.types import TokenPair
 
 SIGNS = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED")  # what allocators say
 
 
-def fitting_budget(engine: Engine, updates: list[list[TokenPair]], config: Config) -> int:
+def fitting_budget(engine: Engine, updates: list[list[TokenPair]], launch: Launch) -> int:
     """The token budget, at most the configured one, at which the heaviest micro-batch of these updates fits.
 
     It is halved on all ranks together; a pair that does not fit alone has its activations recomputed instead. Where
-    that is not enough either, a ValueError. Under ZeRO-3, whose ranks meet inside a forward pass, nothing is tried.
+    that is not enough either, a UserError. Under ZeRO-3, whose ranks meet inside a forward pass, nothing is tried.
     """
-    budget, recomputed = config.launch.tokens_per_pack, config.launch.recompute_activations
+    budget, recomputed = launch.tokens_per_pack, launch.recompute_activations
     if recomputed:
         recompute_activations(engine.scorer.model)
-    can_run_out = any(launch.gather(_can_run_out(launch.device(config.launch.device))))
-    if not can_run_out or config.deepspeed.stage == 3:
+    can_run_out = any(distributed.gather(_can_run_out(distributed.device(launch.device))))
+    if not can_run_out or engine.stage == 3:
         return budget
     while not _fits(engine, heaviest := _heaviest(updates, budget)):
         if len(heaviest) > 1:
@@ -42,11 +43,11 @@ def fitting_budget(engine: Engine, updates: list[list[TokenPair]], config: Confi
             recompute_activations(engine.scorer.model)
             recomputed = True
         else:
-            raise ValueError(
+            raise UserError(
                 f"pair {heaviest[0].id} ({tokens_of(heaviest[0])} tokens) does not fit in memory even alone and with "
                 "its activations recomputed: lower data.max_tokens, or use tune=lora, deepspeed=zero3 or precision=bf16"
             )
-    if (budget, recomputed) != (config.launch.tokens_per_pack, config.launch.recompute_activations):
+    if (budget, recomputed) != (launch.tokens_per_pack, launch.recompute_activations):
         values = f"launch.tokens_per_pack={budget} launch.recompute_activations={str(recomputed).lower()}"
         tell(f"the heaviest micro-batch did not fit in memory; it does with {values}, which spares the search")
     return budget
@@ -55,11 +56,11 @@ def fitting_budget(engine: Engine, updates: list[list[TokenPair]], config: Confi
 def recompute_activations(model: nn.Module) -> None:
     """Keep only what enters a layer, and compute the layer again in the backward pass; gradients stay the same.
 
-    Raises ValueError, with the model's name, where it does not say what its layers are.
+    Raises UserError, with the model's name, where it does not say what its layers are.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no layers to recompute: lower launch.tokens_per_pack instead")
+        raise UserError(f"{type(model).__name__} has no layers to recompute: lower launch.tokens_per_pack instead")
     for layer in layers:
         layer.forward = _recomputing(layer)
 
@@ -72,13 +73,13 @@ def _recomputing(layer: nn.Module) -> Callable:
 
 @contextmanager
 def explained(doing: str, budget: int) -> Iterator[None]:
-    """Within it, running out of memory is a ValueError that says what to set."""
+    """Within it, running out of memory is a UserError that says what to set."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not _ran_out(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"out of memory {doing}: set launch.tokens_per_pack={max(1, budget // 2)}, or "
             "launch.recompute_activations=true; the same command then goes on from the last checkpoint"
         ) from error
@@ -98,7 +99,7 @@ def _heaviest(updates: list[list[TokenPair]], budget: int) -> list[TokenPair]:
     cut = (
         [rows[i] for i in members]
         for rows in updates
-        for packs in micro_batches(rows, budget, launch.world_size())
+        for packs in micro_batches(rows, budget, distributed.world_size())
         for members in packs
     )
     return max(cut, key=lambda rows: sum(map(tokens_of, rows)))
@@ -115,7 +116,7 @@ def _fits(engine: Engine, rows: list[TokenPair]) -> bool:
         fits = False
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return all(launch.gather(fits))
+    return all(distributed.gather(fits))
 
 
 def _try(engine: Engine, rows: list[TokenPair]) -> None:

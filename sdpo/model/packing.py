@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdpo.data.tokenize import TokenPair
+from sdpo.types import TokenPair
 
 # On CPU a matrix product gives a row the same bits whatever the other rows are, but only from four rows on.
 MIN_ROWS = 4

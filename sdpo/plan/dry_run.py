@@ -1,7 +1,7 @@
-"""The steps of a run before it runs, by the names that they will have: nothing is made, trained or downloaded.
+"""The steps of a run before it runs, by the keys that they will have: nothing is made, trained or downloaded.
 
-A run is prepared and its loop is walked as if it ran, in a read-only view of the store. Where chunks cannot be known,
-because the pairs do not exist, are not on this machine or are not scored, stand-ins take their places.
+The run's loop is followed in a read-only view of the store. Where chunks cannot be known, because the pairs do not
+exist, are not on this machine or are not scored, placeholders take their place.
 """
 
 import json
@@ -10,141 +10,139 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from sdpo import config
-from sdpo.binding import needs
+from sdpo import config as configuration
+from sdpo.binding import inputs_of
 from sdpo.config import Config
 from sdpo.curriculum import chunking, crossfit
-from sdpo.curriculum.build import in_order
-from sdpo.curriculum.score_inputs import rows_of
-from sdpo.data.readers import Unreachable
+from sdpo.curriculum.build import build, why_unknown
+from sdpo.data import readers
+from sdpo.model import hub
 from sdpo.model.packing import tokens_of
 from sdpo.plan import placeholders
+from sdpo.plan.flops import flops_of_step
 from sdpo.stepwise import whole_run
-from sdpo.store import Artifact, NotYet, ReadOnly, key_of
-from sdpo.train import throughput
-from sdpo.train.loop import Chunk, Span
-from sdpo.train.runner import Workbench
-from sdpo.train.setup import Inputs, prepare
+from sdpo.store import Artifact, ReadOnly, key_of
+from sdpo.train import setup
+from sdpo.train.runner import Runner
+from sdpo.train.setup import Inputs
 from sdpo.train.step import name_step
+from sdpo.train.step_key import StepSpec
+from sdpo.types import Chunk
 
 
 class Planned(NamedTuple):
-    """A step by its name, with what it costs or has cost."""
+    """A step by its key, with what it costs or has cost."""
 
-    model: Artifact  # M_t; where `unknown`, of another key than it will have
+    model: Artifact  # M_t; if `unknown`, under another key than it will have
     t: int
     num_pairs: int
     tokens: int  # that pass through the network once an epoch
-    flops: float  # nan where the model's size is unknown
-    seconds: float | None  # that its updates took; None where it does not exist
-    unknown: str | None  # why its pairs are stand-ins, where they are
+    flops: float  # nan if the model's size is unknown
+    seconds: float | None  # that its updates took; None if it does not exist
+    unknown: str | None  # why its pairs are placeholders, if they are
 
 
 class Prepared(NamedTuple):
-    """What several runs start from: their inputs, the step that makes S where one does, and why pairs are stand-ins."""
+    """What several runs start from: inputs, the step that makes S if one does, and why pairs are placeholders."""
 
     inputs: Inputs
     steps: list[Planned]
     unknown: str | None
 
 
-def prepare_by_name(settings: Config, store: ReadOnly) -> Prepared:
-    """The inputs of a run, with stand-ins for what is not there."""
-    steps: list[Planned] = []
+def prepare_by_name(config: Config, store: ReadOnly) -> Prepared:
+    """The inputs of a run, with placeholders for what does not exist."""
+    if elsewhere := _not_here(config):
+        where = {"path": config.model.path, "revision": config.model.revision}
+        initial = Artifact(key_of("external", where), Path(config.model.path or ""), reused=False)
+        inputs = placeholders.inputs_for(config, store, initial)
+        return Prepared(inputs, [], f"{elsewhere} is not on this machine")
+    steps: dict[str, Planned] = {}
 
-    def take(*step) -> Planned:
-        steps.append(by_name(*step))
-        return steps[-1]
+    def take(spec: StepSpec, runner: Runner) -> Planned:
+        planned = by_name(spec, runner)
+        return steps.setdefault(planned.model.key, planned)
 
-    try:
-        return Prepared(prepare(settings, store, take), steps, None)
-    except NotYet:
-        unknown = "the laboratory's pairs are not made yet"
-    except Unreachable as missing:
-        unknown = f"{missing.name} is not on this machine"
-    initial = steps[-1].model if steps else _elsewhere(settings)
-    return Prepared(placeholders.inputs_for(settings, store, initial), steps, unknown)
+    if config.data.name == "lab":
+        runner, base = setup.open_runner(config, store)
+        initial = setup.fine_tune(config, runner, base, take)
+        if not store.holds("pairs", setup.lab_pairs_key(config, initial)):
+            inputs = placeholders.inputs_for(config, store, initial)
+            return Prepared(inputs, list(steps.values()), "the laboratory's pairs are not made yet")
+    return Prepared(setup.prepare(config, store, take), list(steps.values()), None)
 
 
-def for_scores(settings: Config, prepared: Prepared) -> list[Planned]:
-    """The models that the pairs are scored with, where scores want some trained for them."""
-    inputs, score = prepared.inputs, chunking.bind_score(settings.score, chunking.bind(settings.split)).function
-    if not (_needs_scores(settings) and "margins" in needs(score)):
+def for_scores(config: Config, prepared: Prepared) -> list[Planned]:
+    """The models that are trained only to score the pairs, if the score asks for some."""
+    split, inputs = chunking.bind_split(config.split), prepared.inputs
+    score = chunking.bind_score(config.score, split).function
+    if not (split.needs_scores and "margins" in inputs_of(score)):
         return []
-    training, halves = crossfit.trainings(settings, rows_of(inputs), **score.keywords)
-    history = [inputs.initial]
-    return [
-        by_name(inputs.bench, training, 1, inputs.initial, history, inputs.chunk(trained), unknown=prepared.unknown)
-        for _, trained, _ in halves
-    ]
+    halves = crossfit.halves(inputs, config, **score.keywords)
+    return [by_name(half.spec, inputs.runner, prepared.unknown) for half in halves]
 
 
-def steps(settings: Config, prepared: Prepared) -> list[Planned]:
+def steps(config: Config, prepared: Prepared) -> list[Planned]:
     """M_1 .. M_T."""
-    inputs, planned = prepared.inputs, []
+    inputs = prepared.inputs
     history = [inputs.initial]
-    order = _chunks(settings, prepared, history)
-    if _needs_scores(settings) and settings.score.get("model") == "current":  # a chunk needs the model before it
-        spans = whole_run(order, settings)
-    else:
-        order = list(order)
-        spans = whole_run([chunk.rows for chunk, _ in order], settings)
-    for t, (chunk, unknown) in enumerate(order, start=1):
-        here = config.for_step(settings, t)
+    rescores = chunking.bind_split(config.split).needs_scores and config.score.get("model") == "current"
+    chunks: Iterator[tuple[Chunk, str | None]] = _chunks(config, prepared, history)
+    known = [] if rescores else list(chunks)  # with score.model=current a chunk needs the model before it
+    spans = whole_run([len(chunk.rows) for chunk, _ in known], not rescores, config)
+    planned = []
+    for t, (chunk, unknown) in enumerate(known or chunks, start=1):
+        here = configuration.for_step(config, t)
         start = history[-1] if here.start == "previous" else history[0]
-        planned.append(by_name(inputs.bench, here, t, start, history, chunk, spans.get(t), unknown))
+        spec = StepSpec(t, here, start, list(history), chunk, spans.get(t))
+        planned.append(by_name(spec, inputs.runner, unknown))
         history.append(planned[-1].model)
     return planned
 
 
-def by_name(
-    bench: Workbench,
-    settings: Config,
-    t: int,
-    start: Artifact,
-    history: list[Artifact],
-    chunk: Chunk,
-    span: Span | None = None,
-    unknown: str | None = None,
-) -> Planned:
-    """A step as `take_step` would take it, by name alone."""
-    named = settings
-    if unknown and settings.reference["name"] == "external":  # it need not be here: its stand-ins tell it apart
-        named = replace(settings, reference={"name": "initial", "placebo": "none"})
-    key, _, windows = name_step(bench, named, t, start, history, chunk, span)
-    if named is not settings:
+def by_name(spec: StepSpec, runner: Runner, unknown: str | None = None) -> Planned:
+    """A step as `take_step` would take it, by its key alone."""
+    external = bool(unknown) and spec.config.reference["name"] == "external"
+    if external:  # the reference need not be here; the placeholders' prompts tell it from others
+        initial = {"name": "initial", "placebo": "none"}
+        key, _, windows = name_step(replace(spec, config=replace(spec.config, reference=initial)), runner)
         windows = windows._replace(first=None)
-    model = Artifact(key, bench.store.folder("step", key), reused=bench.store.has("step", key))
-    tokens = sum(map(tokens_of, chunk.rows))
-    flops = throughput.of_step(settings, chunk, windows, history[0])
-    return Planned(model, t, len(chunk.rows), tokens, flops, _seconds(model), unknown)
+    else:
+        key, _, windows = name_step(spec, runner)
+    model = Artifact(key, runner.store.folder("step", key), reused=runner.store.has("step", key))
+    tokens = sum(map(tokens_of, spec.chunk.rows))
+    flops = flops_of_step(spec, windows)
+    return Planned(model, spec.t, len(spec.chunk.rows), tokens, flops, _seconds(model), unknown)
 
 
-def _chunks(settings: Config, prepared: Prepared, history: list[Artifact]) -> Iterator[tuple[Chunk, str | None]]:
-    """Each step's chunk, and why its pairs are stand-ins where they are."""
-    inputs, unknown, num_known = prepared.inputs, prepared.unknown, 0
-    if not (unknown and _needs_scores(settings)):  # stand-ins have no scores
-        try:
-            for ids in in_order(inputs, settings, history):
-                yield inputs.chunk(ids), unknown
-                num_known += 1
-            return
-        except NotYet:
-            unknown = "the pairs are not scored yet"
-        except Unreachable as missing:
-            unknown = f"{missing.name} is not on this machine"
-    for ids in placeholders.order(inputs, settings)[num_known:]:
-        yield placeholders.ordered(inputs.chunk(ids), inputs, settings, history[-1]), unknown
+def _not_here(config: Config) -> str | None:
+    """A model or data set of the Hub that a run needs and this machine lacks."""
+    models = [(config.model.path, config.model.revision)] if config.model.name == "hub" else []
+    models += [(one["path"], one.get("revision")) for one in setup.external_references(config)]
+    for path, revision in models:
+        if path and not hub.is_here(path, revision):
+            return path
+    return next(
+        (name for name in readers.on_hub(config.data) if not readers.is_here(name, config.data.revisions)), None
+    )
 
 
-def _needs_scores(settings: Config) -> bool:
-    return chunking.bind(settings.split).needs_scores
-
-
-def _elsewhere(settings: Config) -> Artifact:
-    """A model of the Hub that is not on this machine."""
-    where = {"path": settings.model.path, "revision": settings.model.revision}
-    return Artifact(key_of("external", where), Path(settings.model.path), reused=False)
+def _chunks(config: Config, prepared: Prepared, history: list[Artifact]) -> Iterator[tuple[Chunk, str | None]]:
+    """Each step's chunk, and why its pairs are placeholders if they are. `history` grows while this is iterated."""
+    inputs, unknown = prepared.inputs, prepared.unknown
+    if not chunking.bind_split(config.split).needs_scores:
+        for indices in build(inputs, config, inputs.initial).chunks:
+            yield inputs.chunk(indices), unknown
+        return
+    unknown = unknown or why_unknown(inputs, config, inputs.initial)
+    curriculum = None if unknown else build(inputs, config, inputs.initial)
+    for t, guess in enumerate(placeholders.order(inputs, config)):
+        if curriculum and not unknown:
+            unknown = curriculum.why_unknown(t, history[-1])
+        if curriculum and not unknown:
+            yield inputs.chunk(curriculum.chunk(t, history[-1])), None
+        else:
+            yield placeholders.ordered(inputs.chunk(guess), inputs, config, history[-1]), unknown
 
 
 def _seconds(model: Artifact) -> float | None:

@@ -1,7 +1,7 @@
-"""Pairs that stand in for those that do not exist yet or are not on this machine, so that steps can be counted.
+"""Placeholders for pairs that do not exist yet or are not on this machine, so that steps can be counted.
 
-They are as many and about as long as the settings say, and their prompts hold one number, made of whatever tells
-them from others. So steps trained on them are named like any other: alike where they will be one step.
+They are as many and about as long as the settings say. Prompt ids are one hash, so two planned steps share a key
+exactly when the real ones will.
 """
 
 from dataclasses import asdict
@@ -11,50 +11,50 @@ import numpy as np
 
 from sdpo.config import Config, Data
 from sdpo.curriculum import chunking
-from sdpo.curriculum.score_inputs import rows_of
-from sdpo.data import preferences
+from sdpo.curriculum.chunking import split_rows
+from sdpo.data import preferences, readers
+from sdpo.data.pair_table import PairTable
 from sdpo.data.preferences import Pair
-from sdpo.data.readers import Unreachable, source_on_hub
-from sdpo.data.tokenize import TokenPair
+from sdpo.errors import UserError
 from sdpo.store import Artifact, Store, key_of
-from sdpo.train.loop import Chunk
-from sdpo.train.runner import Workbench
+from sdpo.train.runner import Runner
 from sdpo.train.setup import Inputs
-from sdpo.variants.split import Chunks
+from sdpo.types import Chunk, TokenPair
 
 LAB_TOKENS = 20  # of a pair: a prompt of 7, and two answers of about as many
 CHARACTERS = 4  # of a token, about
 
 
 def inputs_for(config: Config, store: Store, initial: Artifact) -> Inputs:
-    """Inputs of the size that a run will have; `initial` need not exist. ValueError where nothing tells their size."""
+    """Inputs of the size that a run will have; `initial` need not exist. UserError if nothing tells their size."""
     sized, token = _sized(config), np.zeros(1, dtype=np.int32)
     rows = [TokenPair(pair.id, np.broadcast_to(token, tokens), token, token) for pair, tokens in sized]
     other = config.reference if config.reference["name"] == "external" else None
-    rows = marked(rows, data=asdict(config.data), initial=initial.key, reference=other)
-    bench = Workbench(config, store, tokenizer=None)
-    return Inputs(bench, initial, rows, [], {pair.id: pair for pair, _ in sized}, {}, None)
+    rows = _mark(rows, data=asdict(config.data), initial=initial.key, reference=other)
+    table = PairTable([pair for pair, _ in sized], rows)
+    return Inputs(Runner(config, store, tokenizer=None), initial, table, PairTable([], []), {}, None)
 
 
-def marked(rows: list[TokenPair], **about: Any) -> list[TokenPair]:
-    """The rows with prompts that say nothing but what the rows stand for."""
-    number = np.int32(int(key_of("stand-in", about)[:7], 16))
-    return [row._replace(prompt=np.broadcast_to(number, len(row.prompt))) for row in rows]
-
-
-def order(inputs: Inputs, config: Config) -> Chunks:
+def order(inputs: Inputs, config: Config) -> list[np.ndarray]:
     """The split's chunks as they would be if the pairs stood in the order of their scores."""
-    split, rows = chunking.bind(config.split), rows_of(inputs)
-    return chunking.divide(split, rows, {row.id: -float(i) for i, row in enumerate(rows)}, config.seed)
+    split, rows = chunking.bind_split(config.split), split_rows(inputs.train)
+    chunks = chunking.divide(split, rows, {row.id: -float(i) for i, row in enumerate(rows)}, config.seed)
+    return [inputs.train.indices(ids) for ids in chunks]
 
 
 def ordered(chunk: Chunk, inputs: Inputs, config: Config, newest: Artifact) -> Chunk:
     """The chunk marked as one of those that these scores make of the pairs, unless it is all of them."""
     if len(chunk.rows) == len(inputs.train):
         return chunk
-    settings = {**config.split, "name": None}  # one order's chunks may be those of another, reversed
+    settings = {**config.split, "name": None}  # the chunks of one order may be those of another, reversed
     model = newest.key if config.score.get("model") == "current" else inputs.initial.key
-    return chunk._replace(rows=marked(chunk.rows, score=config.score, split=settings, model=model))
+    return chunk._replace(rows=_mark(chunk.rows, score=config.score, split=settings, model=model))
+
+
+def _mark(rows: list[TokenPair], **about: Any) -> list[TokenPair]:
+    """The rows with prompts that hold a hash of what the rows stand for, and nothing else."""
+    number = np.int32(int(key_of("stand-in", about)[:7], 16))
+    return [row._replace(prompt=np.broadcast_to(number, len(row.prompt))) for row in rows]
 
 
 def _sized(config: Config) -> list[tuple[Pair, int]]:
@@ -62,17 +62,16 @@ def _sized(config: Config) -> list[tuple[Pair, int]]:
     if config.data.name == "lab":
         sources = config.data.lab.sources
         return [made for name in sources for made in _made_up(name, sources[name].num_pairs, LAB_TOKENS)]
-    try:
+    if all(readers.is_here(name, config.data.revisions) for name in readers.on_hub(config.data)):
         return [(pair, 1 + _length(pair) // CHARACTERS) for pair in preferences.load(config.data).train]
-    except Unreachable:
-        sources = dict.fromkeys(map(source_on_hub, config.data.train))
-        return [made for source in sources for made in _nominal(source, config.data)]
+    sources = dict.fromkeys(map(readers.source_on_hub, config.data.train))
+    return [made for source in sources for made in _nominal(source, config.data)]
 
 
 def _nominal(source: str, settings: Data) -> list[tuple[Pair, int]]:
     """As many pairs as the settings say that a source has, less those held out."""
     if source not in settings.nominal:
-        raise ValueError(
+        raise UserError(
             f"{source} is not on this machine: give the plan its size, as in "
             f"'+data.nominal={{{source}: {{pairs: 60000, tokens: 700}}}}' (tokens of a pair)"
         )

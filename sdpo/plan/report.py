@@ -1,4 +1,4 @@
-"""What would be trained, before anything is: the distinct steps of some runs, which of them exist, and the cost."""
+"""What would be trained, before anything is: the distinct steps of some runs, which of them exist, and the flops."""
 
 import io
 import math
@@ -10,16 +10,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sdpo.config import Config, Optim, Record
-from sdpo.launch.summary import columns
-from sdpo.metrics import progress
-from sdpo.plan import dry_run
+from sdpo.console import columns, progress
+from sdpo.plan import dry_run, flops
 from sdpo.plan.dry_run import Planned
 from sdpo.run.folder import Run
 from sdpo.store import ReadOnly
-from sdpo.train import throughput
 
 HEAD = ("arm", "runs", "steps", "exist", "that took", "to train", "tokens", "FLOPs", "GPU-hours")
-MACHINE = f"{throughput.GPUS} {throughput.GPU} at {throughput.UTILISATION:.0%} of {throughput.PEAK / 1e12:.0f} TFLOP/s"
+MACHINE = f"{flops.GPUS} {flops.GPU} at {flops.UTILISATION:.0%} of {flops.PEAK / 1e12:.0f} TFLOP/s"
 
 Steps = dict[str, Planned]  # by key
 
@@ -39,7 +37,7 @@ def show(asked: list[Run]) -> None:
 
 
 def of(asked: list[Run]) -> list[Foreseen]:
-    """Every run with its steps by name. ValueError for what would be an error of the run before its first step."""
+    """Every run with its steps by name. UserError for what would be an error of the run before its first step."""
     store, ready, foreseen = ReadOnly(), {}, []
     bar = progress(len(asked), "plan", "runs")
     with _offline(asked), redirect_stderr(io.StringIO()):  # doubts about an order are for the run to tell
@@ -97,8 +95,8 @@ def _keys(steps: Steps, owners: dict[str, list[str]]) -> Iterator[str]:
 def _row(name: str, runs: str, steps: Steps) -> tuple[str, ...]:
     exist, missing = _parted(steps)
     took = f"{sum(step.seconds for step in exist):.1f} s" if exist else ""
-    flops = sum(step.flops for step in missing)
-    costs = (f"{sum(step.tokens for step in missing):,}", _number(flops), _number(throughput.gpu_hours(flops)))
+    total = sum(step.flops for step in missing)
+    costs = (f"{sum(step.tokens for step in missing):,}", _number(total), _number(flops.gpu_hours(total)))
     return name, runs, str(len(steps)), str(len(exist)), took, str(len(missing)), *(costs if missing else ("", "", ""))
 
 
@@ -111,11 +109,11 @@ def _count(steps: Steps, owners: dict[str, list[str]]) -> str:
 
 def _assumptions(foreseen: list[Foreseen], everything: Steps) -> Iterator[str]:
     """What the numbers rest on."""
-    flops = sum(step.flops for step in _parted(everything)[1])
-    if flops > 0:
-        hours = _number(throughput.gpu_hours(flops) / throughput.GPUS)
+    total = sum(step.flops for step in _parted(everything)[1])
+    if total > 0:
+        hours = _number(flops.gpu_hours(total) / flops.GPUS)
         yield f"{hours} hours on {MACHINE}; (6 E + 2) N operations per token; scores and evaluation come on top"
-    if math.isnan(flops):
+    if math.isnan(total):
         yield "a model's size is not known: set model.parameters, and reference.parameters where it is external"
     reasons = Counter(step.unknown for one in foreseen for step in one.steps[-1:] if step.unknown)
     for reason, num in reasons.items():

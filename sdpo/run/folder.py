@@ -3,20 +3,21 @@
 import fcntl
 import hashlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from sdpo import config as configuration
 from sdpo import store
-from sdpo.binding import choose
 from sdpo.config import Config
+from sdpo.errors import UserError, one_line
 
 LOCK = ".lock"  # in a run folder: held by the process that does the run
 NAMED_AXES = ("model", "arm", "split", "reference", "loss")  # the choices in the name of a run folder
@@ -43,14 +44,14 @@ class Run(NamedTuple):
     def prepare(self) -> None:
         """Make the folder ready: the resolved configuration, and the names as the beginning of the manifest.
 
-        A run that another process does meanwhile is left as it is; ValueError where that one has other settings.
+        A run that another process does meanwhile is left as it is; UserError where that one has other settings.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOCK).open("w") as file:
             if not is_taken(file):
                 self._write()
             elif (self.folder / "config.yaml").read_text() != configuration.to_yaml(self.config):
-                raise ValueError(f"{self.folder}: another process does a run of other settings there; name another")
+                raise UserError(f"{self.folder}: another process does a run of other settings there; name another")
 
     def _write(self) -> None:
         for leftover in ("done", "error.txt", "log.txt"):
@@ -78,7 +79,7 @@ class Run(NamedTuple):
 
 
 def of(job: DictConfig, hydra: DictConfig, folder: Path, arm: str = "", sweep: str | None = None) -> Run:
-    """The run that Hydra composed. ValueError where the configuration is not a valid one."""
+    """The run that Hydra composed. UserError where the configuration is not a valid one."""
     choices = {axis: str(option) for axis, option in hydra.runtime.choices.items() if option and "/" not in axis}
     return Run(configuration.from_composed(job), folder, choices, arm or "-".join(_axes(choices)), sweep)
 
@@ -105,50 +106,17 @@ def sweep_name(*, _root_: DictConfig) -> str:
     parts = [experiment] if experiment else swept
     if overrides:
         parts.append(_hash("\n".join(sorted(overrides)))[:6])
-    return "-".join(parts or ["sweep"]).replace("/", "-")
+    return "-".join(parts or ["sweep"]).replace("/", "_")
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """For each job's overrides what tells its arm from the others: its `arm`, and what varies but the seed."""
+    """For each job's overrides its label: its `arm`, without the arm's folder, and what varies but the seed."""
     settings = [dict(override.lstrip("+").partition("=")[::2] for override in job) for job in jobs]
     keys = dict.fromkeys(key for job in settings for key in job if key != "seed")
     varying = [key for key in keys if key == "arm" or len({job.get(key) for job in settings}) > 1]
-    return [" ".join(job[key] if key == "arm" else f"{key}={job[key]}" for key in varying) for job in settings]
-
-
-def check(config: Config) -> None:
-    """Bind every choice of every step to its function, so that a wrong one is an error before any work."""
-    from sdpo.curriculum import chunking
-    from sdpo.evals import suites
-    from sdpo.variants import loss as losses  # here, because losses import torch
-    from sdpo.variants import placebo, tune
-    from sdpo.variants import reference as references
-
-    if config.launch.compile and config.deepspeed.stage == 3:
-        raise ValueError("launch.compile: ZeRO-3 gathers parameters between layers, where a graph has no room for it")
-    chunking.bind_score(config.score, chunking.bind(config.split))
-    for key, measure in config.evaluate.items():
-        if "name" not in measure:
-            listed = ",".join([other for other in config.evaluate if other != key] + [key])
-            raise ValueError(
-                f"evaluate.{key} has settings, but evaluate does not list it: evaluate=[{listed}] measures it, "
-                f"~evaluate.{key} drops the settings"
-            )
-        choose(suites, measure)
-    for t in (0, *config.steps):
-        step = configuration.for_step(config, t)
-        beta = choose(losses, step.loss).keywords.get("beta")
-        if beta == 0:
-            raise ValueError("loss.beta is 0, at which no pair says anything; set it above 0")
-        choose(references, {key: value for key, value in step.reference.items() if key != "placebo"})
-        choose(placebo, {"name": step.reference.get("placebo", "none")})
-        if step.optim.moments == "carry" and step.start == "initial":
-            raise ValueError("optim.moments=carry has nothing to carry where a step starts from S: use start=previous")
-        for key in ("moments", "schedule_over"):
-            if key in config.steps.get(t, {}).get("optim", {}):
-                raise ValueError(f"steps.{t}.optim.{key}: it binds steps together and is set for all: optim.{key}=...")
-        if adapter := choose(tune, step.tune)():
-            adapter.check(step)
+    return [
+        " ".join(base_name(job[key]) if key == "arm" else f"{key}={job[key]}" for key in varying) for job in settings
+    ]
 
 
 def finish(config: Config, folder: Path) -> None:
@@ -158,7 +126,7 @@ def finish(config: Config, folder: Path) -> None:
 
 def fail(folder: Path, error: BaseException) -> None:
     """Keep an error in error.txt, its sentence first; of several ranks the first to fail knows the cause."""
-    sentence = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
+    sentence = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
     with suppress(FileExistsError), (folder / "error.txt").open("x") as file:
         file.write(f"{sentence}\n\n{''.join(traceback.format_exception(error))}")
 
@@ -167,10 +135,6 @@ def failure(folder: Path) -> str | None:
     """The sentence of the error that ended the run, where one did."""
     path = folder / "error.txt"
     return path.read_text().splitlines()[0] if path.is_file() else None
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _stamp(config: Config) -> str:
@@ -190,8 +154,23 @@ def _paths(settings: dict) -> Iterator[Path]:
 
 
 def _axes(choices: DictConfig | dict[str, str]) -> list[str]:
-    return [choices[axis].replace("/", "-") for axis in NAMED_AXES if choices.get(axis)]
+    return [base_name(choices[axis]) for axis in NAMED_AXES if choices.get(axis)]
+
+
+def base_name(option: str) -> str:
+    """An option without the folders that it lies in: factorial/easy_moving_chained -> easy_moving_chained."""
+    return option.rpartition("/")[2]
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that readers see whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

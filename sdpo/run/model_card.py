@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from sdpo.metrics import number
+from sdpo.console import number
+from sdpo.errors import UserError
 
 CITATION = """```bibtex
 @inproceedings{kim-etal-2025-sdpo,
@@ -37,9 +38,9 @@ class RunFiles(NamedTuple):
 
 
 def read(run: Path) -> RunFiles:
-    """ValueError where the folder holds no finished run."""
+    """UserError where the folder holds no finished run."""
     if not (run / "summary.json").is_file():
-        raise ValueError(f"{run} holds no summary.json: name the folder of a finished run")
+        raise UserError(f"{run} holds no summary.json: name the folder of a finished run")
     manifest, summary, report = (
         json.loads((run / f"{name}.json").read_text()) for name in ("manifest", "summary", "data_report")
     )

@@ -10,16 +10,16 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from sdpo.binding import needs
-from sdpo.variants.loss import Both
+from sdpo.binding import inputs_of
+from sdpo.types import ChosenRejected
 
 
-def of_batch(loss: Callable[[Both], torch.Tensor], policy: Both, beta: float) -> torch.Tensor:
+def of_batch(loss: Callable[[ChosenRejected], torch.Tensor], policy: ChosenRejected, beta: float) -> torch.Tensor:
     """The derivative [B] of each pair's loss of the policy by `policy.rejected`, in units of beta.
 
     Taken at a copy of the log-probs: DeepSpeed takes any pass back through its own for the update's.
     """
-    copy = Both(*(logps_B.detach().requires_grad_() for logps_B in policy))
+    copy = ChosenRejected(*(logps_B.detach().requires_grad_() for logps_B in policy))
     with torch.enable_grad():
         loss_B = loss(copy)
     (slope_B,) = torch.autograd.grad(loss_B, copy.rejected, torch.ones_like(loss_B), materialize_grads=True)
@@ -28,11 +28,11 @@ def of_batch(loss: Callable[[Both], torch.Tensor], policy: Both, beta: float) ->
 
 def of_pairs(loss: Callable, **data_N2: np.ndarray) -> np.ndarray | None:
     """lambda [N] of some pairs; `data_N2` is what a loss may read, by name. None where it has no reference or beta."""
-    if "reference" not in needs(loss) or "beta" not in loss.keywords:
+    if "reference" not in inputs_of(loss) or "beta" not in loss.keywords:
         return None
-    data = {name: Both(*torch.from_numpy(values_N2).float().unbind(1)) for name, values_N2 in data_N2.items()}
+    data = {name: ChosenRejected(*torch.from_numpy(values_N2).float().unbind(1)) for name, values_N2 in data_N2.items()}
 
-    def of_policy(policy: Both) -> torch.Tensor:
-        return loss(*((data | {"policy": policy})[name] for name in needs(loss)))
+    def of_policy(policy: ChosenRejected) -> torch.Tensor:
+        return loss(*((data | {"policy": policy})[name] for name in inputs_of(loss)))
 
     return of_batch(of_policy, data["policy"], loss.keywords["beta"]).numpy()

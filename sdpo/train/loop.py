@@ -1,111 +1,104 @@
-"""The inner loop: the updates of one step, against reference log-probs that are only read.
+"""The training loop: the updates of one step, against reference log-probs that are numbers.
 
 Shape suffixes: N pairs of the chunk, B pairs of a micro-batch.
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from sdpo.binding import needs
-from sdpo.config import Config, Optim
-from sdpo.data.tokenize import TokenPair, response_lengths
-from sdpo.launch import local as launch
-from sdpo.metrics import progress
-from sdpo.model.checkpoint import Checkpoint
+from sdpo import distributed
+from sdpo.binding import inputs_of
+from sdpo.console import progress
+from sdpo.data.tokenize import response_lengths
+from sdpo.errors import UserError
+from sdpo.model.checkpoint import Checkpoint, Saved
 from sdpo.model.engine import Engine
 from sdpo.model.logprobs import score
 from sdpo.model.memory import explained, fitting_budget
 from sdpo.model.packing import micro_batches, pack, tokens_of
 from sdpo.train import gradient_weight
-from sdpo.train.reference_logprobs import MovingReference
-from sdpo.variants.loss import Both
+from sdpo.train.reference_logprobs import ReferenceLogprobs
+from sdpo.train.schedule import Span, learning_rate
+from sdpo.train.step_key import StepSpec
+from sdpo.types import ChosenRejected, TokenPair
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # of the margin gate, relative to the size of the log-probs
 STATS = ("loss", "margin", "lambda_mean", "lambda_square", "reward_accuracy", "chosen_logp", "rejected_logp")
 
 
-class Chunk(NamedTuple):
-    """The pairs of one step, and what a loss may read of them; columns are chosen, rejected."""
+class Pending(NamedTuple):
+    """An update whose statistics are still on the device."""
 
-    rows: list[TokenPair]
-    ratings_N2: np.ndarray
-    probes: Sequence[TokenPair] = ()  # the pairs that are followed while it trains
-
-
-def updates(num_pairs: int, optim: Optim, seed: int) -> list[np.ndarray]:
-    """Which pairs each update reads: a fresh permutation every epoch, which depends on the seed alone."""
-    plan = []
-    for epoch in range(optim.epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
-        plan += np.split(order, range(optim.pairs_per_update, num_pairs, optim.pairs_per_update))
-    return plan
+    number: int
+    lr: float
+    stats: torch.Tensor
+    norm: torch.Tensor
 
 
-class Span(NamedTuple):
-    """What one schedule spans: the updates before this step's, and all of them."""
+class TrainingLoop:
+    """The updates of one step: an engine at the step's start, the step's chunk, and its loss."""
 
-    before: int
-    total: int
+    def __init__(self, spec: StepSpec, engine: Engine):
+        self.spec, self.engine, self.config = spec, engine, spec.config
+        self.chunk, self.plan, self.loss = spec.chunk, spec.plan, spec.loss
+        self.span = spec.span or Span(0, len(self.plan))
+        self.beta = self.loss.keywords.get("beta")
+        self.reads = inputs_of(self.loss)
+        self.weighs = self.beta is not None and spec.reads_reference
+        self.device = distributed.device(self.config.launch.device)
+        self.lengths_N2 = response_lengths(self.chunk.rows).astype(np.float32)
+        self.budget = self.config.launch.tokens_per_pack
 
-
-def learning_rate(update: int, num_updates: int, optim: Optim) -> float:
-    """Linear warm-up, then the schedule down to 0 after `num_updates` (`update` counts from 0)."""
-    warmup = math.ceil(optim.warmup * num_updates)
-    if update < warmup:
-        return optim.lr * (update + 1) / warmup
-    left = (num_updates - update) / max(1, num_updates - warmup)
-    shapes = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}
-    return optim.lr * shapes[optim.schedule]
-
-
-class Fit:
-    """One step's training: an engine at its start, a chunk, a loss, and the numbers the loss is anchored to."""
-
-    def __init__(self, engine: Engine, chunk: Chunk, loss: Callable, config: Config, span: Span | None):
-        self.engine, self.chunk, self.loss, self.config = engine, chunk, loss, config
-        self.plan = updates(len(chunk.rows), config.optim, config.seed)
-        self.span = span or Span(0, len(self.plan))
-        self.beta = loss.keywords.get("beta")
-        self.reads = needs(loss)
-        self.weighs = self.beta is not None and "reference" in self.reads
-        self.device = launch.device(config.launch.device)
-        self.lengths_N2 = response_lengths(chunk.rows).astype(np.float32)
-        self.budget = config.launch.tokens_per_pack
-
-    def run(self, reference: MovingReference, start_N2: np.ndarray, checkpoint: Checkpoint) -> list[dict]:
-        """All updates of the step; returns one log entry per update.
+    def run(self, reference: ReferenceLogprobs, start_N2: np.ndarray, checkpoint: Checkpoint) -> Iterator[dict]:
+        """Do all updates; yields the log entry of each one, first of those that a checkpoint already holds.
 
         `start_N2` are the log-probs of the policy at the step's start, which the first update must reproduce. Raises
-        ValueError where it does not, or where a loss or gradient is not finite.
+        UserError if it does not, and if a loss or gradient is not finite.
         """
         reference.begin(self.engine)
-        entries = checkpoint.restore(self.engine, reference)
-        self.budget = fitting_budget(self.engine, [self._rows(n) for n in range(len(self.plan))], self.config)
-        bar = progress(sum(map(len, self.plan)), checkpoint.name, quiet=not launch.is_main())
-        bar.advance(sum(len(update) for update in self.plan[: len(entries)]))
+        entries = self._resume(reference, checkpoint)
+        yield from entries
+        rows_of_updates = [self._rows(number) for number in range(len(self.plan))]
+        self.budget = fitting_budget(self.engine, rows_of_updates, self.config.launch)
         pending, every, began = [], self.config.record.every, time.monotonic()
-        for number in range(len(entries), len(self.plan)):
-            torch.manual_seed(self.config.seed * 1_000_003 + number)  # dropout, the same after a resume
-            lr = learning_rate(self.span.before + number, self.span.total, self.config.optim)
-            with explained(f"at update {number + 1}", self.budget):
-                reference.move(number, self.engine, self.chunk.rows, self.plan, self.budget)
-                reference.probes.follow(number, self.engine, self.budget)
-                stats, members, logps_B2 = self._update(number, reference.logps_N2)
-                if number == 0:
-                    self._gate(members, logps_B2, start_N2)
-                pending.append((number, self.engine.update(lr), stats, lr))
-            bar.advance(len(self.plan[number]), self._tokens(number))
-            if len(pending) == every or number == len(self.plan) - 1:
-                entries += self._entries(pending, time.monotonic() - began)
-                checkpoint.save(self.engine, reference, entries)
-                pending, began = [], time.monotonic()
-        bar.close()
-        return entries
+        with progress(sum(map(len, self.plan)), checkpoint.name, quiet=not distributed.is_main()) as bar:
+            bar.advance(sum(len(update) for update in self.plan[: len(entries)]))
+            for number in range(len(entries), len(self.plan)):
+                pending.append(self._take_update(number, reference, start_N2))
+                bar.advance(len(self.plan[number]), self._tokens(number))
+                if len(pending) == every or number == len(self.plan) - 1:
+                    new = self._entries(pending, time.monotonic() - began)
+                    entries += new
+                    bar.show(f"loss {new[-1]['loss']:.4f}")
+                    yield from new
+                    if checkpoint.due():
+                        log = {"entries": entries, "windows": reference.report}
+                        checkpoint.save(self.engine, Saved(reference.state(), log))
+                    pending, began = [], time.monotonic()
+
+    def _resume(self, reference: ReferenceLogprobs, checkpoint: Checkpoint) -> list[dict]:
+        """Bring engine and reference to the newest checkpoint; returns its log entries, none if there is none."""
+        saved = checkpoint.restore(self.engine)
+        if saved is None:
+            return []
+        reference.restore(saved.tensors, saved.log["windows"])
+        return saved.log["entries"]
+
+    def _take_update(self, number: int, reference: ReferenceLogprobs, start_N2: np.ndarray) -> Pending:
+        torch.manual_seed(self.config.seed * 1_000_003 + number)  # for dropout; the same after a resume
+        lr = learning_rate(self.span.before + number, self.span.total, self.config.optim)
+        with explained(f"at update {number + 1}", self.budget):
+            reference.move(self.spec, number, self.engine, self.budget)
+            reference.probes.follow(number, self.engine, self.budget)
+            stats, members, logps_B2 = self._update(number, reference.logps_N2)
+            if number == 0:
+                self._gate(members, logps_B2, start_N2)
+            return Pending(number, lr, stats, self.engine.update(lr))
 
     def _update(self, number: int, reference_N2: np.ndarray) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
         """Gradients of one update's mean loss; returns summed statistics, and this rank's pairs with their log-probs.
@@ -113,7 +106,7 @@ class Fit:
         Both tensors stay on the device: nothing here waits for it.
         """
         indices = self.plan[number]
-        mine = micro_batches(self._rows(number), self.budget, launch.world_size())[launch.rank()]
+        mine = micro_batches(self._rows(number), self.budget, distributed.world_size())[distributed.rank()]
         stats, logps = torch.zeros(len(STATS), device=self.device), []
         for position, members in enumerate(mine):
             batch = indices[members]
@@ -125,7 +118,7 @@ class Fit:
             logps.append(torch.stack(policy, 1).detach())
         return stats, indices[np.concatenate(mine).astype(int)], torch.cat(logps)
 
-    def _loss(self, policy: Both, reference: Both, batch: np.ndarray) -> torch.Tensor:
+    def _loss(self, policy: ChosenRejected, reference: ChosenRejected, batch: np.ndarray) -> torch.Tensor:
         available = {
             "policy": lambda: policy,
             "reference": lambda: reference,
@@ -134,11 +127,13 @@ class Fit:
         }
         return self.loss(*(available[name]() for name in self.reads))
 
-    def _both(self, values_N2: np.ndarray, batch: np.ndarray) -> Both:
-        return Both(*torch.as_tensor(values_N2[batch], dtype=torch.float32, device=self.device).unbind(1))
+    def _both(self, values_N2: np.ndarray, batch: np.ndarray) -> ChosenRejected:
+        return ChosenRejected(*torch.as_tensor(values_N2[batch], dtype=torch.float32, device=self.device).unbind(1))
 
     @torch.no_grad()
-    def _stats(self, loss_B: torch.Tensor, policy: Both, reference: Both, batch: np.ndarray) -> torch.Tensor:
+    def _stats(
+        self, loss_B: torch.Tensor, policy: ChosenRejected, reference: ChosenRejected, batch: np.ndarray
+    ) -> torch.Tensor:
         """Sums over a micro-batch, in the order of STATS."""
         margin_B = (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
         lambda_B = torch.zeros_like(margin_B)
@@ -156,9 +151,9 @@ class Fit:
         expected_B2 = start_N2[members].astype(np.float64)
         error_B = np.abs(found_B2 - expected_B2).max(1) / np.abs(expected_B2).max(1).clip(1.0)
         errors = zip(np.nan_to_num(error_B, nan=np.inf).tolist(), members.tolist(), strict=True)
-        worst, index = max(launch.gather(max(errors, default=(0.0, 0))))
+        worst, index = max(distributed.gather(max(errors, default=(0.0, 0))))
         if not worst <= TOLERANCE[self.config.precision]:
-            raise ValueError(
+            raise UserError(
                 "the policy at the step's start is not the one that was scored: pair "
                 f"{self.chunk.rows[index].id} is off by {worst:.2e} (relative); "
                 "the stored log-probs, the weights or the tokens have changed"
@@ -170,27 +165,29 @@ class Fit:
     def _rows(self, number: int) -> list[TokenPair]:
         return [self.chunk.rows[i] for i in self.plan[number]]
 
-    def _entries(self, pending: list[tuple], seconds: float) -> list[dict]:
-        """Bring the statistics of some updates to the host, over all ranks, and stop where one is not finite."""
-        totals = torch.stack([torch.cat([stats, norm.reshape(1).to(stats)]) for _, norm, stats, _ in pending])
-        totals = launch.total(totals).cpu().double()
-        norms = totals[:, -1] / launch.world_size()
-        entries = []
-        for (number, _, _, lr), sums, norm in zip(pending, totals, norms.tolist(), strict=True):
-            means = (sums[:-1] / len(self.plan[number])).tolist()
-            entry = dict(zip(STATS, means, strict=True))
-            if not all(map(math.isfinite, [norm, *means])):
-                ids = ", ".join([row.id for row in self._rows(number)][:8])
-                raise ValueError(
-                    f"update {number + 1}: the loss ({entry['loss']}) or the gradient norm ({norm}) is not finite; "
-                    f"its pairs are {ids} (at most 8); lower optim.lr or look at them; the last checkpoint is kept"
-                )
-            spread = max(0.0, entry.pop("lambda_square") - entry["lambda_mean"] ** 2) ** 0.5
-            entry |= {"lambda_std": spread, "grad_norm": norm, "lr": lr}
-            if "reference" not in self.reads:
-                entry |= dict.fromkeys(("margin", "reward_accuracy"))
-            if not self.weighs:
-                entry |= dict.fromkeys(("lambda_mean", "lambda_std"))
-            size = {"pairs": len(self.plan[number]), "tokens": self._tokens(number)}
-            entries.append({"update": number + 1, **entry, **size, "seconds": seconds / len(pending)})
-        return entries
+    def _entries(self, pending: list[Pending], seconds: float) -> list[dict]:
+        """Bring the statistics of some updates to the host, over all ranks, and stop if one is not finite."""
+        totals = torch.stack([torch.cat([one.stats, one.norm.reshape(1).to(one.stats)]) for one in pending])
+        totals = distributed.total(totals).cpu().double()
+        norms = (totals[:, -1] / distributed.world_size()).tolist()
+        return [
+            self._entry(one, (sums[:-1] / len(self.plan[one.number])).tolist(), norm, seconds / len(pending))
+            for one, sums, norm in zip(pending, totals, norms, strict=True)
+        ]
+
+    def _entry(self, update: Pending, means: list[float], norm: float, seconds: float) -> dict:
+        entry = dict(zip(STATS, means, strict=True))
+        if not all(map(math.isfinite, [norm, *means])):
+            ids = ", ".join([row.id for row in self._rows(update.number)][:8])
+            raise UserError(
+                f"update {update.number + 1}: the loss ({entry['loss']}) or the gradient norm ({norm}) is not finite; "
+                f"its pairs are {ids} (at most 8); lower optim.lr or look at them; the last checkpoint is kept"
+            )
+        spread = max(0.0, entry.pop("lambda_square") - entry["lambda_mean"] ** 2) ** 0.5
+        entry |= {"lambda_std": spread, "grad_norm": norm, "lr": update.lr}
+        if not self.spec.reads_reference:
+            entry |= dict.fromkeys(("margin", "reward_accuracy"))
+        if not self.weighs:
+            entry |= dict.fromkeys(("lambda_mean", "lambda_std"))
+        size = {"pairs": len(self.plan[update.number]), "tokens": self._tokens(update.number)}
+        return {"update": update.number + 1, **entry, **size, "seconds": seconds}

@@ -12,18 +12,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sdpo.data.tokenize import TokenPair
 from sdpo.model.engine import Engine
 from sdpo.model.logprobs import score
+from sdpo.types import TokenPair
 
 NUM_PROBES = 64  # rows of every chunk
 
 
-def sample(rows: list[TokenPair]) -> list[TokenPair]:
-    """The rows of a chunk that are followed; they depend on its ids alone."""
-    ranked = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())
-    chosen = {row.id for row in ranked[:NUM_PROBES]}
-    return [row for row in rows if row.id in chosen]
+def sample(ids: list[str], indices: np.ndarray) -> np.ndarray:
+    """The pairs of a chunk that are followed, as sorted indices; which ones depends on their ids alone."""
+    ranked = sorted(set(indices.tolist()), key=lambda i: hashlib.sha256(ids[i].encode()).digest())
+    return np.array(sorted(ranked[:NUM_PROBES]), dtype=int)
 
 
 class Probes:

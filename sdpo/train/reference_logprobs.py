@@ -1,5 +1,8 @@
-"""A reference that moves inside a step (TR-DPO): at a window's start its log-probs for just the window's pairs are
-computed with the one model in memory, then its weights are put away again on the host.
+"""The reference log-probs that a step's loss reads, window by window.
+
+The first window is scored before the step trains. A reference that moves inside a step (TR-DPO) is scored when a
+window begins: the one model in memory is brought to the window's weights, scores the pairs of that window, and is
+brought back.
 
 Shape suffixes: N pairs of the chunk; columns are the chosen and the rejected response.
 """
@@ -10,59 +13,63 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 
-from sdpo.data.tokenize import TokenPair
+from sdpo.binding import bind
 from sdpo.model import adapter_deltas, hub
 from sdpo.model.adapter_deltas import Weights
 from sdpo.model.engine import Engine
 from sdpo.model.logprobs import score
 from sdpo.train.probes import Probes
+from sdpo.train.reference_windows import Windows
+from sdpo.train.runner import Runner
+from sdpo.train.step_key import StepSpec
+from sdpo.variants import placebo
 
-StandIn = Callable[[np.ndarray, np.ndarray], np.ndarray]  # members, their log-probs under the rule -> what is read
+Placebo = Callable[[np.ndarray, np.ndarray], np.ndarray]  # positions, the rule's log-probs there -> what the loss reads
 
 
-class MovingReference:
-    """The log-probs that a step's loss reads, window by window.
+class ReferenceLogprobs:
+    """The log-probs that a step's loss reads; `logps_N2` holds those of the present window.
 
-    `windows` are the rule's, the first of which is already scored: `logps_N2` are its log-probs of the whole chunk,
-    `weights_hash` says which weights gave them. Later ones are seen by the `probes` too. In every window a placebo,
-    where there is one, is the `stand_in` of what the weights gave.
+    `first_N2` are the first window's log-probs of the whole chunk and `weights_hash` identifies the weights that gave
+    them. `probes` are scored under every later window too. A `placebo` replaces the log-probs of every window.
     """
 
     def __init__(
         self,
         windows: list[dict],
-        logps_N2: np.ndarray,
+        first_N2: np.ndarray,
         weights_hash: str | None,
         probes: Probes,
-        stand_in: StandIn | None = None,
+        placebo: Placebo = lambda members, rule_N2: rule_N2,
     ):
-        self.stand_in, self.probes = stand_in or (lambda members, rule_N2: rule_N2), probes
-        self.logps_N2 = self.stand_in(np.arange(len(logps_N2)), logps_N2).copy()
+        self.placebo, self.probes = placebo, probes
+        self.logps_N2 = placebo(np.arange(len(first_N2)), first_N2).copy()
         ends = np.cumsum([window["num_updates"] for window in windows])
         self.begins = dict(zip(ends.tolist(), windows[1:], strict=False))  # update -> the window that begins there
         self.mixes = any("reference" in window["weights"] for window in windows)
         self.weights: Weights = {}
-        self.report = [self._seen(0, weights_hash, self.logps_N2)] if windows else []  # per window
+        self.report = [self._describe(0, weights_hash, self.logps_N2)] if windows else []  # per window
 
     def begin(self, engine: Engine) -> None:
-        """Keep the start's weights where later windows are mixed from them."""
+        """Keep the start's weights if later windows are mixed from them."""
         if self.mixes:
             self.weights = adapter_deltas.of(engine.scorer, engine.weights(everywhere=True))
 
-    def move(self, update: int, engine: Engine, rows: list[TokenPair], plan: list[np.ndarray], budget: int) -> None:
-        """Where a window begins at this update, score its pairs under its weights."""
+    def move(self, spec: StepSpec, update: int, engine: Engine, budget: int) -> None:
+        """If a window begins at this update, score the window's pairs under the window's weights."""
         if update not in self.begins:
             return
         window = self.begins[update]
-        members = np.unique(np.concatenate(plan[update : update + window["num_updates"]]))
+        members = np.unique(np.concatenate(spec.plan[update : update + window["num_updates"]]))
+        rows = [spec.chunk.rows[i] for i in members]
         with self._at(window, engine):
-            self.logps_N2[members] = self.stand_in(members, score(engine.module, [rows[i] for i in members], budget))
+            self.logps_N2[members] = self.placebo(members, score(engine.module, rows, budget))
             self.probes.look("reference", update, engine, budget)
         weights_hash = hash_of_weights(engine, self.weights)
-        self.report.append(self._seen(update, weights_hash, self.logps_N2[members]))
+        self.report.append(self._describe(update, weights_hash, self.logps_N2[members]))
 
     def _at(self, window: dict, engine: Engine) -> AbstractContextManager:
-        """Within it the engine is at the window's weights."""
+        """A context in which the engine has the window's weights."""
         if not self.mixes:
             return nullcontext()
         trained = engine.weights(everywhere=True)
@@ -70,31 +77,50 @@ class MovingReference:
         self.weights = _mix(window["weights"], {"policy": policy, "reference": self.weights})
         return adapter_deltas.acting(engine, self.weights, trained)
 
-    def _seen(self, update: int, weights_hash: str, logps_N2: np.ndarray) -> dict:
-        """Where a window begins, what its weights are, and the height of its bound on its own pairs."""
+    def _describe(self, update: int, weights_hash: str | None, logps_N2: np.ndarray) -> dict:
+        """A window's first update, its weights, and the mean reference margin over the window's pairs."""
         gamma_N = logps_N2[:, 0].astype(np.float64) - logps_N2[:, 1]
-        height = {"num_pairs": len(gamma_N), "gamma_ref_mean": float(gamma_N.mean())}
-        return {"first_update": update + 1, "weights_hash": weights_hash, **height}
+        margins = {"num_pairs": len(gamma_N), "gamma_ref_mean": float(gamma_N.mean())}
+        return {"first_update": update + 1, "weights_hash": weights_hash, **margins}
 
     def state(self) -> Weights:
-        """What a checkpoint must keep: the policy that made these numbers is gone."""
+        """The tensors that a checkpoint must keep, because the policy that made them is gone."""
         kept = {"weights": self.weights, "probes": self.probes.looks}
         named = {f"{part}/{name}": tensor for part, tensors in kept.items() for name, tensor in tensors.items()}
         return {"logps": torch.from_numpy(self.logps_N2)} | named
 
-    def restore(self, state: Weights) -> None:
-        self.logps_N2 = state["logps"].numpy()
+    def restore(self, state: Weights, report: list[dict]) -> None:
+        """Go on from what `state` and `report` held when a checkpoint was written."""
+        self.report, self.logps_N2 = report, state["logps"].numpy()
         self.weights, self.probes.looks = (
             {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
             for part in ("weights/", "probes/")
         )
 
 
+def score_first_window(spec: StepSpec, windows: Windows, runner: Runner) -> ReferenceLogprobs:
+    """Score the chunk under the first window's model, and audit a sample of it. Zeros if the loss reads none."""
+    model, rows = windows.first, spec.chunk.rows
+    probes = Probes(spec.chunk.probes, spec.config.probe.every)
+    if model is None:
+        return ReferenceLogprobs(windows.listed, np.zeros((len(rows), 2), dtype=np.float32), None, probes)
+    first_N2, *_ = runner.logprobs_of(model, [rows, *spec.followed])
+    runner.audit(model, rows, first_N2)
+    weights_hash = hash_of_weights(runner.load(model))
+    more = [_bind_placebo(spec, runner)] if spec.placebo != "none" else []
+    return ReferenceLogprobs(windows.listed, first_N2, weights_hash, probes, *more)
+
+
 def hash_of_weights(engine: Engine, mixed: Weights | None = None) -> str:
-    """The content hash of the weights that are trained, or mixed from them, gathered, as the forward pass reads them;
-    of rank 0."""
+    """The content hash of the trained weights, or of `mixed` ones, in the dtype of the forward pass; on rank 0."""
     weights = {name.removeprefix("model."): tensor for name, tensor in (mixed or engine.weights()).items()}
     return hub.fingerprint_weights(weights, engine.scorer.head.weight.dtype)
+
+
+def _bind_placebo(spec: StepSpec, runner: Runner) -> Placebo:
+    transform = bind(placebo, {"name": spec.placebo})
+    initial_N2 = runner.logprobs(spec.history[0], spec.chunk.rows)
+    return lambda members, rule_N2: transform(initial_N2[members], rule_N2, spec.config.seed)
 
 
 def _mix(coefficients: dict[str, float], sources: dict[str, Weights]) -> Weights:

@@ -1,87 +1,111 @@
-"""The one model in memory: it scores rows, trains a step, and is put away before another one is taken up.
+"""The one model in memory. Keeps at most one model loaded; unloads it before loading another.
 
-Log-probabilities are artifacts: what was scored once under some weights is read as numbers ever after.
+Log-probs are artifacts: what was scored once under some weights is read as numbers from then on.
+
 Shape suffixes: N rows; columns are the chosen and the rejected response.
 """
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sdpo.binding import choose
+from sdpo import distributed
+from sdpo.binding import bind
 from sdpo.config import Config
-from sdpo.data.tokenize import TokenPair, content_hash
-from sdpo.launch import local as launch
-from sdpo.metrics import progress, tell
+from sdpo.console import progress, tell
+from sdpo.data.tokenize import content_hash
+from sdpo.errors import UserError
 from sdpo.model import adapters, hub
 from sdpo.model.engine import Engine, open_engine
 from sdpo.model.logprobs import Scorer, naive_logprobs, score
 from sdpo.model.memory import explained
 from sdpo.model.packing import tokens_of
 from sdpo.store import Artifact, Store, check, damaged
+from sdpo.train import logprob_table
+from sdpo.train.numerics import Numerics
+from sdpo.train.step_key import StepSpec
+from sdpo.types import TokenPair
 from sdpo.variants import tune
 
-NUM_AUDITED = 4  # rows of every log-prob table that are scored anew when a step reads it
-TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # relative, between the packed pass and the model's own forward
+NUM_AUDITED = 4  # rows of every reference table that are scored again when a step reads it
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # relative, between the packed pass and the model's own forward pass
 
 
-class Workbench:
-    """Holds at most one model, as an engine that can score and train."""
+class Runner:
+    """Loads models, scores rows with them, and saves what was trained."""
 
     def __init__(self, config: Config, store: Store, tokenizer: PreTrainedTokenizerBase):
         self.config, self.store, self.tokenizer = config, store, tokenizer
-        self.device = launch.device(config.launch.device)
-        self.foreign: dict[str, dict[str, TokenPair]] = {}  # by model key: rows in that model's own tokens
-        self.scored = np.zeros(2)  # tokens, and seconds, of all passes for log-probs so far
-        self._attention = ""  # what was told last
+        self.device = distributed.device(config.launch.device)
+        self.numerics = Numerics.of(config)
+        self.foreign: dict[str, dict[str, TokenPair]] = {}  # model key -> row id -> the row in that model's own tokens
+        self.scored = np.zeros(2)  # tokens and seconds of all passes for log-probs so far
+        self._told_attention = ""
         self._engine: Engine | None = None
         self._held: str | None = None  # the key of the weights in memory
-        self._place: adapters.Place | None = None  # of the adapter, where one is trained
+        self._place: adapters.Place | None = None  # of the adapter, if one is trained
 
-    def hold(self, model: Artifact, config: Config | None = None) -> Engine:
-        """Take a model up, to score alone; with `config`, freshly from its bytes, with a new optimiser, for a step."""
-        if config is None and self._held == model.key:
+    def load(self, model: Artifact) -> Engine:
+        """An engine at this model, to score with; the one in memory if it is at this model."""
+        if self._engine and self._held == model.key:
             return self._engine
+        self._start_loading(model)
+        return self._open(model, self.load_plain(model).requires_grad_(False), self.config)
+
+    def load_to_train(self, spec: StepSpec) -> Engine:
+        """A new engine with a new optimiser, at the bytes of the step's start."""
+        self._start_loading(spec.start)
+        adapter = bind(tune, spec.config.tune)()
+        if adapter is None:
+            return self._open(spec.start, self.load_plain(spec.start).requires_grad_(True), spec.config)
+        self._place = adapters.place(adapter, spec.start, self.find)
+        loaded = adapters.load(self._place, spec.config.seed, self.loading)
+        return self._open(spec.start, loaded, spec.config)
+
+    @property
+    def loading(self) -> adapters.Loading:
+        """How the base of an adapter is loaded."""
+        dtype = hub.DTYPES[self.config.precision]
+        return adapters.Loading(self.config.model.trust_remote_code, dtype, self.device)
+
+    def load_plain(self, model: Artifact) -> PreTrainedModel:
+        """The model in fp32 on the host, beside the engine."""
+        return hub.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
+
+    def load_verified(self, model: Artifact) -> PreTrainedModel:
+        """As `load_plain`, after a check that the folder still holds the weights that the key names."""
+        verify(model)
+        return self.load_plain(model)
+
+    def _start_loading(self, model: Artifact) -> None:
         self.release()
-        if launch.is_main():
+        if distributed.is_main():
             verify(model)
-        launch.barrier()
-        adapter = choose(tune, config.tune)() if config else None
-        if adapter:
-            self._place = adapters.place(adapter, model, self.find)
-            loaded = adapters.load(self._place, config)
-        else:
-            loaded = self._load(model).requires_grad_(config is not None)
+        distributed.barrier()
+
+    def _open(self, model: Artifact, loaded: PreTrainedModel, config: Config) -> Engine:
         scorer = Scorer(loaded, self.config.launch.attention)
         if self.config.launch.compile:
             scorer.compile_decoder()
-        self._engine = open_engine(scorer, config or self.config, self.device)
+        self._engine = open_engine(scorer, config.optim, config.precision, config.deepspeed, self.device)
         self._held = model.key
-        if self._attention != scorer.backend:
-            self._attention = scorer.backend
-            tell(f"attention: {self._attention} (launch.attention={self.config.launch.attention})")
+        if self._told_attention != scorer.backend:
+            self._told_attention = scorer.backend
+            tell(f"attention: {scorer.backend} (launch.attention={self.config.launch.attention})")
         return self._engine
 
-    def host_model(self, model: Artifact) -> torch.nn.Module:
-        """A plain copy of a (small) model outside the engine, to sample from."""
-        verify(model)
-        return self._load(model)
-
-    def _load(self, model: Artifact) -> PreTrainedModel:
-        return hub.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
-
     def release(self) -> None:
+        """Unload the model in memory."""
         if self._engine:
             self._engine.close()
         self._engine = self._held = self._place = None
 
     def find(self, key: str) -> Artifact:
-        """The model of a key: made here, or S from elsewhere. ValueError where it is neither."""
+        """The model of a key: made here, or S from elsewhere. UserError if it is neither."""
         made, given = next(self.store.root.glob(f"*/{key[:16]}/manifest.json"), None), self.config.model
         folder = made.parent if made else hub.locate(given.path, given.revision, given.name == "hub")
         found = Artifact(key, folder, reused=True)
@@ -89,77 +113,82 @@ class Workbench:
         return found
 
     def save(self, folder: Path, key: str) -> None:
-        """Write the weights in memory as a Hugging Face folder; from here on they are the model of this key."""
+        """Write the weights in memory as a Hugging Face folder, the model of this key from here on."""
+        assert self._engine is not None
         model, state = self._engine.scorer.model, self._engine.weights()
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        if launch.is_main():
+        if distributed.is_main():
             if self._place:
-                model = adapters.finish(self._place, state, folder, self.config)
+                model = adapters.finish(self._place, state, folder, self.config.model.trust_remote_code)
                 state = dict(model.named_parameters())
             dtype = hub.DTYPES[self.config.save_dtype]
             hub.save(model, {name: tensor.to(dtype) for name, tensor in state.items()}, self.tokenizer, folder)
-        # What was rounded or merged on the way to disk is not what memory holds.
+        # If weights were rounded or merged on the way to disk, memory holds others.
         self._held = key if self.config.save_dtype == "fp32" and not self._place else None
 
-    def logprobs(self, model: Artifact, rows: list[TokenPair]) -> np.ndarray:
-        """Summed response log-probs [N, 2] (float32, nats) of rows under a model: read, or computed and kept.
+    def logprobs_of(self, model: Artifact, tables: list[list[TokenPair]]) -> list[np.ndarray]:
+        """The log-probs of several lists of rows under a model, which is loaded once if any of them is missing."""
+        return [self.logprobs(model, rows) for rows in tables]
 
-        A model that came with a tokenizer of its own reads the same texts in its own tokens.
+    def logprobs(self, model: Artifact, rows: list[TokenPair]) -> np.ndarray:
+        """Summed response log-probs [N, 2] (float32, nats) of rows under a model: read, or computed and stored.
+
+        A model that came with a tokenizer of its own reads the same texts in its own tokens. UserError if a stored
+        table was changed.
         """
-        rows = self.as_read_by(model, rows)
-        determinants = {
-            "weights": model.key,
-            "rows": content_hash(rows),
-            "precision": self.config.precision,
-            "attention": self.config.launch.attention,
-            "compile": self.config.launch.compile,
-            "device": self.device.type,
-        }
+        rows = self._as_read_by(model, rows)
 
         def build(folder: Path) -> None:
-            module, budget = self.hold(model).module, self.config.launch.tokens_per_pack
-            bar = progress(len(rows), "log-probs", quiet=not launch.is_main())
+            module, budget = self.load(model).module, self.config.launch.tokens_per_pack
+            bar = progress(len(rows), "log-probs", quiet=not distributed.is_main())
             with bar, explained("in the log-probs", budget):
                 began = time.monotonic()
                 logps_N2 = score(module, rows, budget, bar.advance)
                 self.scored += (sum(map(tokens_of, rows)), time.monotonic() - began)
-            if launch.is_main():
-                write_table(folder / "logprobs.parquet", rows, logps_N2)
+            if distributed.is_main():
+                logprob_table.write(folder / "logprobs.parquet", rows, logps_N2)
 
-        artifact = self.store.make("logprobs", determinants, build)
-        logps_N2 = read_table(artifact.folder / "logprobs.parquet")
+        artifact = self.store.make("logprobs", self._decide(model, rows), build)
+        logps_N2 = logprob_table.read(artifact.folder / "logprobs.parquet")
         if damaged(artifact):
             self._name_wrong_rows(model, rows, logps_N2, artifact)
         return logps_N2
 
+    def has_logprobs(self, model: Artifact, rows: list[TokenPair]) -> bool:
+        """Whether the store holds this table."""
+        return self.store.holds("logprobs", self._decide(model, self._as_read_by(model, rows)))
+
+    def _decide(self, model: Artifact, rows: list[TokenPair]) -> dict[str, Any]:
+        return {"weights": model.key, "rows": content_hash(rows), **self.numerics.of_logprobs()}
+
+    def _as_read_by(self, model: Artifact, rows: list[TokenPair]) -> list[TokenPair]:
+        foreign = self.foreign.get(model.key)
+        return [foreign[row.id] for row in rows] if foreign else rows
+
     def _name_wrong_rows(self, model: Artifact, rows: list[TokenPair], logps_N2: np.ndarray, found: Artifact) -> None:
-        """ValueError for a table that is not what was written, with the rows whose numbers were changed."""
-        fresh_N2 = score(self.hold(model).module, rows, self.config.launch.tokens_per_pack)
+        """Raise a UserError that names the rows whose stored numbers are not the model's."""
+        fresh_N2 = score(self.load(model).module, rows, self.config.launch.tokens_per_pack)
         wrong = [row.id for row, ours, theirs in zip(rows, fresh_N2, logps_N2, strict=True) if (ours != theirs).any()]
-        raise ValueError(
+        raise UserError(
             f"{found.folder} has changed since it was written; its model gives other log-probs for "
             f"{', '.join(wrong[:5]) or 'no row'}; remove the folder and start again"
         )
 
-    def as_read_by(self, model: Artifact, rows: list[TokenPair]) -> list[TokenPair]:
-        foreign = self.foreign.get(model.key)
-        return [foreign[row.id] for row in rows] if foreign else rows
-
     def audit(self, model: Artifact, rows: list[TokenPair], logps_N2: np.ndarray) -> float:
-        """Score a fixed sample of rows anew with the model's own forward pass, one sequence at a time.
+        """Score a fixed sample of rows again with the model's own forward pass, one sequence at a time.
 
-        Returns the largest relative difference to the table; ValueError, with the row's id, above the tolerance.
+        Returns the largest relative difference to the table. UserError, with the row's id, above the tolerance.
         """
-        rows = self.as_read_by(model, rows)
+        rows = self._as_read_by(model, rows)
         sample = np.random.default_rng(len(rows)).choice(len(rows), min(NUM_AUDITED, len(rows)), replace=False)
-        engine = self.hold(model)
+        engine = self.load(model)
         worst = 0.0
         for index in map(int, sample):
             with torch.no_grad():
                 fresh = np.array([float(sum_) for sum_ in naive_logprobs(engine.scorer.model, rows[index])])
             error = float((np.abs(fresh - logps_N2[index]) / np.maximum(1.0, np.abs(fresh))).max())
             if not error <= TOLERANCE[self.config.precision]:
-                raise ValueError(
+                raise UserError(
                     f"the reference log-probs of row {rows[index].id} are {logps_N2[index].tolist()}, but its model "
                     f"gives {fresh.tolist()}: the stored numbers are not this model's; remove them and start again"
                 )
@@ -167,21 +196,9 @@ class Workbench:
         return worst
 
 
-def write_table(path: Path, rows: list[TokenPair], logps_N2: np.ndarray) -> None:
-    """Keep log-probs by row id."""
-    columns = {"id": [row.id for row in rows], "chosen": logps_N2[:, 0], "rejected": logps_N2[:, 1]}
-    pq.write_table(pa.table(columns), path)
-
-
-def read_table(path: Path) -> np.ndarray:
-    """Log-probs [N, 2] in the order of the rows they were written for."""
-    table = pq.read_table(path)
-    return np.stack([table["chosen"].to_numpy(), table["rejected"].to_numpy()], axis=1)
-
-
 def verify(model: Artifact) -> None:
-    """ValueError unless the folder still holds the weights that the key names."""
+    """UserError unless the folder still holds the weights that the key names."""
     if model.folder.name == model.key[:16]:  # an artifact of the store
         check(model)
     elif hub.fingerprint(model.folder) != model.key:
-        raise ValueError(f"{model.folder} has changed since this run began; start again to use the new weights")
+        raise UserError(f"{model.folder} has changed since this run began; start again to use the new weights")

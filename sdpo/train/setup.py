@@ -1,103 +1,114 @@
-"""What a run starts from: S, its tokenizer, and the pairs as token rows; each made once and kept in the store."""
+"""What a run starts from: S, its tokenizer, and the pairs as tokens. Each is made once and kept in the store."""
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from sdpo import lab
-from sdpo.binding import choose, needs
-from sdpo.config import Config, for_step
-from sdpo.data import preferences as preference_data
+from sdpo import distributed
+from sdpo.binding import bind, inputs_of
+from sdpo.config import Config, Settings, for_step
+from sdpo.data import preferences as preference_files
+from sdpo.data.pair_table import PairTable
 from sdpo.data.preferences import Pair, Preferences
-from sdpo.data.tokenize import TokenPair, encode
-from sdpo.launch import local as launch
+from sdpo.data.tokenize import encode
+from sdpo.errors import UserError
+from sdpo.lab import exam as lab_exam
+from sdpo.lab import model as lab_model
+from sdpo.lab import pairs as lab_pairs
 from sdpo.model import adapters, hub
 from sdpo.store import Artifact, Store
 from sdpo.train import probes
-from sdpo.train.loop import Chunk
 from sdpo.train.reference_windows import external
-from sdpo.train.runner import Workbench
+from sdpo.train.runner import Runner
 from sdpo.train.step import take_step
+from sdpo.train.step_key import StepSpec
+from sdpo.types import ChosenRejected, Chunk, TokenPair
 from sdpo.variants import loss as losses
-from sdpo.variants.loss import Both
 
 
-class Inputs(NamedTuple):
-    bench: Workbench
+@dataclass(frozen=True)
+class Inputs:
+    runner: Runner
     initial: Artifact  # S, which is M_0
-    train: list[TokenPair]
-    held_out: list[TokenPair]
-    pairs: dict[str, Pair]  # by id, both sides
+    train: PairTable
+    held_out: PairTable
     report: dict  # data_report.json
-    exam: lab.Exam | None  # the laboratory's questions
+    exam: lab_exam.Exam | None  # the laboratory's questions
 
-    def chunk(self, ids: list[str]) -> Chunk:
-        """The rows and ratings of these training pairs, in this order."""
-        rows = {row.id: row for row in self.train}
-        chunk = as_chunk([rows[id] for id in ids], self.pairs)
-        return chunk._replace(probes=[*self.held_out, *self.probes(ids)])
+    def chunk(self, indices: np.ndarray) -> Chunk:
+        """These training pairs as the chunk of a step, in the order of the indices."""
+        table, followed = self.train.take(indices), self.train.take(self.probes(indices))
+        return Chunk(table.rows, table.ratings_N2, [*self.held_out.rows, *followed.rows])
 
-    def probes(self, ids: list[str]) -> list[TokenPair]:
-        """The pairs of a chunk that are followed, in the order of the training rows."""
-        members = set(ids)
-        return probes.sample([row for row in self.train if row.id in members])
+    def probes(self, indices: np.ndarray) -> np.ndarray:
+        """The pairs of a chunk that are followed through the run, in the order of the training pairs."""
+        return probes.sample(self.train.ids, indices)
 
-
-def as_chunk(rows: list[TokenPair], pairs: dict[str, Pair]) -> Chunk:
-    ratings = [(pairs[row.id].chosen_rating, pairs[row.id].rejected_rating) for row in rows]
-    return Chunk(rows, np.array(ratings, dtype=np.float32))  # None becomes nan
+    def followed(self, chunks: list[np.ndarray]) -> list[list[TokenPair]]:
+        """The rows that every model of the run scores: the held-out pairs, then the probes of each chunk."""
+        return [self.held_out.rows, *(self.train.take(self.probes(indices)).rows for indices in chunks)]
 
 
 def prepare(config: Config, store: Store, take: Callable = take_step) -> Inputs:
-    """Everything a run needs before its first step, S by `take`; raises ValueError for input that cannot be used."""
+    """Everything that a run needs before its first step; `take` makes S. UserError for input that cannot be used."""
     if (config.model.name == "lab") != (config.data.name == "lab"):
-        raise ValueError("model=lab and data=lab go together: the laboratory's model speaks nothing else")
-    base, tokenizer = _base_model(config, store)
-    bench = Workbench(config, store, tokenizer)
+        raise UserError("model=lab and data=lab go together: the laboratory's model speaks nothing else")
+    runner, base = open_runner(config, store)
+    initial, exam = base, None
     if config.data.name == "lab":
-        initial = _sft(config, bench, base, take)
-        preferences, exam = _lab_pairs(config, bench, initial)
+        initial = fine_tune(config, runner, base, take)
+        preferences, exam = _lab_pairs(config, runner, initial)
     else:
-        initial, exam = base, None
-        preferences = preference_data.load(config.data)
+        preferences = preference_files.load(config.data)
     _check_ratings(config, preferences.train)
     if config.tune.get("quantize", "none") != "none":
-        initial = adapters.rounded(initial, config, store, tokenizer)
-    settings = {k: getattr(config.data, k) for k in ("template", "max_tokens", "on_long")}
-    train, train_report = encode(preferences.train, tokenizer, **settings)
-    held_out, held_out_report = encode(preferences.held_out, tokenizer, **settings)
-    pairs = {pair.id: pair for pair in [*preferences.train, *preferences.held_out]}
-    if external_references := _external_references(config):
-        kept = [pairs[id] for id in (*train, *held_out)]
-        _refuse_truncated(config, train_report, held_out_report)
-        for reference in external_references:
-            _read_by_external(reference, config, bench, kept)
-    report = preferences.report | {"tokens": {"train": train_report, "held_out": held_out_report}}
-    return Inputs(bench, initial, list(train.values()), list(held_out.values()), pairs, report, exam)
+        initial = adapters.rounded(initial, runner.loading, store, runner.tokenizer)
+    return Inputs(runner, initial, *_encode(config, runner, preferences), exam)
+
+
+def open_runner(config: Config, store: Store) -> tuple[Runner, Artifact]:
+    """A runner with the model's tokenizer, and the model before any training here."""
+    base, tokenizer = _base_model(config, store)
+    return Runner(config, store, tokenizer), base
+
+
+def _encode(config: Config, runner: Runner, preferences: Preferences) -> tuple[PairTable, PairTable, dict]:
+    """Both sides as tokens, and the data report."""
+    settings = {name: getattr(config.data, name) for name in ("template", "max_tokens", "on_long")}
+    tables, reports = [], {}
+    for side in ("train", "held_out"):
+        rows, reports[side] = encode(getattr(preferences, side), runner.tokenizer, **settings)
+        tables.append(PairTable.join(getattr(preferences, side), rows))
+    for reference in external_references(config):
+        _refuse_truncated(config, *reports.values())
+        _read_by_external(reference, config, runner, [*tables[0].pairs, *tables[1].pairs])
+    train, held_out = tables
+    return train, held_out, preferences.report | {"tokens": reports}
 
 
 def _check_ratings(config: Config, pairs: list[Pair]) -> None:
-    """ValueError where the loss reads ratings that a training pair lacks, or that it does not accept."""
-    loss = choose(losses, config.loss)
-    if "ratings" not in needs(loss):
+    """UserError if the loss reads ratings that a training pair lacks, or that it does not accept."""
+    loss = bind(losses, config.loss)
+    if "ratings" not in inputs_of(loss):
         return
     if unrated := [pair.id for pair in pairs if None in (pair.chosen_rating, pair.rejected_rating)]:
-        raise ValueError(
+        raise UserError(
             f"loss={config.loss['name']} needs chosen_rating and rejected_rating, which {len(unrated)} of {len(pairs)} "
             f"training pairs lack, {unrated[0]} among them; choose another loss, or data with ratings"
         )
-    ratings = Both(*torch.tensor([(pair.chosen_rating, pair.rejected_rating) for pair in pairs]).T)
-    loss(*(ratings for _ in needs(loss)))  # says what it does not accept; of the rest any number will do
+    ratings = ChosenRejected(*torch.tensor([(pair.chosen_rating, pair.rejected_rating) for pair in pairs]).T)
+    loss(*(ratings for _ in inputs_of(loss)))  # raises for ratings that it refuses; the other inputs can be any number
 
 
-def _external_references(config: Config) -> list[dict]:
+def external_references(config: Config) -> list[Settings]:
     """The settings of every external reference, of the run and of single steps, each once."""
-    found: list[dict] = []
+    found: list[Settings] = []
     for t in (0, *config.steps):
         reference = for_step(config, t).reference
         if reference["name"] == "external" and reference not in found:
@@ -106,45 +117,42 @@ def _external_references(config: Config) -> list[dict]:
 
 
 def _refuse_truncated(config: Config, *reports: dict) -> None:
-    """ValueError where a pair was cut in our tokens: an external reference reads whole texts in its own."""
+    """UserError if a pair was cut in our tokens: an external reference reads whole texts in its own."""
     if cut := sum(source["truncated"] for report in reports for source in report["sources"].values()):
-        raise ValueError(
+        raise UserError(
             f"{cut} pairs are cut by data.on_long={config.data.on_long}, but reference=external reads whole texts, "
             "so its log-probs would be of other responses; set data.on_long=drop, or raise data.max_tokens"
         )
 
 
-def _read_by_external(reference: dict, config: Config, bench: Workbench, pairs: list[Pair]) -> None:
-    """Let an external reference read the same texts with its own tokenizer and template; only sums cross over."""
+def _read_by_external(reference: Settings, config: Config, runner: Runner, pairs: list[Pair]) -> None:
+    """Encode the same texts with an external reference's own tokenizer and template; only sums are compared."""
     model = external(reference)
     tokenizer = hub.load_tokenizer(model.folder)
     longest = max(tokenizer.model_max_length, config.data.max_tokens)
     template = reference.get("template")
-    bench.foreign[model.key], _ = encode(pairs, tokenizer, template=template, max_tokens=longest, on_long="error")
+    runner.foreign[model.key], _ = encode(pairs, tokenizer, template=template, max_tokens=longest, on_long="error")
 
 
-def _base_model(config: Config, store: Store):
-    """The model before any training here, with its tokenizer."""
+def _base_model(config: Config, store: Store) -> tuple[Artifact, PreTrainedTokenizerBase]:
     if config.model.name != "lab":
         remote = config.model.trust_remote_code
         folder = hub.locate(config.model.path, config.model.revision, config.model.name == "hub", remote)
-        key = hub.fingerprint(folder)
-        return Artifact(key, folder, reused=True), hub.load_tokenizer(folder, remote)
-    tokenizer = lab.tokenizer()
+        return Artifact(hub.fingerprint(folder), folder, reused=True), hub.load_tokenizer(folder, remote)
+    tokenizer = lab_model.tokenizer()
 
     def build(folder: Path) -> None:
-        if launch.is_main():
-            model = lab.new_model(config.model.lab, config.model.seed)
+        if distributed.is_main():
+            model = lab_model.new_model(config.model.lab, config.model.seed)
             hub.save(model, model.state_dict(), tokenizer, folder)
 
     determinants = {"lab": asdict(config.model.lab), "seed": config.model.seed}
     return store.make("model", determinants, build), tokenizer
 
 
-def _sft(config: Config, bench: Workbench, base: Artifact, take: Callable) -> Artifact:
-    """S, as step 0 of the ordinary loop: supervised fine-tuning on the laboratory's demonstrations."""
-    rows = lab.demonstrations(config.data.lab, config.model.seed)
-    unrated = np.full((len(rows), 2), np.nan, dtype=np.float32)
+def fine_tune(config: Config, runner: Runner, base: Artifact, take: Callable) -> Artifact:
+    """S of the laboratory: step 0 of the ordinary loop, supervised fine-tuning on demonstrations."""
+    rows = lab_pairs.demonstrations(config.data.lab, config.model.seed)
     settings = replace(
         config,
         optim=config.model.sft,
@@ -153,22 +161,29 @@ def _sft(config: Config, bench: Workbench, base: Artifact, take: Callable) -> Ar
         tune={"name": "full"},
         seed=config.model.seed,
     )
-    return take(bench, settings, 0, base, [base], Chunk(rows, unrated)).model
+    unrated_N2 = np.full((len(rows), 2), np.nan, dtype=np.float32)
+    return take(StepSpec(0, settings, base, [base], Chunk(rows, unrated_N2)), runner).model
 
 
-def _lab_pairs(config: Config, bench: Workbench, initial: Artifact) -> tuple[Preferences, lab.Exam]:
-    """The laboratory's pairs and questions, both partly made of S's own answers, and so kept under S's key."""
+def lab_pairs_key(config: Config, initial: Artifact) -> dict[str, Any]:
+    """What the laboratory's pairs depend on: S, because some are made of its own answers, and the settings."""
+    return {"initial": initial.key, "settings": asdict(config.data.lab) | {"seed": config.data.seed}}
+
+
+def _lab_pairs(config: Config, runner: Runner, initial: Artifact) -> tuple[Preferences, lab_exam.Exam]:
+    """The laboratory's pairs and questions."""
 
     def build(folder: Path) -> None:
-        if launch.is_main():
-            preferences, exam = lab.build(config.data, bench.host_model(initial), bench.tokenizer)
-            preference_data.write_jsonl(folder / "train.jsonl", preferences.train)
-            preference_data.write_jsonl(folder / "held_out.jsonl", preferences.held_out)
+        if distributed.is_main():
+            model = runner.load_verified(initial)
+            preferences = lab_pairs.preferences(config.data, model, runner.tokenizer)
+            exam = lab_exam.set_exam(config.data.lab, model, runner.tokenizer)
+            preference_files.write_jsonl(folder / "train.jsonl", preferences.train)
+            preference_files.write_jsonl(folder / "held_out.jsonl", preferences.held_out)
             kept = {"report": preferences.report, "exam": asdict(exam)}
             (folder / "rest.json").write_text(json.dumps(kept))
 
-    settings = asdict(config.data.lab) | {"seed": config.data.seed}
-    folder = bench.store.make("pairs", {"initial": initial.key, "settings": settings}, build).folder
+    folder = runner.store.make("pairs", lab_pairs_key(config, initial), build).folder
     rest = json.loads((folder / "rest.json").read_text())
-    train, held_out = (preference_data.read_jsonl(folder / f"{name}.jsonl") for name in ("train", "held_out"))
-    return Preferences(train, held_out, rest["report"]), lab.Exam(**rest["exam"])
+    train, held_out = (preference_files.read_jsonl(folder / f"{name}.jsonl") for name in ("train", "held_out"))
+    return Preferences(train, held_out, rest["report"]), lab_exam.Exam(**rest["exam"])

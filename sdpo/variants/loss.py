@@ -1,6 +1,6 @@
 """Preference losses: one function of one pair's summed log-probabilities, lengths and ratings.
 
-The positional parameters say what a loss reads, each a `Both` [B]: `policy` and `reference`, summed response
+The positional parameters say what a loss reads, each a `ChosenRejected` [B]: `policy` and `reference`, summed response
 log-probs in nats; `lengths`, response tokens; `ratings`, a judge's. A loss returns one value per pair [B],
 and no pair's value depends on another's, so that accumulation never changes a result.
 
@@ -9,18 +9,13 @@ Shape suffixes: B pairs.
 
 import math
 from enum import StrEnum
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Both(NamedTuple):
-    """The same quantity for the chosen and for the rejected response, each [B]."""
-
-    chosen: Tensor
-    rejected: Tensor
+from sdpo.errors import UserError
+from sdpo.types import ChosenRejected as ChosenRejected
 
 
 class OverTokens(StrEnum):
@@ -30,7 +25,7 @@ class OverTokens(StrEnum):
     mean = "mean"
 
 
-def dpo(policy: Both, reference: Both, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def dpo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """-log sigmoid(beta * margin), Rafailov et al. 2305.18290 eq. 7; `label_smoothing` is the chance that a
     label is turned round (cDPO, Mitchell 2023). TRL: `sigmoid`, which has no smoothing.
     """
@@ -39,7 +34,7 @@ def dpo(policy: Both, reference: Both, *, beta: float, label_smoothing: float = 
     return -(1 - label_smoothing) * F.logsigmoid(logits_B) - label_smoothing * F.logsigmoid(-logits_B)
 
 
-def robust(policy: Both, reference: Both, *, beta: float, label_smoothing: float) -> Tensor:
+def robust(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, label_smoothing: float) -> Tensor:
     """DPO made unbiased under labels that are turned round with chance e = `label_smoothing`:
     ((1 - e) dpo(margin) - e dpo(-margin)) / (1 - 2 e), Chowdhury et al. 2403.00409. TRL: `robust`.
     """
@@ -51,7 +46,12 @@ def robust(policy: Both, reference: Both, *, beta: float, label_smoothing: float
 
 
 def ipo(
-    policy: Both, reference: Both, lengths: Both, *, beta: float, over_tokens: OverTokens = OverTokens.mean
+    policy: ChosenRejected,
+    reference: ChosenRejected,
+    lengths: ChosenRejected,
+    *,
+    beta: float,
+    over_tokens: OverTokens = OverTokens.mean,
 ) -> Tensor:
     """(margin - 1 / (2 beta))^2, Azar et al. 2310.12036 eq. 17, their tau being beta.
 
@@ -63,28 +63,28 @@ def ipo(
     return (margin_B - 1 / (2 * beta)) ** 2
 
 
-def hinge(policy: Both, reference: Both, *, beta: float) -> Tensor:
+def hinge(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> Tensor:
     """max(0, 1 - beta * margin), Zhao et al. 2305.10425 (SLiC-HF) in the normalised form of Liu et al.
     2309.06657 (RSO). TRL: `hinge`.
     """
     return F.relu(1 - beta * _margin(policy, reference))
 
 
-def exo(policy: Both, reference: Both, *, beta: float, label_smoothing: float) -> Tensor:
+def exo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, label_smoothing: float) -> Tensor:
     """KL from the policy's preference p = sigmoid(beta * margin) to the label's, smoothed by e = `label_smoothing` to
     be finite: p log(p / (1 - e)) + (1 - p) log((1 - p) / e), Ji et al. 2402.00856 eq. 16. TRL: `exo_pair`.
-    ValueError unless 0 < label_smoothing < 0.5.
+    UserError unless 0 < label_smoothing < 0.5.
     """
     _check_share("label_smoothing", label_smoothing)
     if label_smoothing == 0:
-        raise ValueError("loss.label_smoothing must be above 0 for exo, whose loss is infinite without it")
+        raise UserError("loss.label_smoothing must be above 0 for exo, whose loss is infinite without it")
     logits_B = beta * _margin(policy, reference)
     won_B, lost_B = F.logsigmoid(logits_B), F.logsigmoid(-logits_B)
     kept_B = won_B.exp() * (won_B - math.log1p(-label_smoothing))
     return kept_B + lost_B.exp() * (lost_B - math.log(label_smoothing))
 
 
-def nca(policy: Both, reference: Both, *, beta: float) -> Tensor:
+def nca(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> Tensor:
     """Noise-contrastive alignment for pairs, r being beta * log-ratio, w the chosen and l the rejected response:
     -log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2, Chen et al. 2402.05369. TRL: `nca_pair`.
     """
@@ -92,7 +92,7 @@ def nca(policy: Both, reference: Both, *, beta: float) -> Tensor:
     return -F.logsigmoid(chosen_B) - 0.5 * F.logsigmoid(-chosen_B) - 0.5 * F.logsigmoid(-rejected_B)
 
 
-def sppo_hard(policy: Both, reference: Both, *, beta: float) -> Tensor:
+def sppo_hard(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> Tensor:
     """(log-ratio_w - 1 / (2 beta))^2 + (log-ratio_l + 1 / (2 beta))^2, Wu et al. 2405.00675 eq. 4.7 with win chances 1
     and 0 and their eta = 1 / beta. TRL: `sppo_hard`.
     """
@@ -100,7 +100,7 @@ def sppo_hard(policy: Both, reference: Both, *, beta: float) -> Tensor:
     return (chosen_B - 0.5 / beta) ** 2 + (rejected_B + 0.5 / beta) ** 2
 
 
-def apo_zero(policy: Both, reference: Both, *, beta: float) -> Tensor:
+def apo_zero(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> Tensor:
     """Raises the chosen and lowers the rejected response, r being beta * log-ratio: 1 - sigmoid(r_w) + sigmoid(r_l),
     for chosen answers better than the model's own, D'Oosterlinck et al. 2408.06266 eq. 7. TRL: `apo_zero`.
     """
@@ -108,7 +108,7 @@ def apo_zero(policy: Both, reference: Both, *, beta: float) -> Tensor:
     return torch.sigmoid(-chosen_B) + torch.sigmoid(rejected_B)
 
 
-def apo_down(policy: Both, reference: Both, *, beta: float) -> Tensor:
+def apo_down(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> Tensor:
     """Lowers both responses, the rejected one more, r being beta * log-ratio: sigmoid(r_w) + 1 - sigmoid(r_w - r_l),
     for chosen answers worse than the model's own, D'Oosterlinck et al. 2408.06266 eq. 8. TRL: `apo_down`.
     """
@@ -116,7 +116,7 @@ def apo_down(policy: Both, reference: Both, *, beta: float) -> Tensor:
     return torch.sigmoid(chosen_B) + torch.sigmoid(rejected_B - chosen_B)
 
 
-def discopop(policy: Both, reference: Both, *, beta: float, tau: float) -> Tensor:
+def discopop(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, tau: float) -> Tensor:
     """Logistic and exponential loss mixed by the size of z = beta * margin: (1 - m) log(1 + exp(-z)) + m exp(-z) with
     m = sigmoid(z / tau), Lu et al. 2406.08414 eq. 5 (LRML). TRL: `discopop`.
     """
@@ -125,7 +125,7 @@ def discopop(policy: Both, reference: Both, *, beta: float, tau: float) -> Tenso
     return (1 - mix_B) * -F.logsigmoid(logits_B) + mix_B * torch.exp(-logits_B)
 
 
-def hypo(policy: Both, reference: Both, *, beta: float) -> Tensor:
+def hypo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> Tensor:
     """DPO against max(gamma_ref, 0), so that a reference that prefers the wrong answer asks for no less than
     none would, HyPO 2602.11902.
     """
@@ -133,17 +133,19 @@ def hypo(policy: Both, reference: Both, *, beta: float) -> Tensor:
     return -F.logsigmoid(beta * (policy.chosen - policy.rejected - gamma_ref_B.clamp(min=0)))
 
 
-def odpo(policy: Both, reference: Both, ratings: Both, *, beta: float, alpha: float) -> Tensor:
+def odpo(
+    policy: ChosenRejected, reference: ChosenRejected, ratings: ChosenRejected, *, beta: float, alpha: float
+) -> Tensor:
     """DPO whose margin must exceed an offset alpha * log(rating gap), Amini et al. 2402.10571.
-    ValueError where a chosen response is not rated above its rejected one.
+    UserError where a chosen response is not rated above its rejected one.
     """
     gap_B = ratings.chosen - ratings.rejected
     if not bool((gap_B > 0).all()):
-        raise ValueError("loss=odpo needs chosen responses rated above their rejected ones: drop the other pairs")
+        raise UserError("loss=odpo needs chosen responses rated above their rejected ones: drop the other pairs")
     return -F.logsigmoid(beta * _margin(policy, reference) - alpha * gap_B.log())
 
 
-def simpo(policy: Both, lengths: Both, *, beta: float, target_margin: float) -> Tensor:
+def simpo(policy: ChosenRejected, lengths: ChosenRejected, *, beta: float, target_margin: float) -> Tensor:
     """Reference-free DPO on log-probs per token with a target margin (their gamma):
     -log sigmoid(beta * (logp_w / n_w - logp_l / n_l) - target_margin), Meng et al. 2405.14734. TRL's CPO: `simpo`.
     """
@@ -151,7 +153,14 @@ def simpo(policy: Both, lengths: Both, *, beta: float, target_margin: float) -> 
     return -F.logsigmoid(beta * per_token_B - target_margin)
 
 
-def cpo(policy: Both, lengths: Both, *, beta: float, alpha: float, over_tokens: OverTokens = OverTokens.mean) -> Tensor:
+def cpo(
+    policy: ChosenRejected,
+    lengths: ChosenRejected,
+    *,
+    beta: float,
+    alpha: float,
+    over_tokens: OverTokens = OverTokens.mean,
+) -> Tensor:
     """DPO against a uniform reference plus the chosen response's NLL: -log sigmoid(beta * (logp_w - logp_l)) + alpha *
     nll_w, Xu et al. 2401.08417.
 
@@ -162,7 +171,7 @@ def cpo(policy: Both, lengths: Both, *, beta: float, alpha: float, over_tokens: 
     return -F.logsigmoid(beta * (policy.chosen - policy.rejected)) + alpha * nll_B
 
 
-def orpo(policy: Both, lengths: Both, *, beta: float) -> Tensor:
+def orpo(policy: ChosenRejected, lengths: ChosenRejected, *, beta: float) -> Tensor:
     """NLL per token plus beta (their lambda) times the odds-ratio loss, Hong et al. 2403.07691 eq. 4, 7.
 
     TRL's ORPO takes the NLL over the prompt too; here, as in the paper, it is of the response alone.
@@ -172,7 +181,7 @@ def orpo(policy: Both, lengths: Both, *, beta: float) -> Tensor:
     return -chosen_B - beta * F.logsigmoid(log_odds_B)
 
 
-def dpop(policy: Both, reference: Both, *, beta: float, penalty: float) -> Tensor:
+def dpop(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, penalty: float) -> Tensor:
     """DPO with a penalty (their lambda) where the chosen response falls below its reference: -log sigmoid(beta *
     (margin - penalty * max(0, -log-ratio_w))), DPO-Positive, Pal et al. 2402.13228.
     """
@@ -181,9 +190,9 @@ def dpop(policy: Both, reference: Both, *, beta: float, penalty: float) -> Tenso
 
 
 def rpo(
-    policy: Both,
-    reference: Both,
-    lengths: Both,
+    policy: ChosenRejected,
+    reference: ChosenRejected,
+    lengths: ChosenRejected,
     *,
     beta: float,
     alpha: float,
@@ -198,23 +207,23 @@ def rpo(
     return -F.logsigmoid(beta * _margin(policy, reference)) + alpha * nll_B
 
 
-def sft(policy: Both, lengths: Both, *, over_tokens: OverTokens = OverTokens.mean) -> Tensor:
+def sft(policy: ChosenRejected, lengths: ChosenRejected, *, over_tokens: OverTokens = OverTokens.mean) -> Tensor:
     """The chosen response's NLL, per token or summed; the rejected response is not read. TRL's `sft` averages
     over the tokens of a batch, which couples its pairs; `mean` here averages over one response's.
     """
     return _over(over_tokens, -policy.chosen, lengths.chosen)
 
 
-def _log_ratios(policy: Both, reference: Both) -> Both:
-    return Both(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
+def _log_ratios(policy: ChosenRejected, reference: ChosenRejected) -> ChosenRejected:
+    return ChosenRejected(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
 
 
-def _rewards(policy: Both, reference: Both, beta: float) -> Both:
+def _rewards(policy: ChosenRejected, reference: ChosenRejected, beta: float) -> ChosenRejected:
     chosen_B, rejected_B = _log_ratios(policy, reference)
-    return Both(beta * chosen_B, beta * rejected_B)
+    return ChosenRejected(beta * chosen_B, beta * rejected_B)
 
 
-def _margin(policy: Both, reference: Both) -> Tensor:
+def _margin(policy: ChosenRejected, reference: ChosenRejected) -> Tensor:
     """gamma_theta - gamma_ref, in this order: each gamma is a difference of numbers of like size."""
     return (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
 
@@ -230,4 +239,4 @@ def _log1mexp(logp_B: Tensor) -> Tensor:
 
 def _check_share(name: str, share: float) -> None:
     if not 0 <= share < 0.5:
-        raise ValueError(f"loss.{name} must be at least 0 and below 0.5, not {share}")
+        raise UserError(f"loss.{name} must be at least 0 and below 0.5, not {share}")

@@ -6,14 +6,8 @@ the steps produced), `policy` (as at the window's start), `reference` (the last 
 Windows count from a step's first update.
 """
 
-from typing import NamedTuple
-
-
-class Window(NamedTuple):
-    """A run of updates during which the reference is frozen, and the weights it is frozen at."""
-
-    num_updates: int
-    weights: dict[str, float]
+from sdpo.errors import UserError
+from sdpo.types import Window
 
 
 def previous(step: int, num_updates: int) -> list[Window]:
@@ -48,10 +42,10 @@ def periodic(step: int, num_updates: int, *, updates: int) -> list[Window]:
 
 def mixed(step: int, num_updates: int, *, alpha: float, updates: int) -> list[Window]:
     """TR-DPO soft, Gorbatovski et al. 2404.09656: the policy at the step's start, then after every `updates`
-    updates (1 - alpha) * reference + alpha * policy; at alpha 1 `periodic`. ValueError unless 0 < alpha <= 1.
+    updates (1 - alpha) * reference + alpha * policy; at alpha 1 `periodic`. UserError unless 0 < alpha <= 1.
     """
     if not 0 < alpha <= 1:
-        raise ValueError(f"reference.alpha must be above 0 and at most 1, not {alpha}")
+        raise UserError(f"reference.alpha must be above 0 and at most 1, not {alpha}")
     first, *later = _lengths(num_updates, updates)
     weights = {"reference": 1 - alpha, "policy": alpha} if alpha < 1 else {"policy": 1.0}
     return [Window(first, {"policy": 1.0})] + [Window(length, weights) for length in later]
@@ -70,6 +64,6 @@ def none(step: int, num_updates: int) -> list[Window]:
 def _lengths(num_updates: int, updates: int) -> list[int]:
     """Cuts `num_updates` into windows of `updates`, the last one as short as it comes."""
     if updates < 1:
-        raise ValueError(f"reference.updates must be at least 1, not {updates}")
+        raise UserError(f"reference.updates must be at least 1, not {updates}")
     assert num_updates >= 1
     return [min(updates, num_updates - begun) for begun in range(0, num_updates, updates)]

@@ -12,6 +12,8 @@ saying which reading of it was used, so the reading is a named choice here, and 
 
 import numpy as np
 
+from sdpo.errors import UserError
+
 
 def gamma(logps: np.ndarray) -> np.ndarray:
     """log pi(chosen) - log pi(rejected), summed over tokens: what the paper's gamma is. Mostly measures length."""
@@ -39,10 +41,10 @@ def reward_model(
 
 
 def rating_gap(ratings: np.ndarray) -> np.ndarray:
-    """The gap of the ratings that came with the pair (Curri-DPO, 2403.07230). ValueError where one is missing."""
+    """The gap of the ratings that came with the pair (Curri-DPO, 2403.07230). UserError where one is missing."""
     missing = int(np.isnan(ratings).any(axis=1).sum())
     if missing:
-        raise ValueError(
+        raise UserError(
             f"score=rating_gap needs chosen_rating and rejected_rating, which {missing} of {len(ratings)} training "
             "pairs lack; choose another score, or data with ratings"
         )

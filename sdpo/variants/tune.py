@@ -7,7 +7,7 @@ Nothing here imports torch.
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from sdpo.config import Config
+from sdpo.errors import UserError
 
 
 class Adapter(NamedTuple):
@@ -23,26 +23,6 @@ class Adapter(NamedTuple):
     modules_to_save: list[str]
     between: str
     quantize: str
-
-    def check(self, config: Config) -> None:
-        """ValueError where the rest of a step's configuration does not go with an adapter."""
-        if config.reference["name"] == "mixed" and config.reference["alpha"] < 1 and self.quantize != "none":
-            raise ValueError(
-                f"reference=mixed adds to the frozen weights, which tune.quantize={self.quantize} holds in 4 bits: use "
-                "reference=periodic, or tune.quantize=none"
-            )
-        if self.between == "stack" and config.save_dtype != "fp32" and config.precision == "fp32":
-            raise ValueError(
-                "tune.between=stack trains beside unrounded adapters, and save_dtype=bf16 would score rounded ones: "
-                "use save_dtype=fp32, precision=bf16 or tune.between=merge"
-            )
-        if config.optim.moments == "carry":
-            raise ValueError(
-                "optim.moments=carry has nothing to carry with tune=lora, whose every step trains a new adapter: "
-                "use optim.moments=reset"
-            )
-        if self.quantize != "none" and config.deepspeed.stage is not None:
-            raise ValueError(f"tune.quantize={self.quantize} runs without DeepSpeed: use deepspeed=off")
 
 
 def full() -> None:
@@ -61,23 +41,23 @@ def lora(
 ) -> Adapter:
     """LoRA, Hu et al. 2106.09685; with `quantize`, QLoRA, Dettmers et al. 2305.14314.
 
-    `between` steps: `merge` the adapter into the weights, or `stack` the next one on it, frozen. ValueError for a
+    `between` steps: `merge` the adapter into the weights, or `stack` the next one on it, frozen. UserError for a
     value outside its range, and for 4 bits without `stack` or bitsandbytes.
     """
     if rank < 1:
-        raise ValueError(f"tune.rank must be at least 1, not {rank}")
+        raise UserError(f"tune.rank must be at least 1, not {rank}")
     if alpha <= 0:
-        raise ValueError(f"tune.alpha must be above 0, not {alpha}")
+        raise UserError(f"tune.alpha must be above 0, not {alpha}")
     if not 0 <= dropout < 1:
-        raise ValueError(f"tune.dropout must be at least 0 and below 1, not {dropout}")
+        raise UserError(f"tune.dropout must be at least 0 and below 1, not {dropout}")
     if not targets:
-        raise ValueError("tune.targets is empty: name linear layers, or all-linear")
+        raise UserError("tune.targets is empty: name linear layers, or all-linear")
     if between not in ("merge", "stack"):
-        raise ValueError(f"tune.between is {between!r}; it can be merge, stack")
+        raise UserError(f"tune.between is {between!r}; it can be merge, stack")
     if quantize not in ("none", "4bit"):
-        raise ValueError(f"tune.quantize is {quantize!r}; it can be none, 4bit")
+        raise UserError(f"tune.quantize is {quantize!r}; it can be none, 4bit")
     if quantize == "4bit" and between != "stack":
-        raise ValueError("tune.quantize=4bit needs tune.between=stack: a merge would round the adapters away")
+        raise UserError("tune.quantize=4bit needs tune.between=stack: a merge would round the adapters away")
     if quantize == "4bit" and find_spec("bitsandbytes") is None:
-        raise ValueError("tune.quantize=4bit needs bitsandbytes: pip install bitsandbytes, or tune.quantize=none")
+        raise UserError("tune.quantize=4bit needs bitsandbytes: pip install bitsandbytes, or tune.quantize=none")
     return Adapter(rank, alpha, dropout, targets, modules_to_save, between, quantize)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention import varlen
 
+from sdpo.errors import UserError
 from sdpo.model.attention.sdpa import Rule
 from sdpo.model.packing import Pack
 
@@ -32,7 +33,7 @@ class Varlen:
 
     def __call__(self, query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, rule: Rule) -> Tensor:
         if rule.softcap is not None or rule.sinks_H is not None or rule.dropout:
-            raise ValueError("varlen attention has no soft cap, sinks or dropout: choose launch.attention=sdpa")
+            raise UserError("varlen attention has no soft cap, sinks or dropout: choose launch.attention=sdpa")
         window = -1 if rule.window is None else rule.window - 1
         options = {"enable_gqa": query_THD.shape[1] != key_THD.shape[1], "num_splits": 1}
         return varlen.varlen_attn(
@@ -72,7 +73,7 @@ class Flex:
 
     def __call__(self, query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, rule: Rule) -> Tensor:
         if rule.dropout:
-            raise ValueError("FlexAttention has no dropout: set the model's attention dropout to 0")
+            raise UserError("FlexAttention has no dropout: set the model's attention dropout to 0")
         output_1HTD, aux = _flex(query_THD.device.type)(
             *(x.transpose(0, 1)[None] for x in (query_THD, key_THD, value_THD)),
             score_mod=_capped(rule.softcap) if rule.softcap is not None else None,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from sdpo.errors import UserError
 from sdpo.model.attention.cuda import Flex, Varlen
 from sdpo.model.attention.sdpa import Rule, Sdpa
 
@@ -23,7 +24,7 @@ BACKENDS = {"sdpa": Sdpa, "varlen": Varlen, "flex": Flex}
 def choose(attention: str, device: torch.device, dtype: torch.dtype, reshaped: bool) -> str:
     """The backend's name: as asked for, or what suits device, precision and a model that reshapes its scores."""
     if attention not in CHOICES:
-        raise ValueError(f"attention={attention} is unknown; choose one of {', '.join(CHOICES)}")
+        raise UserError(f"attention={attention} is unknown; choose one of {', '.join(CHOICES)}")
     if attention != "auto":
         return attention
     if device.type != "cuda" or dtype == torch.float32:
@@ -41,11 +42,11 @@ def _is_capped(model: PreTrainedModel) -> bool:
 
 
 def share_prompts(model: PreTrainedModel) -> None:
-    """Route every layer's attention here. Raises ValueError, with the model's name, where that is impossible."""
+    """Route every layer's attention here. Raises UserError, with the model's name, where that is impossible."""
     if model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
-        raise ValueError(refusal(model, "its attention cannot be replaced"))
+        raise UserError(refusal(model, "its attention cannot be replaced"))
 
 
 def refusal(model: PreTrainedModel, reason: str) -> str:
@@ -88,7 +89,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer; the names are its own."""
     if packed is None:
-        raise ValueError(
+        raise UserError(
             f"{type(module).__name__} was run without a pack: score with a Scorer, and generate within own_attention; "
             "if this is a Scorer, the model does not hand its arguments on, and needs launch.attention=plain"
         )

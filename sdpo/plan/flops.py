@@ -1,0 +1,73 @@
+"""What a step costs before it is trained, in floating-point operations and GPU-hours.
+
+A token costs 2 N operations on its way forwards through N weights, and 6 N there and back (4 N if only adapters are
+trained). So E epochs against a frozen reference cost (6 E + 2) N per unique token; attention, a few per cent more, is
+left out.
+"""
+
+import math
+from dataclasses import asdict
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+
+from sdpo.config import Config, LabModel
+from sdpo.lab.model import new_model
+from sdpo.model import hub
+from sdpo.model.packing import tokens_of
+from sdpo.store import Artifact
+from sdpo.train.reference_windows import Windows
+from sdpo.train.step_key import StepSpec
+from sdpo.train.throughput import PEAKS, operations_per_weight
+
+GPU, GPUS = "A100-80", 8
+PEAK = PEAKS["A100"]
+UTILISATION = 0.4  # the share of the peak that training is assumed to reach
+
+
+def gpu_hours(flops: float) -> float:
+    """Hours of one GPU."""
+    return flops / (PEAK * UTILISATION) / 3600
+
+
+def flops_of_step(spec: StepSpec, windows: Windows) -> float:
+    """Operations of a step: its epochs, and every pass of a window's reference; nan if a model's size is unknown.
+
+    The first window's reference reads the whole chunk, those of later windows the pairs of their updates and the rows
+    that the step follows.
+    """
+    config, chunk, plan = spec.config, spec.chunk, spec.plan
+    size = count_parameters(config, spec.history[0])
+    tokens_N = np.array([tokens_of(row) for row in chunk.rows])
+    trained = operations_per_weight(config.tune) * size * config.optim.epochs * tokens_N.sum()
+    every = config.probe.every
+    num_looks = len(windows.listed[1:]) + ((len(plan) - 1) // every if every else 0)
+    trained += 2 * size * num_looks * sum(map(tokens_of, chunk.probes))
+    if not windows.listed:
+        return float(trained)
+    begins = np.cumsum([window["num_updates"] for window in windows.listed])
+    moved = sum(tokens_N[np.unique(np.concatenate(plan[a:b]))].sum() for a, b in pairwise(begins))
+    first = _count_external(config, windows) if config.reference["name"] == "external" else size
+    return float(trained + 2 * first * tokens_N.sum() + 2 * size * moved)
+
+
+def count_parameters(config: Config, initial: Artifact) -> float:
+    """How many weights S has: counted if it exists or can be built, else what the configuration says, else nan."""
+    if any(initial.folder.glob(hub.WEIGHTS)):
+        return hub.count_weights(initial.folder)
+    if config.model.name == "lab":
+        return _count_built(**asdict(config.model.lab))
+    return config.model.parameters or math.nan
+
+
+@cache
+def _count_built(**settings: int) -> int:
+    """The weights of a laboratory's model, which is built to count them."""
+    return sum(weights.numel() for weights in new_model(LabModel(**settings), seed=0).parameters())
+
+
+def _count_external(config: Config, windows: Windows) -> float:
+    if windows.first and any(windows.first.folder.glob(hub.WEIGHTS)):
+        return hub.count_weights(windows.first.folder)
+    return config.reference.get("parameters") or math.nan

@@ -1,0 +1,21 @@
+"""Log-prob tables on disk."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sdpo.types import TokenPair
+
+
+def write(path: Path, rows: list[TokenPair], logps_N2: np.ndarray) -> None:
+    """Keep log-probs by row id."""
+    columns = {"id": [row.id for row in rows], "chosen": logps_N2[:, 0], "rejected": logps_N2[:, 1]}
+    pq.write_table(pa.table(columns), path)
+
+
+def read(path: Path) -> np.ndarray:
+    """Log-probs [N, 2] in the order of the rows they were written for."""
+    table = pq.read_table(path)
+    return np.stack([table["chosen"].to_numpy(), table["rejected"].to_numpy()], axis=1)

@@ -1,0 +1,71 @@
+"""What decides a step's key: everything that M_t depends on, and nothing else."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from sdpo.binding import bind, inputs_of
+from sdpo.config import Config
+from sdpo.data.tokenize import content_hash
+from sdpo.store import Artifact
+from sdpo.train.numerics import Numerics
+from sdpo.train.schedule import Span, updates
+from sdpo.types import Chunk, TokenPair
+from sdpo.variants import loss as losses
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """A step before it is taken. `start` and `history` need not exist yet: their keys name them."""
+
+    t: int
+    config: Config  # with the overrides of this step
+    start: Artifact
+    history: list[Artifact]  # M_0 .. M_{t-1}
+    chunk: Chunk
+    span: Span | None = None  # None: the schedule is the step's own
+    followed: Sequence[list[TokenPair]] = ()  # the tables that every model of the run is asked for; not in the key
+
+    @cached_property
+    def loss(self) -> partial:
+        return bind(losses, self.config.loss)
+
+    @cached_property
+    def plan(self) -> list[np.ndarray]:
+        """The pairs of each update, as positions in the chunk."""
+        return updates(len(self.chunk.rows), self.config.optim, self.config.seed)
+
+    @property
+    def reads_reference(self) -> bool:
+        return "reference" in inputs_of(self.loss)
+
+    @property
+    def placebo(self) -> str:
+        return self.config.reference["placebo"] if self.reads_reference else "none"
+
+
+def determinants(spec: StepSpec, windows: list[dict]) -> dict[str, Any]:
+    """Everything that M_t depends on. The reference rule enters by its resolved `windows`, not by its name."""
+    config, chunk = spec.config, spec.chunk
+    found = {
+        "start": spec.start.key,
+        "windows": windows,
+        "rows": content_hash(chunk.rows),
+        "loss": {"name": config.loss["name"], **spec.loss.keywords},
+        "tune": config.tune,
+        "optim": asdict(config.optim),
+        "seed": config.seed,
+        **Numerics.of(config).of_training(),
+    }
+    if "ratings" in inputs_of(spec.loss):
+        found["ratings"] = repr(chunk.ratings_N2.tolist())
+    if windows and spec.placebo != "none":
+        found["placebo"] = {"name": spec.placebo, "initial": spec.history[0].key}
+    if chunk.probes and (config.probe.every or len(windows) > 1):  # the artifact holds the log-probs of these rows
+        found["probe"] = {"every": config.probe.every, "rows": content_hash(chunk.probes)}
+    if spec.span:
+        found["span"] = spec.span
+    return found

@@ -1,0 +1,115 @@
+"""The W&B copy of one run. Only this file imports wandb."""
+
+import dataclasses
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from sdpo.config import Config
+from sdpo.errors import UserError
+from sdpo.metrics import OUTCOME, Entry
+
+OTHER_RUNS = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SWEEP_ID")  # would merge this run into another one
+
+
+class WandbMirror:
+    """One W&B run that repeats the metrics of one run folder."""
+
+    def __init__(self, folder: Path, config: Config, arm: str, choices: dict[str, str], sweep: str | None = None):
+        """`choices` are the options of the run by axis. Raises UserError where W&B cannot start."""
+        for name in OTHER_RUNS:
+            os.environ.pop(name, None)
+        import wandb  # here, because it takes a second and most runs do without
+
+        online = config.record.mode == "online"
+        if online and not wandb.login(prompt=False):
+            raise UserError(
+                "record.mode=online finds no W&B credentials: set WANDB_API_KEY or run `wandb login` "
+                "(and leave WANDB_MODE unset), or keep record.mode=offline and upload later with `wandb sync`"
+            )
+        try:
+            self._run = wandb.init(
+                project=config.record.project,
+                dir=folder,
+                id=_replace_mirror(folder / "wandb"),
+                name=folder.name,
+                group=sweep,
+                tags=[f"{axis}={choice}"[:64] for axis, choice in choices.items()],  # 64: W&B's limit
+                config=dataclasses.asdict(config) | {"arm": arm, "choices": choices},
+                mode="online" if online else "offline",
+                reinit="create_new",
+                settings=_silent(wandb.Settings),
+            )
+        except wandb.Error as error:
+            raise UserError(f"W&B does not start: {error}; record.mode=offline needs no network") from error
+        self._updates: dict[int, int] = {}  # step -> its updates so far
+        self._answers: dict[tuple, dict[str, str]] = {}  # (prompt id, turn) -> what was said
+        self._run.define_metric("train/*", step_metric="updates")
+        self._run.define_metric("step/*", step_metric="t")
+        self._run.define_metric("eval/*", step_metric="t")
+
+    def log(self, entry: Entry, flat: dict[str, Any]) -> None:
+        if entry["kind"] == "train":
+            self._updates[entry["t"]] = entry["update"]
+        if entry["kind"] == "answers":
+            flat = {"answers": self._side_by_side(entry)}
+        axes = {"t": entry["t"], "updates": sum(self._updates.values())}  # neither ever goes back
+        self._run.log(axes | {name: value for name, value in flat.items() if value is not None})
+
+    def _side_by_side(self, entry: Entry):
+        """All answers so far as a table: a row per prompt and turn, a column per model."""
+        import wandb
+
+        for row in entry["answers"]:
+            for turn, (question, answer) in enumerate(zip(row["turns"], row["answers"], strict=True), 1):
+                line = self._answers.setdefault((row["id"], turn), {"id": str(row["id"]), "prompt": question})
+                line[f"M_{entry['t']}"] = answer
+        columns = list(dict.fromkeys(name for line in self._answers.values() for name in line))
+        rows = [[line.get(name) for name in columns] for line in self._answers.values()]
+        return wandb.Table(columns=columns, data=rows)
+
+    def conclude(self, manifest: Entry, summary: Entry) -> None:
+        self._run.config.update({"manifest": manifest})
+        headline = {"headline": summary["headline"]["value"]}
+        headline |= {f"headline_{name}": summary["headline"][name] for name in ("name", "n")}
+        self._run.summary.update(headline | {name: summary[name] for name in OUTCOME})
+
+    def finish(self, exit_code: int) -> None:
+        import wandb
+
+        self._run.finish(exit_code=exit_code)
+        wandb.teardown()  # waits for its service, which writes the last records after `finish` has returned
+
+
+def _replace_mirror(folder: Path) -> str:
+    """Remove the mirror of an earlier attempt and return this run's id, which the next attempt takes over.
+
+    W&B replaces what it holds under an id when a run starts under it, so a run stays one run there too.
+    """
+    folder.mkdir(exist_ok=True)
+    for earlier in folder.glob("*run-*"):
+        shutil.rmtree(earlier)
+    name = folder / "id"
+    if not name.is_file():
+        name.write_text(uuid.uuid4().hex)
+    return name.read_text()
+
+
+def _silent(settings: type) -> Any:
+    """W&B without console output or capture, links, code, git state, host name and machine statistics."""
+    return settings(
+        silent=True,
+        console="off",
+        symlink=False,
+        disable_git=True,
+        disable_code=True,
+        save_code=False,
+        host="",
+        finish_timeout=600,  # seconds; a lost network does not hold a run whose numbers are on disk
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+    )

@@ -1,0 +1,147 @@
+"""Tables of runs and of the paper: numbers exact, nothing invented, every format well formed."""
+
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from runs import make_run, make_sweep
+
+from analysis import collect, published, table_format, tables
+from sdpo.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return make_sweep(tmp_path_factory.mktemp("out") / "synthetic", seeds=6)
+
+
+def test_arms(sweep):
+    table = tables.arms(sweep).set_index("arm")
+    assert table.index.tolist() == ["S", "all at once", "stepwise"]
+    gold = table.loc["stepwise", "gold reward"]
+    assert gold.value == pytest.approx(0.845) and gold.n == 6
+    # seeds differ by .01, so the standard deviation is .01 * sqrt(3.5); t(.975, 5) = 2.570582
+    assert gold.high - gold.value == pytest.approx(2.570582 * 0.01 * 3.5**0.5 / 6**0.5, abs=1e-7)
+    assert table.loc["S", "gold reward"].value == pytest.approx(0.69)
+    assert table.loc["stepwise", "gain over S"].value == pytest.approx(0.845 - 0.69)
+    assert table["steps reused"].tolist()[1:] == ["5 of 6", "5 of 12"]
+
+
+def test_contrast(sweep):
+    row = tables.contrasts(sweep).iloc[0]
+    assert row["contrast"] == "stepwise - all at once" and row["seeds"] == 6
+    assert row["difference"] == pytest.approx((0.02, 0.02, 0.02, 6), abs=1e-9)
+    assert row["p"] == row["p, Holm"] == 2 / 64
+    assert row["verdict"] == "higher"
+
+
+def test_inert_reference(tmp_path):
+    table = tables.contrasts(make_sweep(tmp_path / "inert", gains=(0.0, 0.0), leverage=0.019))
+    assert table["verdict"].tolist() == ["the reference was inert"]
+    same_rule = make_sweep(tmp_path / "order", arms=("easy first", "hard first"), gains=(0.0, 0.0), leverage=0.019)
+    assert tables.contrasts(same_rule)["verdict"].tolist() == ["within noise"]
+
+
+def test_one_run_keeps_its_own_interval(sweep):
+    gold = tables.arms(sweep / "stepwise-s2").set_index("arm").loc["stepwise", "gold reward"]
+    assert gold == pytest.approx((0.84, 0.82, 0.86, 1))
+    assert tables.contrasts(sweep / "stepwise-s2").empty
+
+
+def test_steps(sweep):
+    table = tables.steps(sweep / "stepwise-s0")
+    assert table["reference"].tolist() == ["M_0", "M_1"]
+    assert [mean.value for mean in table["first loss"]] == pytest.approx([0.693147, 0.693147], abs=1e-6)
+
+
+def test_runs_that_cannot_be_compared(sweep, tmp_path):
+    make_run(tmp_path / "again", arm="stepwise", seed=0)
+    with pytest.raises(UserError, match="two runs with seed 0"):
+        tables.contrasts(sweep, tmp_path / "again")
+    with pytest.raises(UserError, match="stepwise has two runs with seed 0"):
+        tables.arms(sweep, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((0.8524,), "0.852"),
+        ((0.8524, 0.8414, 0.8634), "0.852 ± 0.011"),
+        ((0.8524, 0.8, 0.9), "0.852 [0.800, 0.900]"),
+        ((0.8524, float("nan"), float("nan")), "0.852"),
+        ((0.0004,), "< 0.001"),
+        ((0.0,), "0.000"),
+        ((float("nan"),), ""),
+    ],
+)
+def test_number(numbers, said):
+    assert table_format.number(*numbers) == said
+
+
+def test_paper_facts_are_consistent():
+    """H4 is the mean of its tasks within rounding, but for the one printed otherwise; every row is complete."""
+    main = published.facts()[1]
+    off = []
+    for row in main["rows"]:
+        h4, *tasks = row["paper"]
+        off += [row["model"]] * (abs(h4 - sum(tasks) / 4) > 0.0101)
+    assert off == ["SOLAR-0-70B-16bit"]
+    for table in published.facts():
+        assert all(len(row["paper"]) == len(table["columns"]) for row in table["rows"])
+
+
+def test_paper_without_runs_invents_nothing(tmp_path):
+    for table in published.facts():
+        assert published.side_by_side(table, tmp_path)["difference"].isna().all()
+
+
+def test_paper_beside_ours(tmp_path):
+    make_sweep(tmp_path / "paper_figure2", arms=("all at once", "by_source"))
+    figure2 = published.facts()[-1]
+    ours = published.side_by_side(figure2, tmp_path).set_index("model")
+    gammas = collect.trajectory(tmp_path / "paper_figure2").query(
+        "arm == 'by_source' and role == 'policy' and update == -1 and chunk == 2 and t == 1"
+    )
+    expected = gammas.groupby("seed")["gamma"].mean().mean()
+    assert ours.loc["M_1", "ours"].value == expected and ours.loc["M_1", "ours"].n == 3
+    assert ours.loc["M_1", "difference"] == expected - -25.10
+
+
+def test_formats(sweep):
+    table = pd.DataFrame({"arm": ["a_b|c", "50 % & {more}"], "value": ["-1.5 ± 0.1", ""]})
+    assert "| a_b\\|c | -1.5 ± 0.1 |" in table_format.setting(table, "Title", ["note"], "markdown")
+    assert r"50 \% \& \{more\} &  \\" in table_format.setting(table, "Title", [], "latex")
+    assert r"a\_b|c & $-$1.5 $\pm$ 0.1 \\" in table_format.setting(table, "Title", [], "latex")
+    lines = table_format.setting(table, "Title", [], "text").splitlines()
+    assert len({len(line) for line in lines[1:]}) == 1
+
+
+@pytest.fixture
+def say(monkeypatch, capsys):
+    """The command line: what `python -m analysis.tables` prints."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tables", *map(str, arguments)])
+        tables.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("what", ["sweep", "paper"])
+def test_latex_compiles(sweep, tmp_path, say, what):
+    if not shutil.which("pdflatex"):
+        pytest.skip("no pdflatex on the path")
+    (tmp_path / "table.tex").write_text(say(sweep if what == "sweep" else what, "--format", "latex"))
+    compiler = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "table.tex"]
+    made = subprocess.run(compiler, cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout[-2000:]
+    assert "Overfull" not in made.stdout
+
+
+def test_command_line(sweep, say):
+    assert "0.845 ± 0.020" in say(sweep)
+    with pytest.raises(SystemExit, match="^error: .* is no run folder"):
+        say(sweep / "nothing")

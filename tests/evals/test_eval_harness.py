@@ -1,0 +1,182 @@
+"""Benchmarks: lm-eval's own numbers, on local copies of the data, with the model in memory."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+from conftest import CHECKOUT, random_model
+from scipy import stats
+
+pytest.importorskip("lm_eval", reason="benchmarks need lm-eval")
+from analysis import published
+from sdpo.errors import UserError
+from sdpo.evals import eval_harness, suites
+from sdpo.model import hub
+
+DEFINITIONS = Path(find_spec("lm_eval.tasks").origin).parent
+SPLITS = {  # task -> where lm-eval defines it, and its splits in the slices
+    "arc_challenge": ("arc/arc_challenge.yaml", ("train", "test")),
+    "hellaswag": ("hellaswag/hellaswag.yaml", ("train", "validation")),
+}
+
+
+@pytest.fixture(scope="module")
+def stories(real_data):
+    folder = real_data / "model" / "stories260K"
+    return hub.load(folder), hub.load_tokenizer(folder)
+
+
+def command_line(real_data, task, shots, limit, place):
+    """What `lm_eval` prints for a task whose rows are read by `datasets`, from the same files."""
+    definition, splits = SPLITS[task]
+    files = {split: str(real_data / "eval" / f"{task}.{split}.jsonl") for split in splits}
+    (place / "task.yaml").write_text(
+        f"include: {DEFINITIONS / definition}\ntask: local_{task}\ntag: null\ndataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs: {json.dumps({'data_files': files})}\n"
+    )
+    model = f"pretrained={real_data / 'model' / 'stories260K'},dtype=float32"
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", model, "--device", "cpu"]
+    command += ["--tasks", f"local_{task}", "--include_path", str(place), "--num_fewshot", str(shots)]
+    command += ["--limit", str(limit), "--batch_size", "16", "--output_path", str(place)]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache")}
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    (results,) = place.glob("**/results_*.json")
+    return json.loads(results.read_text())["results"][f"local_{task}"]
+
+
+def best_ending(model, tokenizer, row, by_length):
+    """The ending of highest log-prob after its context, where `by_length` per character; one forward pass each."""
+    context = tokenizer(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}").input_ids
+    scores = []
+    for ending in row["endings"]:
+        ids = tokenizer(f" {ending}").input_ids
+        with torch.no_grad():
+            logps = model(torch.tensor([context + ids])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+        total = logps[range(len(ids)), ids].sum().item()
+        scores.append(total / len(ending) if by_length else total)
+    return scores.index(max(scores))
+
+
+def test_scores_equal_those_of_naive_log_probs(monkeypatch, tmp_path, tokenizer):
+    model = random_model(seed=5)
+    rows = [
+        {
+            "activity_label": "Rowing",
+            "ctx_a": f"Boat {i} leaves the pier.",
+            "ctx_b": "the crew",
+            "endings": [word * (1 + (i + j) % 3) for j, word in enumerate(("row", "sing", "wait", "dive"))],
+            "label": str(i % 3),
+        }
+        for i in range(16)
+    ]
+    (tmp_path / "hellaswag.validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "hellaswag.train.jsonl").write_text(json.dumps(rows[0]))
+    monkeypatch.setattr(eval_harness, "H4_FOLDERS", ("hellaswag",))
+    state = torch.get_rng_state()
+    values = {}
+    for metric in ("acc", "acc_norm"):
+        monkeypatch.setattr(eval_harness, "H4", {"hellaswag": (0, metric)})
+        values[metric] = eval_harness.h4(model, tokenizer, local=str(tmp_path))["h4"]["value"]
+        by_length = metric == "acc_norm"
+        right = [best_ending(model, tokenizer, row, by_length) == int(row["label"]) for row in rows]
+        assert values[metric] == sum(right) / 16
+    assert values["acc"] != values["acc_norm"] and 0 not in values.values()
+    assert torch.equal(torch.get_rng_state(), state)  # a benchmark changes nothing of what is trained after it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", SPLITS)
+def test_scores_equal_those_of_the_command_line(stories, real_data, task, tmp_path):
+    shots, _ = eval_harness.H4[task]
+    local = str(real_data / "eval")
+    ours = eval_harness.benchmark(*stories, tasks=[task], num_fewshot=shots, local=local, limit=60)
+    theirs = command_line(real_data, task, shots, 60, tmp_path)
+    for metric in ("acc", "acc_norm"):
+        measure = ours[f"{task}/{metric}"]
+        assert measure["value"] == theirs[f"{metric},none"] and measure["n"] == 60
+        half = stats.t.ppf(0.975, 59) * theirs[f"{metric}_stderr,none"]
+        assert measure["high"] == pytest.approx(measure["value"] + half, rel=1e-12)
+
+
+def test_scores_are_kept_by_model_tokenizer_and_data(toy, tmp_path, real_data):
+    _, inputs = toys.prepare(toy, tmp_path / "store")
+    runner = inputs.runner
+
+    def num_kept(local):
+        suites.lm_eval(inputs.initial, runner, tasks=["arc_challenge"], num_fewshot=0, local=str(local), limit=2)
+        return len(list((tmp_path / "store" / "evaluation").iterdir()))
+
+    assert num_kept(real_data / "eval") == 1
+    assert num_kept(shutil.copytree(real_data / "eval", tmp_path / "elsewhere")) == 1
+    runner.tokenizer.bos_token = runner.tokenizer.eos_token
+    assert num_kept(real_data / "eval") == 2
+
+
+def test_the_paper_s_columns_are_measures_of_h4():
+    columns = [source["measure"] for table in published.facts() for source in table["columns"].values()]
+    of_h4 = {name for name in columns if name.startswith("h4")}
+    assert of_h4 == {"h4", *(f"h4/{task}" for task in eval_harness.H4)}
+
+
+@pytest.mark.slow
+def test_h4_is_the_mean_of_its_four(stories, real_data):
+    measures = eval_harness.h4(*stories, local=str(real_data / "eval"), limit=2)
+    four = [measures[f"h4/{task}"] for task in eval_harness.H4]
+    assert [measure["n"] for measure in four] == [2, 2, 57 * 2, 2] and measures["h4"]["n"] == 120
+    assert measures["h4"]["value"] == pytest.approx(sum(measure["value"] for measure in four) / 4, rel=1e-15)
+    half = math.sqrt(sum((measure["high"] - measure["value"]) ** 2 for measure in four)) / 4
+    assert measures["h4"]["low"] == pytest.approx(measures["h4"]["value"] - half, rel=1e-12)
+    assert measures["h4/mmlu"]["version"].startswith("mmlu 2, lm-eval 0.")
+    json.dumps(measures, allow_nan=False)
+
+
+RANK = """
+import json, sys
+from pathlib import Path
+import torch.distributed
+from sdpo import benchmarks, launch, models
+
+torch.distributed.init_process_group("gloo")
+data = Path(sys.argv[1])
+benchmarks.H4, benchmarks.H4_FOLDERS = {"hellaswag": (1, "acc_norm")}, ("hellaswag",)
+folder = data / "model" / "stories260K"
+found = benchmarks.h4(models.load(folder), models.load_tokenizer(folder), local=str(data / "eval"), limit=21)
+Path(sys.argv[2], f"{launch.rank()}.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_score_as_one(stories, real_data, tmp_path, monkeypatch):
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc-per-node=2", str(tmp_path / "rank.py"), str(real_data), str(tmp_path)]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, check=True, capture_output=True)
+    monkeypatch.setattr(eval_harness, "H4", {"hellaswag": (1, "acc_norm")})
+    monkeypatch.setattr(eval_harness, "H4_FOLDERS", ("hellaswag",))
+    alone = eval_harness.h4(*stories, local=str(real_data / "eval"), limit=21)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [alone, alone]
+
+
+def question(subject, number):
+    return {"subject": subject, "question": f"{subject} {number}?", "choices": list("wxyz"), "answer": number % 4}
+
+
+def test_a_subject_reads_its_own_rows_and_a_missing_copy_is_named(tmp_path, tokenizer):
+    for split, count in (("dev", 2), ("test", 3)):
+        rows = [question(subject, i) for i in range(count) for subject in ("anatomy", "virology")]
+        (tmp_path / f"mmlu.{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    splits = eval_harness._local_splits(tmp_path, "mmlu_anatomy", "anatomy")
+    assert [row["question"] for row in splits["test"]] == ["anatomy 0?", "anatomy 1?", "anatomy 2?"]
+    assert splits["dev"].num_rows == 2
+    with pytest.raises(UserError, match="no row with subject marketing"):
+        eval_harness._local_splits(tmp_path, "mmlu_marketing", "marketing")
+    with pytest.raises(UserError, match="no local copy of hellaswag: hellaswag.<split>.jsonl"):
+        eval_harness._local_splits(tmp_path, "hellaswag", None)

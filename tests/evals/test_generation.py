@@ -1,0 +1,182 @@
+"""Answers to prompts: those of the model's own forward pass, exact KL, kept, and in the formats of benchmarks."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import byte_tokenizer, random_model, read_lines
+from toys import prepare, reward_model
+
+from sdpo.data import prompts
+from sdpo.errors import UserError
+from sdpo.evals import generation, suites
+from sdpo.evals import reward_model as judge
+from sdpo.evals.generation import Decoding
+from sdpo.model import hub
+from sdpo.store import Artifact
+
+GREEDY = Decoding(temperature=0.0, max_new_tokens=6, batch_size=2, seed=0)
+ROWS = [
+    {"question_id": 81, "turns": ["abc", "and then?"]},
+    {"question_id": 82, "turns": ["a much longer prompt"]},
+    {"question_id": 83, "turns": ["de"]},
+]
+
+
+@pytest.fixture(scope="module")
+def made(toy, tmp_path_factory):
+    return prepare(toy, tmp_path_factory.mktemp("store"))[1]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "runner.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)))
+    return prompts.read(str(path))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A model other than S, by name."""
+    folder = tmp_path_factory.mktemp("other")
+    random_model(seed=3).save_pretrained(folder)
+    return Artifact(hub.fingerprint(folder), folder, reused=True)
+
+
+@torch.no_grad()
+def argmax_answer(model, prompt_ids, num_tokens, stop):
+    ids = []
+    while len(ids) < num_tokens and stop not in ids:
+        ids.append(model(torch.tensor([prompt_ids + ids])).logits[0, -1].argmax().item())
+    return ids
+
+
+def test_greedy_answers_are_those_of_one_prompt_at_a_time(made, asked):
+    tokenizer, model = byte_tokenizer(), random_model()
+    given = generation.give(made.initial, asked, GREEDY, made.runner)
+    assert [len(turns) for turns in given] == [2, 1, 1]
+    for prompt, turns in zip(asked, given, strict=True):
+        text = prompt.turns[0]
+        for question, answer in zip(prompt.turns, turns, strict=True):
+            text = text if question == prompt.turns[0] else text + turns[0]["text"] + question
+            assert answer["prompt_ids"] == tokenizer(text).input_ids
+            assert answer["ids"] == argmax_answer(model, answer["prompt_ids"], 6, tokenizer.eos_token_id)
+
+
+@torch.no_grad()
+def test_divergence_is_exact_and_summed_over_positions(made, asked, other):
+    here, there = random_model(seed=3), random_model()
+    found = generation.divergence(other, made.initial, asked, GREEDY, made.runner)
+    drawn = generation.give(other, asked, GREEDY._replace(temperature=1.0), made.runner)
+    for value, turns in zip(found, drawn, strict=True):
+        total = 0.0
+        for answer in turns:
+            for cut in range(len(answer["ids"])):
+                ids = torch.tensor([answer["prompt_ids"] + answer["ids"][:cut]])
+                p, q = (m(ids).logits[0, -1].double().log_softmax(0) for m in (here, there))
+                total += (p.exp() * (p - q)).sum().item()
+        assert value == pytest.approx(total, rel=1e-4) and value > 0.01
+    assert generation.divergence(made.initial, made.initial, asked, GREEDY, made.runner) == [0.0] * 3
+
+
+def test_prompts_are_padded_on_the_left_and_answers_end_with_their_first_stop_token():
+    seen = {}
+
+    def generate(tokens_BT, attention_mask):
+        seen["tokens"], seen["mask"] = tokens_BT.tolist(), attention_mask.tolist()
+        return torch.cat([tokens_BT, torch.tensor([[5, 2, 6, 2], [7, 8, 9, 4]])], dim=1)
+
+    network = SimpleNamespace(device="cpu", generate=generate)
+    assert generation._continue(network, [[3], [1, 3]], stops=[2]) == [[5, 2], [7, 8, 9, 4]]
+    assert seen == {"tokens": [[2, 3], [1, 3]], "mask": [[0, 1], [1, 1]]}
+
+
+def test_answers_are_given_once_and_anew_for_other_settings(made, asked, monkeypatch):
+    warm = GREEDY._replace(temperature=1.0, seed=5)
+    first = generation.give(made.initial, asked, warm, made.runner)
+    assert first != generation.give(made.initial, asked, warm._replace(seed=6), made.runner)
+    monkeypatch.setattr(generation, "_generate", lambda *_: pytest.fail("generated again"))
+    assert generation.give(made.initial, asked, warm, made.runner) == first
+    with pytest.raises(pytest.fail.Exception, match="again"):
+        generation.give(made.initial, asked[:2], warm, made.runner)
+
+
+def test_a_prompt_without_room_for_its_answer_is_refused(made, asked):
+    with pytest.raises(UserError, match="reads 512 tokens, but the longest prompt and its answer may have 52"):
+        generation.give(made.initial, asked, GREEDY._replace(max_new_tokens=500), made.runner)
+
+
+def test_formats_of_alpaca_eval_and_mt_bench(tmp_path, asked):
+    texts = [[{"text": f"{prompt.id}/{turn}"} for turn in range(len(prompt.turns))] for prompt in asked]
+    generation.write_formats(tmp_path, "run-M_1", generation.told(asked, texts))
+    rows = [json.loads(line) for line in (tmp_path / "run-M_1.mt_bench.jsonl").read_text().splitlines()]
+    assert [row["question_id"] for row in rows] == [81, 82, 83] and {row["model_id"] for row in rows} == {"run-M_1"}
+    assert rows[0]["choices"] == [{"index": 0, "turns": ["81/0", "81/1"]}]
+    (first, *_) = json.loads((tmp_path / "run-M_1.alpaca_eval.json").read_text())
+    assert first == {"instruction": "abc", "output": "81/0", "generator": "run-M_1", "dataset": "runner"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("plain.txt", "one\n\ntwo\n", [(1, ["one"], "plain"), (3, ["two"], "plain")]),
+        ("eval.json", '[{"instruction": "do", "dataset": "koala"}]', [(1, ["do"], "koala")]),
+        ("mt.jsonl", '{"question_id": 81, "turns": ["a", "b"]}', [(81, ["a", "b"], "mt")]),
+    ],
+)
+def test_prompt_files(tmp_path, name, content, expected):
+    (tmp_path / name).write_text(content)
+    assert prompts.read(str(tmp_path / name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"prompt": "a"}\n{"prompt": " "}', "row 2: has no text in one of the fields instruction, prompt, turns"),
+        ('{"prompt": ', "row 1: is not valid JSON"),
+        ('["a"]', "row 1: has no text"),
+        ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}', "an id stands twice"),
+        ("", "holds no prompt"),
+    ],
+)
+def test_a_bad_prompt_file_is_one_sentence(tmp_path, content, sentence):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        prompts.read(str(tmp_path / "bad.jsonl"))
+
+
+def test_a_run_tells_its_answers(run, tmp_path):
+    (tmp_path / "ask.txt").write_text("abc\nde\n")
+    judge = reward_model(tmp_path / "judge", "{% for turn in messages %}{{ turn['content'] }}{% endfor %}</s>")
+    settings = [f"{key}.file={tmp_path / 'ask.txt'}" for key in ("evaluate.generate", "evaluate.win_rate")]
+    settings += [f"{key}.max_new_tokens=4" for key in ("evaluate.generate", "evaluate.win_rate")]
+    settings += [f"evaluate.win_rate.path={judge}", "split=all_at_once", "reference=initial"]
+    folder = run("evaluate=[generate,win_rate]", *settings)
+    before, after = read_lines(folder, "answers")
+    assert (before["t"], after["t"]) == (0, 1) and after["decoding"]["max_new_tokens"] == 4
+    for t, said in enumerate((before, after)):
+        alpaca = json.loads((folder / "answers" / f"run-M_{t}.alpaca_eval.json").read_text())
+        assert [row["output"] for row in alpaca] == [row["answers"][0] for row in said["answers"]]
+    start, end = (entry["eval"] for entry in read_lines(folder, "eval"))
+    assert start["generate/kl"]["value"] == 0 < end["generate/kl"]["value"] and end["generate/kl"]["n"] == 2
+    assert start["win_rate"]["value"] is None and end["win_rate"]["value"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def test_win_rate_counts_what_the_reward_model_prefers(made, asked, other, tmp_path, monkeypatch):
+    path = tmp_path / "ask.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)))
+    rewards_N2 = np.array([[2.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+    asked_of = []
+    monkeypatch.setattr(judge, "rewards", lambda settings, pairs, runner: asked_of.extend(pairs) or rewards_N2)
+    settings = {"file": str(path), "path": "rm", "max_new_tokens": 6, "batch_size": 2}
+    found = suites.win_rate(other, made.initial, made.runner, **settings)
+    assert found["win_rate"]["value"] == 0.5 and found["win_rate/reward_gap"]["value"] == 0.0
+    ours, theirs = (generation.give(model, asked, GREEDY, made.runner) for model in (other, made.initial))
+    expected = [(a[0]["text"], b[0]["text"]) for a, b in zip(ours, theirs, strict=True)]
+    assert [(pair.chosen, pair.rejected) for pair in asked_of] == expected
+    longer = np.mean([len(a) - len(b) for a, b in expected])
+    assert found["win_rate/longer"]["value"] == longer
+    of_initial = suites.win_rate(made.initial, made.initial, made.runner, **settings)
+    assert {name: measure["value"] for name, measure in of_initial.items()} == dict.fromkeys(found)

@@ -1,0 +1,199 @@
+"""Sweeps: names and slots worked by hand; then real ones, with a run that fails and one that is interrupted."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import CHECKOUT
+from test_kills import alive, children, wait_until
+
+from sdpo import config
+from sdpo.errors import UserError
+from sdpo.launch import summary as summaries
+from sdpo.launch import sweep
+from sdpo.run import folder as run_folder
+from sdpo.run.folder import Run
+
+
+def test_an_arm_is_named_by_all_that_varies_but_the_seed():
+    jobs = [["loss=dpo", f"seed={seed}", f"optim.lr={lr}", f"arm={arm}"] for seed in "01" for lr, arm in ("1a", "2b")]
+    assert run_folder.labels(jobs) == ["optim.lr=1 a", "optim.lr=2 b"] * 2
+    assert run_folder.labels([["seed=0"], ["seed=1"]]) == ["", ""]
+    assert run_folder.labels([["arm=a", "seed=0"], ["arm=a", "seed=1"]]) == ["a", "a"]
+    assert run_folder.labels([["+steps.2.loss.beta=1"], ["+steps.2.loss.beta=2"]])[0] == "steps.2.loss.beta=1"
+
+
+def asked(folder, name, **launch):
+    settings = {"model": {"name": "lab"}, "data": {"name": "lab"}, "launch": {"device": "auto", **launch}}
+    return Run(config.from_composed(settings), folder / name, choices={}, arm=name[0])
+
+
+def test_gpus_are_dealt_out_by_ranks(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    assert sweep._slots("auto", [asked(tmp_path, "a")]) == ["0", "1", "2", "3", "4"]
+    assert sweep._slots("auto", [asked(tmp_path, "a"), asked(tmp_path, "b", ranks=2)]) == ["0,1", "2,3"]
+    assert sweep._slots(3, [asked(tmp_path, "b", ranks=2)]) == ["0,1", "2,3", "0,1"]
+    with pytest.raises(UserError, match="launch.ranks=6, but there are 5 GPUs"):
+        sweep._slots("auto", [asked(tmp_path, "b", ranks=6)])
+
+
+def test_cores_are_dealt_out_by_ranks_and_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    assert sweep._slots("auto", [asked(tmp_path, "a", device="cpu")]) == [""] * 8
+    assert sweep._slots("auto", [asked(tmp_path, "a", device="cpu", ranks=2, threads=3)]) == [""]
+    assert sweep._slots("auto", [asked(tmp_path, "a", device="cpu", threads=16)]) == [""]
+
+
+def test_the_table_counts_seeds_steps_and_failures(tmp_path):
+    finished = {"a0": (0.5, 2, 0), "a1": (0.75, 1, 1), "b0": (0.25, 2, 0)}
+    asked_for = [asked(tmp_path, name) for name in ("a0", "a1", "b0", "b1")]
+    for run in asked_for:
+        run.prepare()
+        if run.folder.name in finished:
+            value, trained, reused = finished[run.folder.name]
+            summary = {"headline": {"name": "lab/gold", "value": value, "n": 9}, "seconds": 2.0}
+            summary |= {"trained_steps": trained, "reused_steps": reused}
+            (run.folder / "summary.json").write_text(json.dumps(summary))
+            run_folder.finish(run.config, run.folder)
+    run_folder.fail(asked_for[3].folder, UserError("no\nway"))
+    # Two seeds at .5 and .75: t(.975, 1) = 12.706, standard error .125, so .625 +- 1.588. a0 was finished before.
+    assert [
+        line.split() for line in summaries.of(asked_for, {tmp_path / name for name in ("a1", "b0", "b1")}).splitlines()
+    ] == [
+        ["arm", "seeds", "headline", "seconds", "steps", "trained", "reused"],
+        ["a", "2/2", "lab/gold", "0.6250", "[-0.9633,", "2.2133]", "4", "1", "3"],
+        ["b", "1/2", "lab/gold", "0.2500", "2", "2", "0"],
+        ["failed:", "b1:", "no", "way"],
+        ["3", "of", "4", "runs", "finished;", "3", "steps", "trained,", "3", "reused"],
+    ]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A finished run that read two files."""
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "chunks.json").write_text("{}")
+    data = {"name": "local", "train": [str(tmp_path / "a.jsonl")]}
+    split = {"name": "replay", "path": str(tmp_path / "chunks.json")}
+    settings = config.from_composed({"model": {"name": "lab"}, "data": data, "split": split})
+    run = Run(settings, tmp_path / "run", choices={}, arm="")
+    run.prepare()
+    (run.folder / "steps").mkdir()
+    (run.folder / "steps" / "1").symlink_to(tmp_path)
+    run_folder.finish(run.config, run.folder)
+    assert run.finished
+    return run
+
+
+@pytest.mark.parametrize("file", ["a.jsonl", "chunks.json"])
+def test_a_run_whose_files_changed_is_not_finished(finished, tmp_path, file):
+    (tmp_path / file).write_text("{} ")
+    assert not finished.finished
+
+
+def test_a_run_of_other_settings_or_without_its_models_is_not_finished(finished, tmp_path):
+    assert not finished._replace(config=replace(finished.config, seed=1)).finished
+    (finished.folder / "steps" / "2").symlink_to(tmp_path / "removed")
+    assert not finished.finished
+
+
+def test_a_run_that_is_prepared_is_not_finished(finished):
+    finished.prepare()
+    assert not finished.finished
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"backend": "cloud"}, "hydra.launcher.backend is 'cloud'; it can be local, slurm"),
+        ({"n": 0}, "hydra.launcher.n is 0; it can be auto or a number above 0"),
+        ({"contrasts": {"order": ["a", "c"]}}, "a contrast names the arm 'c'; this sweep has 'a', 'b'"),
+        ({"contrasts": {"order": ["a"]}}, "the contrast 'order' has 1 arms; it compares two"),
+        ({"contrasts": dict.fromkeys("ABCDEFGHI", ["a", "b"])}, "9 contrasts are declared; 8 is the most"),
+    ],
+)
+def test_what_the_launcher_cannot_do_is_refused(tmp_path, changes, sentence):
+    given = {"n": "auto", "backend": "local", "slurm": {}, "contrasts": {}, "overrides": []} | changes
+    with pytest.raises(UserError, match=sentence):
+        sweep.run(sweep.Sweep(tmp_path, [asked(tmp_path, "a0"), asked(tmp_path, "b0")], **given))
+
+
+@pytest.fixture
+def multirun(toy, tmp_path, monkeypatch):
+    """multirun(*overrides) starts a sweep on the toy, with a store and an output folder of its own."""
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(toy / "a.jsonl", tmp_path)
+    base = ["-m", "model=local", f"model.path={toy / 'model'}", "data=local", "data.train=[a.jsonl]"]
+    base += ["data.template=plain", "data.held_out_share=0.2", "launch.device=cpu", "hydra.sweep.dir=sweep"]
+
+    def start(*overrides):
+        command = [sys.executable, str(CHECKOUT / "train.py"), *base, *overrides]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def test_a_run_that_fails_is_named_and_it_alone_is_done_again(multirun, toy, tmp_path):
+    arms = ["data.train=[a.jsonl]", "data.train=[later/a.jsonl]"]
+    overrides = ["data.train=[a.jsonl],[later/a.jsonl]", f"+hydra.launcher.contrasts.files={json.dumps(arms)}"]
+    first = multirun(*overrides)
+    output, error = first.communicate()
+    assert first.returncode == 1 and error.splitlines()[-1].startswith("error: 1 of 2 runs failed")
+    assert "1 of 2 runs finished; 1 steps trained, 0 reused" in output
+    (failed,) = (tmp_path / "sweep").glob("*/error.txt")
+    sentence = failed.read_text().splitlines()[0]
+    assert "later/a.jsonl" in sentence and f"failed: {failed.parent.name}: {sentence}" in output
+
+    (tmp_path / "later").mkdir()
+    shutil.copy(toy / "b.jsonl", tmp_path / "later" / "a.jsonl")
+    (done,) = (tmp_path / "sweep").glob("*/done")
+    before = done.stat().st_mtime_ns
+    second = multirun(*overrides)
+    output, error = second.communicate()
+    assert (second.returncode, error) == (0, "")
+    assert "2 of 2 runs finished; 1 steps trained, 1 reused" in output and done.stat().st_mtime_ns == before
+    written = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert sorted(written["runs"]) == sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/done"))
+    assert written["contrasts"] == {"files": arms}
+    manifest = json.loads((failed.parent / "manifest.json").read_text())
+    assert (manifest["sweep"], manifest["arm"]) == ("sweep", arms[1])
+
+    third = multirun(overrides[0], f"+hydra.launcher.contrasts.later={json.dumps(arms)}")
+    _, error = third.communicate()
+    assert third.returncode == 1 and "declares other contrasts, and some of its runs are finished" in error
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_an_ended_sweep_leaves_no_run_behind(multirun, tmp_path, ending):
+    parent = multirun("seed=0,1,2", "optim.epochs=100000", "hydra.launcher.n=2")
+    wait_until(lambda: len(list((tmp_path / "sweep").glob("*/metrics.jsonl"))) == 2)
+    running = children(parent.pid)
+    parent.send_signal(ending)
+    output, error = parent.communicate()
+    wait_until(lambda: not any(map(alive, running)), 30)
+    assert len(running) == 2
+    if ending is signal.SIGINT:
+        assert parent.returncode == 130 and "0 of 3 runs finished" in output
+        assert error == "interrupted; the same command goes on from here\n"
+
+
+@pytest.mark.slow
+def test_a_cluster_runs_what_was_submitted(multirun, tmp_path):
+    submitted = multirun("seed=0,1", "hydra.launcher.backend=slurm", "hydra.launcher.slurm.cluster=local")
+    output, error = submitted.communicate()
+    assert (submitted.returncode, error) == (0, "") and "2 of 2 runs finished" in output
+
+
+@pytest.mark.slow
+def test_runs_are_forked_before_any_thread_starts():
+    """A thread that exists when a process forks may hold a lock for ever in the child."""
+    imports = "from sdpo import launch; launch.set_threads(1); import os, sdpo.stepwise"
+    count = f"{imports}; print(len(os.listdir('/proc/self/task')))"
+    counted = subprocess.run([sys.executable, "-c", count], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert counted.stdout == "1\n"

@@ -1,0 +1,131 @@
+"""Every backend against one dense softmax over what each token may see."""
+
+import pytest
+import torch
+from conftest import random_model
+from test_packing import rows_of
+
+from sdpo.errors import UserError
+from sdpo.model.attention import cuda as cuda_attention
+from sdpo.model.attention.interface import Flex, Rule, Sdpa, Varlen, choose, own_attention, reshapes_scores
+from sdpo.model.logprobs import Scorer, naive_logprobs
+from sdpo.model.packing import pack
+
+PACK = pack(rows_of([(1, 1, 1), (5, 9, 3), (5, 9, 3), (1, 7, 1), (12, 1, 30), (70, 65, 3), (4, 3, 0)]))
+SINKS_H = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+RULES = {
+    "causal": Rule(None, None, None, None, 0.0),
+    "window": Rule(0.3, 4, None, None, 0.0),
+    "softcap": Rule(0.3, None, 2.0, None, 0.0),
+    "sinks and window": Rule(0.3, 4, None, SINKS_H, 0.0),
+}
+
+
+def streams(seed=0):
+    """Query with 4 heads, key and value with 2, of 8 dimensions."""
+    torch.manual_seed(seed)
+    return [torch.randn(len(PACK.tokens_T), heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+
+
+def dense(query_THD, key_THD, value_THD, rule, seen_TT):
+    """Attention spelled out over the whole stream."""
+    query, key, value = (x.transpose(0, 1) for x in (query_THD, key_THD, value_THD))
+    key, value = key.repeat_interleave(2, 0), value.repeat_interleave(2, 0)
+    scores = query @ key.mT * (rule.scale or 8**-0.5)
+    if rule.softcap:
+        scores = rule.softcap * (scores / rule.softcap).tanh()
+    weights = scores.masked_fill(~seen_TT, -torch.inf).exp()
+    total = weights.sum(-1, keepdim=True)
+    if rule.sinks_H is not None:
+        total = total + rule.sinks_H.exp()[:, None, None]
+    return (weights / total @ value).transpose(0, 1)
+
+
+def seen(window):
+    """What each token of the stream sees, from the list of sequences."""
+    seen_TT = torch.zeros(len(PACK.tokens_T), len(PACK.tokens_T), dtype=torch.bool)
+    for at, own in zip(PACK.keys_K.split(PACK.lengths_S), PACK.own_S, strict=True):
+        for i in range(len(at) - own, len(at)):
+            seen_TT[at[i], at[max(0, i + 1 - (window or len(at))) : i + 1]] = True
+    return seen_TT
+
+
+def slow_varlen(query, key, value, ends_q, ends_k, max_q, max_k, *, scale, window_size, **_):
+    """FlashAttention's documented meaning of unequal lengths: the last query sits at the last key."""
+    outputs, (left, right) = [], window_size
+    assert right == 0 and ends_q.dtype == ends_k.dtype == torch.int32
+    assert (int(ends_q[-1]), int(ends_k[-1])) == (len(query), len(key))
+    for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
+        back = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0) - torch.arange(k1 - k0)
+        assert q1 - q0 <= max_q and k1 - k0 <= max_k
+        visible = (back >= 0) & (back <= (left if left >= 0 else max_k))
+        rule = Rule(scale, None, None, None, 0.0)
+        outputs.append(dense(query[q0:q1], key[k0:k1], value[k0:k1], rule, visible))
+    return torch.cat(outputs)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("backend", [Sdpa, Varlen, Flex])
+def test_backends_equal_a_dense_softmax(backend, name, monkeypatch):
+    monkeypatch.setattr(cuda_attention.varlen, "varlen_attn", slow_varlen)
+    rule, inputs = RULES[name], streams()
+    if backend is Varlen and (rule.softcap or rule.sinks_H is not None):
+        with pytest.raises(UserError, match="choose launch.attention=sdpa"):
+            Varlen(PACK)(*inputs, rule)
+        return
+    expected = dense(*inputs, rule, seen(rule.window))
+    if backend is Flex:  # it has no backward pass on the CPU
+        inputs = [x.detach() for x in inputs]
+    output = backend(PACK)(*inputs, rule)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    if backend is not Flex:
+        direction = torch.randn_like(expected)
+        got, want = (torch.autograd.grad(x, inputs, direction) for x in (output, expected))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "mamba", "stablelm"])
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_cannot_share_prompts_are_refused_by_name_and_run_plain(architecture):
+    model = random_model(architecture, **({"n_head": 4} if architecture == "bloom" else {}))
+    with pytest.raises(UserError, match=f"(?i){architecture}.*launch.attention=plain"):
+        Scorer(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*RoPE")
+def test_the_choice_follows_device_precision_and_model():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert choose("auto", cpu, torch.bfloat16, False) == "sdpa"
+    assert choose("auto", cuda, torch.float32, False) == "sdpa"
+    assert choose("auto", cuda, torch.bfloat16, False) == "varlen"
+    assert choose("auto", cuda, torch.bfloat16, True) == "flex"
+    assert choose("flex", cuda, torch.bfloat16, False) == "flex"
+    assert [reshapes_scores(random_model(name)) for name in ("llama", "gemma2", "gpt_oss")] == [False, True, True]
+    with pytest.raises(UserError, match="choose one of auto, sdpa"):
+        choose("fastest", cpu, torch.float32, False)
+
+
+def test_a_model_attends_by_itself_where_asked_and_says_so_where_it_was_forgotten(tiny_model):
+    tokens = torch.tensor([[5, 6, 7]])
+    before = tiny_model(tokens).logits
+    Scorer(tiny_model)
+    with own_attention(tiny_model):
+        assert torch.equal(tiny_model(tokens).logits, before)
+    with pytest.raises(UserError, match="own_attention"):
+        tiny_model(tokens)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(("backend", "dtype"), [("sdpa", "float32"), ("flex", "float32"), ("auto", "bfloat16")])
+def test_gpu_backends_equal_the_naive_forward_pass(backend, dtype, architecture):
+    rows = rows_of([(1, 1, 1), (5, 9, 3), (12, 1, 30), (70, 65, 3), (4, 3, 0)])
+    model = random_model(architecture, head_dim=16, sliding_window=8).to("cuda", getattr(torch, dtype))
+    got = torch.stack(Scorer(model, attention=backend)(pack(rows).to("cuda")), 1)
+    want = torch.stack([torch.stack(naive_logprobs(model, row)) for row in rows])
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-5)
+    got, want = (torch.autograd.grad(logps.sum(), list(model.parameters())) for logps in (got, want))
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours - theirs).norm() <= 5 * tolerance * theirs.norm() + 1e-6

@@ -1,0 +1,68 @@
+"""Two ranks, with and without DeepSpeed ZeRO, through train.py: the same loss curve, and weights that load."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import CHECKOUT, read_lines
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sdpo.model.hub import fingerprint_weights
+
+
+def train(toy, folder, *overrides):
+    """A run of two steps in a store of its own; returns its folder."""
+    command = [sys.executable, CHECKOUT / "train.py", "data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]"]
+    command += ["model=local", f"model.path={toy / 'model'}", "data.template=plain", "optim.pairs_per_update=8"]
+    command += ["optim.lr=3e-3", "reference=mixed", "reference.updates=2", "reference.alpha=0.6", "probe.every=2"]
+    command += ["optim.moments=carry", "evaluate=[preference]", f"hydra.run.dir={folder}", *overrides]
+    environment = os.environ | {"SDPO_STORE": str(folder.with_suffix(".store"))}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def losses(folder):
+    return [entry["loss"] for entry in read_lines(folder, "train")]
+
+
+def followed(folder):
+    """What was scored inside the steps: references that moved, and the policy."""
+    return pd.read_parquet(folder / "trajectory.parquet").query("update > 0")
+
+
+def hashes(folder):
+    """Of the weights of every step's first reference, which its start is."""
+    steps = json.loads((folder / "manifest.json").read_text())["steps"]
+    return [step["windows"][0]["weights_hash"] for step in steps]
+
+
+def weights_hash(folder):
+    return fingerprint_weights(load_file(folder / "model.safetensors"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def alone(toy, tmp_path_factory):
+    return train(toy, tmp_path_factory.mktemp("alone") / "run")
+
+
+@pytest.mark.parametrize("stage", ["off", "zero1", "zero2", "zero3"])
+def test_two_ranks_at_every_stage_give_the_curve_and_weights_of_one(alone, toy, tmp_path, stage):
+    """T3 among others: M_1's log-probs are its own where its parameters are divided over the ranks."""
+    together = train(toy, tmp_path / "run", "launch.ranks=2", f"deepspeed={stage}")
+    assert np.abs(np.subtract(losses(together), losses(alone))).max() < 1e-4
+    inside = [followed(folder) for folder in (together, alone)]
+    np.testing.assert_allclose(*(table[["chosen_logp", "rejected_logp"]] for table in inside), atol=2e-3)
+    assert hashes(together) == [weights_hash(toy / "model"), weights_hash(together / "steps" / "1")]
+    first = [entry["margin"] for entry in read_lines(together, "train") if entry["update"] == 1]
+    assert first == [0.0, 0.0]
+    for t in ("1", "2"):
+        ours, theirs = (AutoModelForCausalLM.from_pretrained(folder / "steps" / t) for folder in (together, alone))
+        for name, tensor in ours.state_dict().items():
+            torch.testing.assert_close(tensor, theirs.state_dict()[name], atol=2e-4, rtol=0)

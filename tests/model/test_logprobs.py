@@ -1,0 +1,198 @@
+"""Packed log-probs and gradients against the model's own forward pass, one sequence at a time."""
+
+import ctypes
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+
+from analysis.benchmark.meter import Meter
+from sdpo.model import logprobs
+from sdpo.model.logprobs import Head, Scorer, naive_logprobs, score
+from sdpo.model.packing import pack
+from sdpo.types import TokenPair
+
+# A sliding window shorter than the sequences, and every scaling switched on.
+ARCHITECTURES = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {
+        "sliding_window": 8,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 8,
+    },
+    "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "phi3": {"sliding_window": 8},
+    "olmo2": {},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512},
+    "gpt_neox": {"num_key_value_heads": None},
+    "mixtral": {"sliding_window": 8, "num_local_experts": 4},
+    "smollm3": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.2},
+    "gpt_oss": {"sliding_window": 8, "num_local_experts": 4},
+    "phi": {},  # its head has a bias
+}
+
+
+def row(name, *lengths, seed=0):
+    rng = np.random.default_rng([seed, *lengths])
+    return TokenPair(name, *(rng.integers(3, 300, n).astype(np.int32) for n in lengths))
+
+
+def ragged():
+    """Lengths of 1, equal shapes, a giant among small ones, one without a rejected response, a shared prefix."""
+    lengths = [(1, 1, 1), (5, 9, 3), (1, 7, 1), (12, 1, 30), (70, 65, 33), (5, 9, 3), (3, 4, 0)]
+    rows = [row(str(i), *three, seed=i) for i, three in enumerate(lengths)]
+    prompt, chosen = rows[1].prompt, rows[1].chosen
+    return [*rows, TokenPair("prefix", prompt, chosen, np.concatenate([chosen[:6], [7, 8]]).astype(np.int32))]
+
+
+def louder(model):
+    """Weights four times as large and biases off zero, so that every part of the model matters."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(4) if param.dim() > 1 else param.add_(torch.randn_like(param), alpha=0.1)
+    return model
+
+
+def gradients(model, logps_B2):
+    """Every parameter's gradient of a fixed random combination of log-probs."""
+    weights_B2 = torch.randn(logps_B2.shape, generator=torch.Generator().manual_seed(2))
+    model.zero_grad()
+    (logps_B2 * weights_B2).sum().backward()
+    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+
+def naive(model, rows):
+    return torch.stack([torch.stack(naive_logprobs(model, row)) for row in rows])
+
+
+def packed(scorer, rows):
+    return torch.stack(scorer(pack(rows)), 1)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.filterwarnings("ignore:.*RoPE")
+def test_packed_equals_naive_in_value_and_gradient(architecture):
+    model, rows = louder(random_model(architecture, **ARCHITECTURES[architecture])), ragged()
+    scorer = Scorer(model)
+    got, want = packed(scorer, rows), naive(model, rows)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    got, want = gradients(model, got), gradients(model, want)
+    assert got.keys() == want.keys()
+    largest = max(grad.norm() for grad in want.values())
+    for name in want:  # a key's bias has gradient 0 without rotary positions: only noise to compare with
+        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-8 * largest, name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "phi"])
+def test_a_pair_has_the_same_bits_in_every_pack(architecture):
+    scorer = Scorer(louder(random_model(architecture, **ARCHITECTURES[architecture])))
+    rows = ragged()
+    with torch.no_grad():
+        together = packed(scorer, rows)
+        apart = torch.cat([packed(scorer, rows[i : i + n]) for i, n in [(0, 1), (1, 3), (4, 1), (5, 3)]])
+        turned = packed(scorer, rows[::-1]).flip(0)
+    assert torch.equal(together, apart) and torch.equal(together, turned)
+    # ... and in training, where the head keeps its logits, as in the reference pass.
+    assert torch.equal(packed(scorer, rows).detach(), together)
+
+
+def test_the_reference_pass_keeps_the_order_of_rows_and_the_mode():
+    scorer, rows = Scorer(louder(random_model("llama"))), ragged()
+    scorer.train()
+    done = []
+    logps_N2 = score(scorer, rows, tokens_per_pack=60, progress=done.append)  # the giant is longer than that
+    assert scorer.training and sum(done) == len(rows) and len(done) > 2
+    assert logps_N2.dtype == np.float32
+    with torch.no_grad():
+        assert np.array_equal(logps_N2, packed(scorer, rows).numpy())
+
+
+def test_plain_attention_runs_what_cannot_share_prompts():
+    model, rows = louder(random_model("bloom", n_head=4)), ragged()
+    got, want = packed(Scorer(model, attention="plain"), rows), naive(model, rows)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients(model, got), gradients(model, want), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*deprecated")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_sees_the_same_pack(reentrant):
+    model, rows = louder(random_model("llama")), ragged()
+    scorer = Scorer(model)
+    want = {name: grad.clone() for name, grad in gradients(model, packed(scorer, rows)).items()}
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    scorer.train()
+    got = gradients(model, packed(scorer, rows))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_no_pairs_contribute_nothing_but_run_every_parameter():
+    scorer = Scorer(random_model("llama"))
+    chosen, rejected = scorer(pack([]))
+    assert chosen.shape == rejected.shape == (0,)
+    (chosen.sum() - rejected.sum()).backward()
+    assert all(not param.grad.any() for param in scorer.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "phi"])
+@pytest.mark.parametrize("kept", [0, 2**30])
+def test_head_tiles_and_recomputation_change_no_gradient(architecture, kept, monkeypatch):
+    model, rows = louder(random_model(architecture, **ARCHITECTURES[architecture])), ragged()
+    want = {name: grad.clone() for name, grad in gradients(model, packed(Scorer(model), rows)).items()}
+    monkeypatch.setitem(logprobs.TILE_BYTES, "cpu", 4 * 300 * 5)
+    monkeypatch.setitem(logprobs.KEPT_BYTES, "cpu", kept)
+    torch.testing.assert_close(gradients(model, packed(Scorer(model), rows)), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kept_bytes", "survivors"), [(2**20, 0), (2**30, 4)])
+def test_head_tiles_are_small_and_over_budget_none_outlives_the_forward_pass(kept_bytes, survivors, monkeypatch):
+    """32k vocabulary, 609 response tokens."""
+    scorer, tiles, compute = Scorer(random_model("llama", vocab_size=32_000, num_hidden_layers=1)), [], logprobs._logits
+
+    def logits(*args):
+        tiles.append(weakref.ref(tile := compute(*args)))
+        assert tile.nbytes <= 2 * logprobs.TILE_BYTES["cpu"]
+        return tile
+
+    monkeypatch.setitem(logprobs.KEPT_BYTES, "cpu", kept_bytes)
+    monkeypatch.setattr(logprobs, "_logits", logits)
+    both = packed(scorer, [row("long", 5, 305, 300)])
+    assert (len(tiles), sum(tile() is not None for tile in tiles)) == (4, survivors)
+    both.sum().backward()
+    assert all(tile() is None for tile in tiles)
+
+
+@pytest.mark.parametrize(("kept_bytes", "share"), [(logprobs.KEPT_BYTES["cpu"], 0), (2**40, 1)])
+def test_head_memory_does_not_grow_with_vocabulary_times_tokens(kept_bytes, share, monkeypatch):
+    """32k vocabulary, 4096 response tokens more: what forward and backward pass add to the process at their peak."""
+    monkeypatch.setitem(logprobs.KEPT_BYTES, "cpu", kept_bytes)
+    head, more = Head(random_model("llama", vocab_size=2**15, num_hidden_layers=1)), 4096
+
+    def peak_bytes(num_tokens):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier passes freed is not there to be used again
+        hidden_RH, meter = torch.randn(num_tokens, 32, requires_grad=True), Meter("cpu")
+        head(hidden_RH, torch.arange(num_tokens)).sum().backward()
+        return meter.result()["peak_bytes"]
+
+    peak_bytes(more // 2)  # what the first pass alone takes
+    grown = peak_bytes(2 * more) - peak_bytes(more)
+    assert abs(grown / (4 * more * 2**15) - share) < 0.25  # the allocator is good for some tiles
+
+
+def test_half_precision_weights_sum_in_full_precision():
+    model = louder(random_model("llama")).bfloat16()
+    with torch.no_grad():
+        got, want = packed(Scorer(model), ragged()), naive(model, ragged())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=0)

@@ -1,0 +1,158 @@
+"""Memory that really runs out: the address space is limited, and the allocator says no."""
+
+import ctypes
+import gc
+import resource
+import weakref
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import compose, random_model, read_lines
+
+from sdpo.errors import UserError
+from sdpo.model import memory
+from sdpo.model.engine import Plain, open_engine
+from sdpo.model.logprobs import Scorer, score
+from sdpo.model.packing import pack
+from sdpo.types import TokenPair
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def room_for(megabytes):
+    """Within it this process gets so much more memory, all of it from the system: what was freed before is taken."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed is unmapped, not kept for later
+    libc.malloc_trim(0)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped, before[1]))
+    holes = [hole for size in (2**20, 2**16) for hole in iter(partial(libc.malloc, size), None)]
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + megabytes * 2**20, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        for hole in holes:
+            libc.free(hole)
+
+
+def test_a_model_that_is_only_scored_has_the_memory_of_its_weights_alone():
+    scorer = Scorer(random_model().requires_grad_(False))
+    config = compose("deepspeed=zero2")
+    opened = open_engine(scorer, config.optim, config.precision, config.deepspeed, CPU)
+    assert opened.optimizer is None and opened.parts == []
+    assert opened.weights().keys() == dict(scorer.named_parameters()).keys()
+
+
+def rows_of(*lengths):
+    """Rows r0, r1, ... of these many prompt, chosen and rejected tokens."""
+    return [TokenPair(f"r{i}", *(np.full(n, 3 + n % 290, np.int32) for n in three)) for i, three in enumerate(lengths)]
+
+
+def engine_of(*overrides):
+    """An engine and how it is launched. A token's activations take a megabyte, gradients and moments a hundred."""
+    config = compose(*overrides)
+    scorer = Scorer(random_model(num_hidden_layers=8, intermediate_size=8192))
+    return open_engine(scorer, config.optim, config.precision, config.deepspeed, CPU), config.launch
+
+
+def gradients(scorer, rows):
+    scorer.zero_grad()
+    policy = scorer(pack(rows))
+    (policy.chosen - 2 * policy.rejected).sum().backward()
+    return {name: param.grad.clone() for name, param in scorer.named_parameters() if param.grad is not None}
+
+
+def adapted():
+    from peft import LoraConfig, LoraModel
+
+    model = random_model()
+    LoraModel(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], lora_dropout=0.3), "fresh")
+    return model.train()
+
+
+@pytest.mark.parametrize("make", [random_model, lambda: random_model("gemma2"), lambda: random_model("gpt2"), adapted])
+def test_recomputed_activations_give_the_same_gradients(make):
+    scorer = Scorer(make())
+    rows = rows_of((5, 9, 4), (1, 3, 12), (30, 1, 7))
+    torch.manual_seed(1)
+    kept = gradients(scorer, rows)
+    memory.recompute_activations(scorer.model)
+    torch.manual_seed(1)
+    again = gradients(scorer, rows)
+    assert kept.keys() == again.keys() and kept
+    for name, gradient in kept.items():
+        torch.testing.assert_close(again[name], gradient, rtol=0, atol=0)
+
+
+def test_an_engine_that_recomputes_is_freed_without_the_garbage_collector():
+    gc.disable()
+    try:
+        engine, _ = engine_of()
+        memory.recompute_activations(engine.scorer.model)
+        score(engine.scorer, rows_of((3, 3, 3)), 100)
+        model = weakref.ref(engine.scorer.model)
+        del engine
+        assert model() is None
+    finally:
+        gc.enable()
+
+
+def test_the_budget_is_halved_until_the_heaviest_micro_batch_fits(capsys):
+    engine, launch = engine_of("launch.tokens_per_pack=400")
+    updates = [rows_of((9, 9, 9)), rows_of(*[(9, 9, 9)] * 14)]
+    with room_for(300):
+        budget = memory.fitting_budget(engine, updates, launch)
+        memory._try(engine, memory._heaviest(updates, budget))
+    assert budget in (50, 100, 200)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"launch.tokens_per_pack={budget} launch.recompute_activations=false" in said
+    assert not engine.optimizer.state and all(param.grad is None for param in engine.scorer.parameters())
+    assert memory.fitting_budget(engine, updates, launch) == 400  # without a limit nothing is tried
+
+
+def test_a_pair_that_does_not_fit_alone_is_recomputed(capsys):
+    engine, launch = engine_of("launch.tokens_per_pack=50")
+    updates = [rows_of((9, 9, 9), (110, 90, 102))]
+    with room_for(250):
+        assert memory.fitting_budget(engine, updates, launch) == 50
+    assert "launch.tokens_per_pack=50 launch.recompute_activations=true" in capsys.readouterr().err
+
+
+def test_a_pair_that_never_fits_is_named():
+    engine, launch = engine_of()
+    with room_for(40), pytest.raises(UserError, match=r"pair r1 \(300 tokens\) does not fit"):
+        memory.fitting_budget(engine, [rows_of((9, 9, 9), (110, 90, 102))], launch)
+
+
+def test_all_ranks_halve_where_one_of_them_has_no_room(monkeypatch):
+    engine, launch = engine_of("launch.tokens_per_pack=200")
+    elsewhere = iter([True, False, False, True])  # whether memory can run out there, and what fits
+    monkeypatch.setattr(memory.distributed, "gather", lambda mine: [mine, next(elsewhere)])
+    assert memory.fitting_budget(engine, [rows_of(*[(9, 5, 5)] * 12)], launch) == 50
+
+
+def test_out_of_memory_later_names_the_budget_and_the_step_goes_on(run, monkeypatch):
+    overrides = ["split=all_at_once", "launch.checkpoint_minutes=0", "launch.tokens_per_pack=600"]
+    calls, update = [], Plain.update
+
+    def hungry(self, lr):
+        calls.append(lr)
+        if len(calls) == 4:
+            torch.empty(2**50)
+        return update(self, lr)
+
+    monkeypatch.setattr(Plain, "update", hungry)
+    with pytest.raises(UserError, match=r"memory at update 4: set launch.tokens_per_pack=300, .* checkpoint"):
+        run(*overrides)
+    assert len(calls) == 4
+    assert len(read_lines(run(*overrides), "train")) == len(calls) - 1

@@ -1,0 +1,124 @@
+"""Every loss against numbers worked by hand, and what holds for all of them.
+
+The first pair has rewards ln 2 (chosen) and -ln 1.5 (rejected) at beta 0.5, so that sigmoids are fractions:
+of the chosen reward 2/3, of the rejected 2/5, of their difference ln 3 it is 3/4. The second has no margin.
+"""
+
+from functools import partial
+from math import e, log
+
+import pytest
+import torch
+from conftest import CHECKOUT
+from omegaconf import OmegaConf
+
+from sdpo.binding import bind, inputs_of, variants
+from sdpo.errors import UserError
+from sdpo.types import ChosenRejected
+from sdpo.variants import loss as losses
+
+CONF = CHECKOUT / "conf" / "loss"
+
+
+def both(chosen, rejected):
+    return ChosenRejected(torch.tensor(chosen, dtype=torch.float64), torch.tensor(rejected, dtype=torch.float64))
+
+
+REFERENCE = both([-10, -12], [-12, -10])
+DATA = {
+    "policy": both([-10 + 2 * log(2), -12], [-12 - 2 * log(1.5), -10]),
+    "reference": REFERENCE,
+    "lengths": both([2, 4], [4, 2]),
+    "ratings": both([5, 4], [3, 3]),
+}
+HALF = {"beta": 0.5}
+NLL = (10 - 2 * log(2), 12)  # of the chosen responses, of 2 and 4 tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("dpo", HALF, [log(4 / 3), log(2)]),
+        ("dpo", HALF | {"label_smoothing": 0.1}, [0.9 * log(4 / 3) + 0.1 * log(4), log(2)]),
+        ("robust", HALF | {"label_smoothing": 0.1}, [(0.9 * log(4 / 3) - 0.1 * log(4)) / 0.8, log(2)]),
+        ("ipo", HALF | {"over_tokens": "sum"}, [(2 * log(3) - 1) ** 2, 1]),
+        ("ipo", HALF, [(log(2) + log(1.5) / 2 - 1) ** 2, 1]),
+        ("hinge", {"beta": 0.25}, [1 - log(3) / 2, 1]),
+        ("hinge", HALF, [0, 1]),
+        ("exo", HALF | {"label_smoothing": 0.25}, [0, log(4 / 3) / 2]),  # 3/4 is what the label says
+        ("nca", HALF, [-log(2 / 3) - log(1 / 3) / 2 - log(3 / 5) / 2, 2 * log(2)]),
+        ("sppo_hard", HALF, [(2 * log(2) - 1) ** 2 + (1 - 2 * log(1.5)) ** 2, 2]),
+        ("apo_zero", HALF, [1 / 3 + 2 / 5, 1]),
+        ("apo_down", HALF, [2 / 3 + 1 / 4, 1]),
+        ("discopop", HALF | {"tau": 0.5}, [0.1 * log(4 / 3) + 0.9 / 3, log(2) / 2 + 1 / 2]),  # mixed 9 to 1
+        ("hypo", HALF, [log(4 / 3), log(1 + e)]),  # the second gamma_ref, -2, counts as 0
+        ("odpo", HALF | {"alpha": 1.0}, [-log(3 / 5), log(2)]),  # gaps 2 and 1
+        ("dpop", HALF | {"penalty": 5.0}, [log(4 / 3), log(2)]),  # no chosen response fell
+        ("rpo", HALF | {"alpha": 0.2}, [log(4 / 3) + 0.1 * NLL[0], log(2) + 0.05 * NLL[1]]),
+        (
+            "rpo",
+            HALF | {"alpha": 0.2, "over_tokens": "sum"},
+            [log(4 / 3) + 0.2 * NLL[0], log(2) + 0.2 * NLL[1]],
+        ),
+        ("sft", {}, [NLL[0] / 2, NLL[1] / 4]),
+        ("sft", {"over_tokens": "sum"}, NLL),
+    ],
+)
+def test_by_hand(name, settings, expected):
+    loss = bind(losses, {"name": name} | settings)
+    torch.testing.assert_close(call(loss, DATA), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_by_hand_without_reference():
+    policy, lengths = both([2 * log(1 / 2)], [4 * log(1 / 4)]), both([2], [4])  # per token 1/2 and 1/4
+    expected = partial(torch.testing.assert_close, rtol=1e-12, atol=0)
+    expected(losses.orpo(policy, lengths, beta=0.1).item(), log(2) + 0.1 * log(4 / 3))  # odds 1 and 1/3
+    expected(losses.simpo(policy, lengths, beta=2, target_margin=log(4 / 3)).item(), log(4 / 3))
+    expected(losses.cpo(policy, lengths, beta=0.5, alpha=3).item(), log(9 / 8) + 3 * log(2))
+    expected(losses.cpo(policy, lengths, beta=0.5, alpha=3, over_tokens="sum").item(), log(9 / 8) + 6 * log(2))
+
+
+def test_dpop_penalises_a_chosen_response_that_falls():
+    policy, reference = both([-10 - log(2)], [-12 - log(2) - 2 * log(3)]), both([-10], [-12])
+    loss = losses.dpop(policy, reference, beta=0.5, penalty=2 * log(3) / log(2))
+    assert loss.item() == pytest.approx(log(2))  # the penalty eats the whole margin
+
+
+def test_dpo_gradient_is_beta_lambda_and_finite_far_out():
+    policy = ChosenRejected(*(x.clone().requires_grad_() for x in both([0, 5000], [2 * log(3), -5000])))
+    losses.dpo(policy, both([0, 0], [0, 0]), beta=0.5).sum().backward()
+    expected = torch.tensor([-0.5 * 3 / 4, 0], dtype=torch.float64)
+    torch.testing.assert_close(policy.chosen.grad, expected)
+    torch.testing.assert_close(policy.rejected.grad, -expected)
+
+
+@pytest.mark.parametrize("name", variants(losses))
+def test_pairs_do_not_see_each_other(name):
+    loss = defaults(name)
+    alone = [call(loss, {k: ChosenRejected(*(x[i : i + 1] for x in v)) for k, v in DATA.items()}) for i in range(2)]
+    assert torch.equal(torch.cat(alone), call(loss, DATA))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("dpo", HALF | {"label_smoothing": 0.5}, "below 0.5"),
+        ("exo", HALF | {"label_smoothing": 0.0}, "above 0 for exo"),
+    ],
+)
+def test_settings_out_of_range(name, settings, message):
+    with pytest.raises(UserError, match=message):
+        call(bind(losses, {"name": name} | settings), DATA)
+
+
+def test_odpo_refuses_ratings_that_contradict_the_labels():
+    with pytest.raises(UserError, match="rated above"):
+        call(defaults("odpo"), DATA | {"ratings": both([5, 3], [3, 3])})
+
+
+def defaults(name):
+    return bind(losses, OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")))
+
+
+def call(loss, data):
+    return loss(*(data[name] for name in inputs_of(loss)))
