@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_tune import CHAINS, Chain
+from test_adapters import CHAINS, Chain
 
 TESTS = Path(__file__).parent
 NAMES = ("merge", "stack whole")
@@ -15,7 +15,7 @@ AGAIN = """
 import json, sys
 from pathlib import Path
 import torch
-from test_tune import CHAINS, Chain
+from test_adapters import CHAINS, Chain
 
 torch.set_num_threads(1)  # as conftest.py does
 made = {name: Chain(Path(sys.argv[1]), Path(sys.argv[2]), *CHAINS[name]) for name in sys.argv[3:]}
