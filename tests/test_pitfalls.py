@@ -1,7 +1,7 @@
 """What goes wrong elsewhere when DPO is done in steps, and where it is tested that it does not here.
 
 T1  steps chained in one process: a reference that is S still      below
-T2  steps of adapters: the third one fails, or starts off zero     test_tune.py
+T2  steps of adapters: the third one fails, or starts off zero     test_adapters.py
 T3  cached log-probs under ZeRO-3: two models have one key         test_zero.py
 T4  cached log-probs of tokens cut at another length               test_faults.py
 T6  a stale cache: the first loss is not ln 2, and training goes on  test_faults.py

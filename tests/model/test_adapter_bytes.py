@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import CHECKOUT
 from test_adapters import CHAINS, Chain
 
 TESTS = Path(__file__).parent
@@ -34,7 +35,7 @@ def here(toy, tmp_path_factory):
 def there(toy, tmp_path_factory):
     """The same, made by a process in which sets have another order."""
     order = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
+    paths = os.pathsep.join(map(str, (CHECKOUT, TESTS.parent, TESTS)))
     command = [sys.executable, "-c", AGAIN, str(toy), str(tmp_path_factory.mktemp("there")), *NAMES]
     env = os.environ | {"PYTHONHASHSEED": order, "PYTHONPATH": paths}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
