@@ -1,7 +1,7 @@
 """The typed configuration and its strict loading.
 
-Hydra composes YAML; everything after that is these dataclasses. The open axes (split, score, reference, loss, tune,
-evaluate) stay dictionaries of `name:` plus settings, which sdpo/rooms.py binds to a function.
+Hydra composes YAML; all other code reads these dataclasses. The open axes (split, score, reference, loss, tune,
+evaluate) stay dictionaries of `name:` and settings, which sdpo/binding.py binds to a function.
 """
 
 from dataclasses import MISSING as NO_DEFAULT
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sdpo.errors import UserError
@@ -20,7 +20,7 @@ Settings = dict[str, Any]
 
 
 def one_of(*choices: Any, default: Any = NO_DEFAULT) -> Any:
-    """A field that takes one of `choices`, the first unless `default` says otherwise."""
+    """A field that takes one of `choices`; its default is `default`, else the first of them."""
     return field(default=choices[0] if default is NO_DEFAULT else default, metadata={"choices": choices})
 
 
@@ -40,15 +40,15 @@ TEMPLATES = (None, "alpaca", "zephyr", "chatml", "plain")  # None: the tokenizer
 @dataclass
 class Optim:
     lr: float = at_least(0, 5e-7)
-    schedule: str = one_of("linear", "cosine", "constant")  # after the warm-up
-    warmup: float = share(0.1)  # of a step's updates
+    schedule: str = one_of("linear", "cosine", "constant")  # of the learning rate after the warm-up
+    warmup: float = share(0.1)  # share of a step's updates
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = at_least(0, 0.0)
-    clip: float = at_least(0, 1.0)  # largest gradient norm; 0: any
+    clip: float = at_least(0, 1.0)  # largest gradient norm; 0: no clipping
     epochs: int = at_least(1, 1)  # passes over a chunk
     pairs_per_update: int = at_least(1, 32)  # over all ranks
-    moments: str = one_of("reset", "carry")  # AdamW's, where a step starts from the one before
-    schedule_over: str = one_of("step", "run")  # what one warm-up and decay spans
+    moments: str = one_of("reset", "carry")  # of AdamW; carry: those of the previous step
+    schedule_over: str = one_of("step", "run")  # what one warm-up and decay covers
 
 
 @dataclass
@@ -64,21 +64,21 @@ class Model:
     path: str | None = None  # a folder (local) or a repository name (hub)
     revision: str | None = None
     trust_remote_code: bool = False
-    template: str | None = one_of(*TEMPLATES)  # what data.template is unless it is set
-    parameters: float | None = None  # how many, for a plan made where the model is not
-    lr: float = at_least(0, 5e-7)  # what optim.lr is unless it is set
-    seed: int = at_least(0, 0)  # governs the laboratory's S
+    template: str | None = one_of(*TEMPLATES)  # default of data.template
+    parameters: float | None = None  # their number, for a plan without the model's files
+    lr: float = at_least(0, 5e-7)  # default of optim.lr
+    seed: int = at_least(0, 0)  # of the laboratory's S
     lab: LabModel = field(default_factory=LabModel)
-    sft: Optim | None = None  # where set, S is trained first, as step 0
+    sft: Optim | None = None  # if set, S is trained first, as step 0
 
 
 @dataclass
 class LabSource:
     sampler: str = one_of("teacher", "on_policy", "edits")
-    num_pairs: int = at_least(0, 1000)  # 0: there is no such source
-    temperature: float = at_least(0, 0.0)  # of the Bradley-Terry judge; 0 is the exact judge
-    filler_bonus: float = 0.0  # what the judge adds per filler character
-    flipped: float = share(0.0)  # of the pairs: their label is turned round
+    num_pairs: int = at_least(0, 1000)  # 0: the source is left out
+    temperature: float = at_least(0, 0.0)  # of the Bradley-Terry judge; 0: a judge without noise
+    filler_bonus: float = 0.0  # reward that the judge adds per filler character
+    flipped: float = share(0.0)  # share of pairs whose label is flipped
     families: list[str] = field(default_factory=list)  # empty: all
 
 
@@ -89,16 +89,16 @@ class LabData:
     num_prompts: int = at_least(4, 256)  # prompts of the gold evaluation
     num_samples: int = at_least(1, 4)  # answers per prompt
     num_items: int = at_least(1, 250)  # multiple-choice items per family
-    prompts: str = one_of("test", "dev")  # on which prompts a model is measured
+    prompts: str = one_of("test", "dev")  # the prompts on which models are evaluated
     sources: dict[str, LabSource] = field(default_factory=dict)
 
 
 @dataclass
 class Nominal:
-    """The size of a source that is not at hand."""
+    """The size of a source, for a plan on a machine without its data."""
 
     pairs: int = at_least(1, MISSING)
-    tokens: int = at_least(1, MISSING)  # of a pair that pass through the network
+    tokens: int = at_least(1, MISSING)  # per pair, as many as pass through the network
 
 
 @dataclass
@@ -106,28 +106,28 @@ class Data:
     name: str = one_of("lab", "local", "hub", default=MISSING)
     train: list[str] = field(default_factory=list)  # files (local); `name`, `name:split` or `name/config:split` (hub)
     held_out: list[str] = field(default_factory=list)
-    held_out_share: float = share(0.05)  # of the prompts, held out where no held_out is given
+    held_out_share: float = share(0.05)  # share of prompts to hold out if held_out is empty
     revisions: dict[str, str] = field(default_factory=dict)  # hub: data set name -> revision
-    nominal: dict[str, Nominal] = field(default_factory=dict)  # hub: source -> size, for a plan made without it
-    columns: dict[str, str] = field(default_factory=dict)  # ours -> theirs, for unknown layouts
+    nominal: dict[str, Nominal] = field(default_factory=dict)  # hub: source -> size, for a plan without the data
+    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's, for unknown layouts
     source_from: str = one_of("file", "row")
     on_bad_row: str = one_of("error", "skip")
     template: str | None = one_of(*TEMPLATES)
     max_tokens: int = at_least(2, 1024)
     on_long: str = one_of("error", "drop", "truncate_prompt", "truncate_response")
-    seed: int = at_least(0, 0)  # governs the held-out share and the laboratory's pairs
+    seed: int = at_least(0, 0)  # of the held-out share and the laboratory's pairs
     lab: LabData = field(default_factory=LabData)
 
 
 @dataclass
 class Probe:
-    every: int = at_least(0, 0)  # updates between looks at the policy inside a step; 0: none
+    every: int = at_least(0, 0)  # updates between two measurements of the policy inside a step; 0: none
 
 
 @dataclass
 class Deepspeed:
-    stage: int | None = one_of(None, 1, 2, 3)  # null: plain PyTorch; else the ZeRO stage
-    offload: bool = False  # optimiser state, at stage 3 weights too, on the host
+    stage: int | None = one_of(None, 1, 2, 3)  # the ZeRO stage; null: plain PyTorch
+    offload: bool = False  # keep optimiser state (at stage 3 weights too) in host memory
 
 
 @dataclass
@@ -136,10 +136,10 @@ class Launch:
     threads: int = at_least(1, 1)  # per rank
     device: str = one_of("auto", "cpu", "cuda")
     attention: str = one_of("auto", "sdpa", "varlen", "flex", "plain")
-    compile: bool = False  # the decoder, with torch.compile
-    tokens_per_pack: int = at_least(1, 8192)  # micro-batches are cut by this many unique tokens
-    recompute_activations: bool = False  # in the backward pass
-    checkpoint_minutes: float = at_least(0, 10.0)  # between checkpoints inside a step
+    compile: bool = False  # compile the decoder with torch.compile
+    tokens_per_pack: int = at_least(1, 8192)  # unique tokens in a micro-batch, at most
+    recompute_activations: bool = False  # recompute them in the backward pass to save memory
+    checkpoint_minutes: float = at_least(0, 10.0)  # minutes between checkpoints inside a step
 
 
 @dataclass
@@ -147,7 +147,7 @@ class Record:
     wandb: bool = False
     project: str = "sdpo"
     mode: str = one_of("offline", "online")
-    every: int = at_least(1, 1)  # updates between logged lines
+    every: int = at_least(1, 1)  # updates between two logged lines
 
 
 @dataclass
@@ -163,30 +163,33 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     deepspeed: Deepspeed = field(default_factory=Deepspeed)
     precision: str = one_of("fp32", "bf16")
-    save_dtype: str = one_of("fp32", "bf16")  # how M_t is kept
+    save_dtype: str = one_of("fp32", "bf16")  # of the saved weights of M_t
     evaluate: dict[str, Settings] = field(default_factory=dict)
     probe: Probe = field(default_factory=Probe)
     record: Record = field(default_factory=Record)
     launch: Launch = field(default_factory=Launch)
-    seed: int = at_least(0, 0)  # governs order, random splits, adapters, dropout and placebos
-    T: int = at_least(1, 2)  # what arms mean by T; a split has its own number of chunks
-    steps: dict[int, Settings] = field(default_factory=dict)  # per-step overrides
+    seed: int = at_least(0, 0)  # of order, random splits, adapters, dropout and placebos
+    T: int = at_least(1, 2)  # number of steps that arms use; a split has its own num_chunks
+    steps: dict[int, Settings] = field(default_factory=dict)  # overrides per step
     plan: bool = False
 
 
-PER_STEP = ("optim", "loss", "reference", "start")  # what steps.<t> may override
+PER_STEP = ("optim", "loss", "reference", "start")  # the keys that steps.<t> may override
 
 
-def from_composed(composed: DictConfig | dict) -> Config:
-    """The typed configuration: unknown keys (also those forced in with ++), wrong types and values are UserErrors."""
+def from_composed(composed: DictConfig | ListConfig | dict) -> Config:
+    """Return the typed configuration.
+
+    Raises UserError for an unknown key (also one added with ++), a wrong type or value, and a missing value.
+    """
     try:
         if not isinstance(composed, DictConfig):
             composed = OmegaConf.create(composed)
         if missing := sorted(OmegaConf.missing_keys(composed)):
             raise UserError(f"{missing[0]} has no value; set {missing[0]}=...")
-        given = OmegaConf.to_container(composed, resolve=True)
+        given = cast(Settings, OmegaConf.to_container(composed, resolve=True))
         given["steps"] = {_step_number(t): changes for t, changes in (given.get("steps") or {}).items()}
-        config = OmegaConf.to_object(OmegaConf.merge(_schema(), given))
+        config = cast(Config, OmegaConf.to_object(OmegaConf.merge(_schema(), given)))
     except OmegaConfBaseException as error:
         raise UserError(sentence(error)) from error
     _check(config)
@@ -200,24 +203,24 @@ def from_composed(composed: DictConfig | dict) -> Config:
 
 
 def load(path: Path) -> Config:
-    """The configuration that a run folder keeps in config.yaml."""
+    """Return the configuration in a run folder's config.yaml."""
     return from_composed(OmegaConf.load(path))
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as text; equal configurations give equal text, and `load` reads it back."""
+    """Return the resolved configuration as text, which `load` reads back; equal configurations give equal text."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def for_step(config: Config, t: int) -> Config:
-    """The configuration with the overrides of step `t` merged in."""
+    """Return the configuration with the overrides of step `t` merged in. Raises UserError if they are not valid."""
     changes = config.steps.get(t)
     if not changes:
         return config
     if extra := set(changes) - set(PER_STEP):
         raise UserError(f"steps.{t}.{min(extra)}: a step can change {', '.join(PER_STEP)}, nothing else")
     try:
-        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), changes))
+        merged = cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), changes)))
     except OmegaConfBaseException as error:
         raise UserError(f"steps.{t}: {sentence(error)}") from error
     _check(merged, f"steps.{t}.")
@@ -226,16 +229,16 @@ def for_step(config: Config, t: int) -> Config:
 
 @cache
 def _schema() -> DictConfig:
-    """The typed settings of a run. Merging copies it."""
+    """The Config class as a typed node; all callers share it, and merging copies it."""
     return OmegaConf.structured(Config)
 
 
-def sentence(error: OmegaConfBaseException, whole: str = "the configuration") -> str:
-    """One line for the user: the key that is wrong, and what exists; `whole` is the name of the outermost level."""
+def sentence(error: OmegaConfBaseException, root: str = "the configuration") -> str:
+    """Return one line for the user: the wrong key, and the keys that exist; `root` is the name of the top level."""
     if isinstance(error, AttributeError | KeyError) and error.parent_node:
-        parent = error.parent_node._get_full_key(None) or whole
-        meant = [] if parent != whole else _inner_keys(error.parent_node, error.full_key)
-        exists = f"did you mean {' or '.join(meant)}?" if meant else f"{parent} has {', '.join(error.parent_node)}"
+        parent = error.parent_node._get_full_key(None) or root
+        similar = _inner_keys(error.parent_node, error.full_key) if parent == root else []
+        exists = f"did you mean {' or '.join(similar)}?" if similar else f"{parent} has {', '.join(error.parent_node)}"
         return f"unknown key {error.full_key}; {exists}"
     if "is not a ListConfig" in str(error):
         return f"{error.full_key} is a list; write '{error.full_key}=[...]'"
@@ -244,9 +247,9 @@ def sentence(error: OmegaConfBaseException, whole: str = "the configuration") ->
     return ": ".join(filter(None, [error.full_key, str(error).splitlines()[0]]))
 
 
-def _inner_keys(node: DictConfig, name: str) -> list[str]:
-    """The keys one level down that have this name."""
-    given = OmegaConf.to_container(node, resolve=False)
+def _inner_keys(node: DictConfig, name: str | None) -> list[str]:
+    """The keys called `name` one level below `node`, with the level's name before them."""
+    given = cast(Settings, OmegaConf.to_container(node, resolve=False))
     return [f"{group}.{name}" for group, inner in given.items() if isinstance(inner, dict) and name in inner]
 
 
@@ -257,7 +260,7 @@ def _step_number(key: Any) -> int:
 
 
 def _check(node: Any, prefix: str = "") -> None:
-    """Raise a UserError for the first value outside what its field's metadata allows."""
+    """Raise UserError for the first value that its field's metadata does not allow; `prefix` stands before its key."""
     for f in fields(node):
         value, key = getattr(node, f.name), prefix + f.name
         if "choices" in f.metadata and value not in f.metadata["choices"]:
