@@ -1,26 +1,32 @@
-"""Ranks: which one this is, what they exchange, and the device that each one computes on."""
+"""Ranks: their number, their device, and the values that they exchange."""
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdpo.errors import UserError
 
+if TYPE_CHECKING:
+    import torch  # imported by the functions that need it: it takes seconds
+
 
 def rank() -> int:
+    """Return the number of this process, from 0."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """Return the number of ranks."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
+    """Return whether this is rank 0, which writes files and talks to the user."""
     return rank() == 0
 
 
-def device(name: str = "auto"):
-    """The torch device of this rank; `auto` is its GPU where there is one. UserError where cuda is absent."""
+def device(name: str = "auto") -> "torch.device":
+    """Return the device of this rank; `auto` is its GPU if there is one. Raises UserError if cuda is not available."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
@@ -31,6 +37,7 @@ def device(name: str = "auto"):
 
 
 def barrier() -> None:
+    """Wait for all ranks."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -38,7 +45,7 @@ def barrier() -> None:
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Return rank 0's value on every rank."""
     if world_size() == 1:
         return value
     import torch.distributed as dist
@@ -49,18 +56,18 @@ def broadcast(value: Any) -> Any:
 
 
 def gather(value: Any) -> list:
-    """The values of all ranks, in their order, on every rank."""
+    """Return the values of all ranks, in the order of ranks, on every rank."""
     if world_size() == 1:
         return [value]
     import torch.distributed as dist
 
-    values = [None] * world_size()
+    values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def total(tensor):
-    """The sum of a tensor over the ranks, on every rank."""
+def total(tensor: "torch.Tensor") -> "torch.Tensor":
+    """Sum a tensor over the ranks, in place and on every rank."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -69,10 +76,10 @@ def total(tensor):
 
 
 def set_threads(threads: int) -> None:
-    """Threads of the numerical libraries; exact where it is called before they are imported."""
+    """Set the threads of the numerical libraries; some of them only read it when they are imported."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
-    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # of pyarrow: a sweep forks from one thread
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's: a sweep must fork from one thread
     if "torch" in sys.modules:
         import torch
 

@@ -1,12 +1,27 @@
-"""Errors that the program tells apart. Only `UserError` is shown as one line; any other keeps its traceback."""
+"""Errors that the program tells apart. A `UserError` is shown as one line; any other error keeps its traceback."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Conditions of a disk that the user can mend, and how.
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space or ask for a larger quota",
+    errno.EACCES: "change the permissions or use another folder",
+    errno.EPERM: "change the permissions or use another folder",
+    errno.EROFS: "use a folder on another disk",
+}
 
 
 class UserError(Exception):
-    """Something that the user can mend; its text is one sentence that names the cause and the next thing to do."""
+    """An error that the user can mend. Its text is one sentence: the cause and what to do next."""
 
 
 class Unreachable(UserError):
-    """A model or data set that is neither on this machine nor can be loaded from the Hub."""
+    """A model or data set that is not on this machine and cannot be loaded from the Hub."""
 
     def __init__(self, name: str, reason: Exception):
         super().__init__(f"{name}: cannot be loaded from the Hub ({one_line(reason)})")
@@ -14,5 +29,23 @@ class Unreachable(UserError):
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error without line breaks."""
+    """Return the text of an error without line breaks."""
     return " ".join(str(error).split())
+
+
+@contextmanager
+def disk_as_user_error() -> Iterator[None]:
+    """Turn the errors in REMEDIES into UserErrors; all others pass.
+
+    safetensors raises no OSError; the number of its error is only in the text.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if number not in REMEDIES:
+            raise
+        file = getattr(error, "filename", None)
+        condition = os.strerror(number) + (f": {file}" if file else "")
+        raise UserError(f"{condition}; {REMEDIES[number]}, then start the same command again") from error

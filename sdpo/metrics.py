@@ -1,7 +1,7 @@
 """metrics.jsonl: every number of a run, one JSON object a line.
 
-A number is written here first; W&B only repeats it. A run that is started again logs every step anew, finished steps
-from their artifacts, so the file begins empty.
+A number is written here first, and W&B repeats it. A run that is started again logs all its steps again, finished ones
+from their artifacts, so the file always starts empty.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 from sdpo.errors import UserError
 
 Entry = dict[str, Any]
-OUTCOME = ("seconds", "trained_steps", "reused_steps")  # of summary.json
+OUTCOME = ("seconds", "trained_steps", "reused_steps")  # keys of summary.json
 
 
 class Mirror(Protocol):
@@ -27,7 +27,7 @@ class Mirror(Protocol):
 
 
 class Recorder:
-    """Writes the metrics of one run. As a context manager it marks a run that ends in an exception as failed."""
+    """Writes the metrics of one run. As a context manager it marks the run as failed if an exception ends it."""
 
     def __init__(self, folder: Path, mirror: Mirror | None = None):
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,24 +35,27 @@ class Recorder:
         self._lines = (folder / "metrics.jsonl").open("w", encoding="utf-8")
 
     def log(self, entry: Entry) -> None:
-        """Write an entry of kind `train`, `step`, `eval` or `answers` as one line; UserError if not finite."""
+        """Write an entry of kind `train`, `step`, `eval` or `answers` as one line.
+
+        Raises UserError if one of its numbers is not finite.
+        """
         flat = flatten(entry)
         bad = [name for name, value in flat.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
             where = f"step {entry['t']}" + (f", update {entry['update']}" if "update" in entry else "")
-            raise UserError(f"{where}: {', '.join(bad)} is not finite; what is undefined is recorded as null")
+            raise UserError(f"{where}: {', '.join(bad)} is not finite; an undefined number is recorded as null")
         self._lines.write(json.dumps(entry, allow_nan=False) + "\n")
         self._lines.flush()
         if self._mirror:
             self._mirror.log(entry, flat)
 
     def conclude(self, manifest: Entry, summary: Entry) -> None:
-        """Mirror what else a table of runs needs: the manifest as configuration, the outcome as W&B's summary."""
+        """Give the mirror what a table of runs shows: the manifest and the outcome."""
         if self._mirror:
             self._mirror.conclude(manifest, summary)
 
     def finish(self, exit_code: int) -> None:
-        """Close the run; any exit code but 0 shows it as failed."""
+        """Close the files; an exit code other than 0 marks the run as failed."""
         self._lines.close()
         if self._mirror:
             self._mirror.finish(exit_code)
@@ -60,14 +63,15 @@ class Recorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *_) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         self.finish(0 if error_type is None else 1)
 
 
 def flatten(entry: Entry) -> dict[str, Any]:
-    """An entry under W&B's names: `train/loss`, `step/sources/orca`, `eval/lab/gold`, `eval/lab/gold/low`.
+    """Return an entry by W&B's names: `train/loss`, `step/sources/orca`, `eval/lab/gold`, `eval/lab/gold/low`.
 
-    Measures stand under their own name, with their interval below it; `t` and `update` are axes and stay out.
+    A measure's value has the measure's own name, and its interval the names below it. `t` and `update` are axes and
+    are left out.
     """
     kind = entry["kind"]
     rest = {name: value for name, value in entry.items() if name not in ("kind", "t", "update")}

@@ -1,6 +1,6 @@
-"""Intervals: Student's for means, Wilson's for shares, and a win rate at equal length.
+"""Intervals: Student's for means, Wilson's for shares, and a length-controlled win rate.
 
-A measure is an interval as JSON holds it: {"value", "low", "high", "n"}, null where something is undefined.
+A measure is an interval in JSON: {"value", "low", "high", "n"}, with null for an undefined number.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from scipy import optimize, special, stats
 Measure = dict[str, Any]
 Measures = dict[str, Measure]  # by name
 
-PROBABILITY = 0.95  # that an interval covers
-PRIOR = 10.0  # standard deviation, in logits: keeps the fit of one-sided wins finite and hardly moves any other
+PROBABILITY = 0.95  # coverage of an interval
+PRIOR = 10.0  # standard deviation in logits: the fit stays finite if one side wins every time, and else hardly changes
 
 
 class Interval(NamedTuple):
-    """A value with its 95 % interval; nan where nothing can be said."""
+    """A value with its 95 % interval; an undefined number is nan."""
 
     value: float
     low: float
@@ -27,7 +27,7 @@ class Interval(NamedTuple):
 
 
 def student(values: Sequence[float] | np.ndarray) -> Interval:
-    """The mean of some numbers (nan: left out) with its Student interval; a single number has no interval."""
+    """Return the mean of `values` with its Student interval, without nan values; a single value has no interval."""
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]
     if len(known) < 2:
@@ -36,13 +36,13 @@ def student(values: Sequence[float] | np.ndarray) -> Interval:
 
 
 def around(value: float, standard_error: float, n: int) -> Interval:
-    """The Student interval of a mean of n numbers from its standard error."""
+    """Return the Student interval of a mean of `n` numbers with this standard error."""
     half = float(stats.t.ppf((1 + PROBABILITY) / 2, n - 1)) * standard_error if n > 1 else nan
     return Interval(value, value - half, value + half, n)
 
 
 def wilson(values: np.ndarray) -> Interval:
-    """The share of values above 0, ties counting half, with its Wilson score interval."""
+    """Return the share of values above 0 (zeros count half) with its Wilson score interval."""
     n = len(values)
     if n == 0:
         return Interval(nan, nan, nan, 0)
@@ -53,27 +53,28 @@ def wilson(values: np.ndarray) -> Interval:
 
 
 def share_above(values: np.ndarray) -> np.ndarray:
-    """1 where positive, 0 where negative, one half for a tie."""
+    """Return 1 for each positive value, 0 for each negative one and one half for each zero."""
     return (values > 0) + 0.5 * (values == 0)
 
 
 def as_measure(interval: Interval) -> Measure:
-    """An interval as JSON holds it."""
+    """Return an interval as a measure, which JSON can hold."""
     return {name: None if isnan(part) else part for name, part in interval._asdict().items()}
 
 
 def mean(values: np.ndarray | None) -> Measure:
-    """The mean of one number per pair, prompt or item as a measure; undefined if there is none."""
+    """Return the mean of one number per pair, prompt or item as a measure; undefined if there are none."""
     return as_measure(student([] if values is None else values))
 
 
 def length_controlled(wins: np.ndarray, longer: np.ndarray) -> Measure:
-    """The win rate as it would be between answers of one length: AlpacaEval 2's (Dubois et al. 2404.04475) for one
+    """Return the win rate that answers of equal length would have: AlpacaEval 2's (Dubois et al. 2404.04475) for one
     pair of models, without its term for the difficulty of each instruction.
 
-    P(win) = sigmoid(theta + phi tanh(longer / sd(longer))) is fitted to wins (1, 0, one half for a tie) by logistic
-    regression under a wide normal prior; `longer` is by how much the winner's answers exceed the other's. The value
-    is sigmoid(theta), its interval that of theta +- 1.96 standard errors (from the curvature at the fit).
+    `wins` [N] is 1 for a win, 0 for a loss and one half for a tie; `longer` [N] is the length of the model's answer
+    minus that of its opponent's. Logistic regression with a wide normal prior fits P(win) = sigmoid(theta + phi
+    tanh(longer / sd(longer))). The value is sigmoid(theta), the interval that of theta +- 1.96 standard errors, which
+    come from the curvature at the fit.
     """
     spread = float(np.std(longer)) or 1.0
     inputs_N2 = np.stack([np.ones(len(wins)), np.tanh(longer / spread)], axis=1)
