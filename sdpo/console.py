@@ -1,4 +1,4 @@
-"""What a person sees while a run works: bars, lines and columns of text."""
+"""What the user sees while a run works: progress, and lines and columns of text."""
 
 import sys
 import time
@@ -9,74 +9,88 @@ from tqdm import tqdm
 from sdpo import distributed
 from sdpo.metrics import Entry
 
-SECONDS_BETWEEN_LINES = 30  # that say how far a run is, without a terminal
-RULERS = ("lab/gold", "preference/reward_accuracy_initial", "preference/ranking_accuracy")
+SECONDS_BETWEEN_LINES = 30  # at least, of progress without a terminal
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+STEP_MEASURES = ("lab/gold", "preference/reward_accuracy_initial", "preference/ranking_accuracy")  # best one first
 
 
 class Progress(tqdm):
-    """A bar with pairs/s, tokens/s and the time left; without a terminal a plain line now and then."""
+    """Progress on stderr: a bar on a terminal, elsewhere a plain line now and then, nothing if `quiet`.
 
-    monitor_interval = 0  # tqdm's monitor is a thread, and arms are forked from a parent that has none
+    Both show the units and tokens per second, the time left, and what `show` was given. The rates are averages over
+    the time since the start, without the first `done` units.
+    """
 
-    def __init__(self, total: int, description: str, unit: str, quiet: bool):
-        self.tokens, self.done, self.said = 0, 0, ""
-        self.began = self.told = time.monotonic()
-        self.writes_lines = not (quiet or sys.stderr.isatty())
+    monitor_interval = 0  # tqdm's monitor is a thread, and a sweep forks its runs from a process with one thread
+
+    def __init__(self, total: int, description: str, unit: str, quiet: bool, done: int):
+        self._stream = sys.stderr
+        self._prints_lines = not (quiet or self._stream.isatty())
+        self._description, self._unit, self._done = description, unit, done
+        self._tokens, self._note = 0, ""
+        self._began = self._printed = time.monotonic()
         super().__init__(
             total=total,
             desc=description,
             unit=f" {unit}",
+            initial=done,
             delay=2,
             leave=False,
             miniters=1,
+            smoothing=0,
             dynamic_ncols=True,
-            disable=quiet or None,  # None: drawn on a terminal only
+            bar_format=BAR,
+            disable=quiet or None,  # None: only on a terminal
         )
 
     def advance(self, count: int, tokens: int = 0) -> None:
-        """Move on by `count` units that held `tokens` tokens."""
-        self.tokens += tokens
-        self.done += count
+        """Count `count` more units, which hold `tokens` tokens."""
+        self._tokens += tokens
         self.update(count)
-        if self.writes_lines and time.monotonic() - self.told >= SECONDS_BETWEEN_LINES:
-            self.told = time.monotonic()
-            print(self._line(), file=sys.stderr, flush=True)
 
-    def show(self, said: str) -> None:
-        """Let the bar say something besides its rates, as "loss 0.61"."""
-        self.said = said
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count `n` more units, and print a line if it is time for one."""
+        if self._prints_lines:
+            self.n += n or 0  # tqdm counts only if it draws a bar
+            if time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+                self._printed = time.monotonic()
+                print(self._line(self._printed - self._began), file=self._stream, flush=True)
+        return super().update(n)
 
-    def _line(self) -> str:
-        seconds = time.monotonic() - self.began
-        left = seconds / self.done * (self.total - self.done) / 60
-        parts = [f"{self.desc}: {self.done} of {self.total}{self.unit}", *self._facts(seconds), f"{left:.0f} min left"]
-        return ", ".join(parts)
+    def show(self, note: str) -> None:
+        """Show `note`, such as "loss 0.61", beside the rates from the next update on."""
+        self._note = note
+
+    def _line(self, seconds: float) -> str:
+        rate = (self.n - self._done) / seconds
+        left = tqdm.format_interval((self.total - self.n) / rate) if rate else "?"
+        count = f"{self._description}: {self.n} of {self.total} {self._unit}"
+        return ", ".join([count, f"{number(rate)} {self._unit}/s", *self._facts(seconds), f"{left} left"])
 
     def _facts(self, seconds: float) -> list[str]:
-        rate = [f"{self.tokens / seconds:,.0f} tokens/s"] if self.tokens else []
-        return [self.said] * bool(self.said) + rate
+        rate = [f"{self._tokens / seconds:,.0f} tokens/s"] if self._tokens and seconds else []
+        return rate + [self._note] * bool(self._note)
 
     @property
     def format_dict(self) -> dict[str, Any]:
+        """What tqdm draws: its own numbers and the facts."""
         fields = super().format_dict
-        if facts := self._facts(fields["elapsed"] or 1.0):
-            fields["postfix"] = ", ".join(facts)
-        return fields
+        return fields | {"postfix": ", ".join(self._facts(fields["elapsed"]))}
 
 
-def progress(total: int, description: str, unit: str = "pairs", quiet: bool = False) -> Progress:
-    """Progress on stderr for what takes over two seconds; none if `quiet`."""
-    return Progress(total, description, unit, quiet)
+def progress(total: int, description: str, unit: str = "pairs", quiet: bool = False, done: int = 0) -> Progress:
+    """Show progress on stderr if the work takes more than two seconds; `done` units were done before."""
+    return Progress(total, description, unit, quiet, done)
 
 
 def tell(line: str) -> None:
-    """One line on stderr, above any bar; said by one rank."""
+    """Print a line on stderr, above any bar; only rank 0 prints."""
     if distributed.is_main():
         tqdm.write(line, file=sys.stderr)
 
 
 def step_line(step: Entry) -> str:
-    """One step of summary.json as one line for the terminal."""
+    """Return one step of summary.json as a line for the terminal."""
     parts = [
         f"step {step['t']}",
         f"{step['num_pairs']} pairs of {', '.join(step['sources'])}",
@@ -86,19 +100,19 @@ def step_line(step: Entry) -> str:
     ]
     if step["utilisation"]:
         parts[-1] += f" at {step['utilisation']:.0%} of the peak"
-    ruler = next((name for name in RULERS if name in step["eval"]), None)
-    if ruler:
-        value, low, high = (number(step["eval"][ruler][part]) for part in ("value", "low", "high"))
-        parts.append(f"{ruler} {value} [{low}, {high}]")
+    measure = next((name for name in STEP_MEASURES if name in step["eval"]), None)
+    if measure:
+        value, low, high = (number(step["eval"][measure][part]) for part in ("value", "low", "high"))
+        parts.append(f"{measure} {value} [{low}, {high}]")
     return "  ".join(parts)
 
 
 def number(value: float | None) -> str:
-    """A number for people: four digits, or a dash for none."""
+    """Return a number with four digits, or a dash for None."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def columns(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows of text as lines in which every column is as wide as its widest cell."""
+    """Return rows of cells as lines in which every column is as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -60,8 +60,8 @@ def run(sweep: Sweep) -> bool:
         return False
     _prepare(sweep, todo)
     try:
-        with console.progress(len(sweep.runs), sweep.folder.name, "runs") as bar:
-            bar.update(len(sweep.runs) - len(todo))
+        finished = len(sweep.runs) - len(todo)
+        with console.progress(len(sweep.runs), sweep.folder.name, "runs", done=finished) as bar:
             if todo:
                 (_cluster if sweep.backend == "slurm" else _local)(sweep, todo, bar)
     except KeyboardInterrupt:

@@ -66,8 +66,8 @@ class TrainingLoop:
         rows_of_updates = [self._rows(number) for number in range(len(self.plan))]
         self.budget = fitting_budget(self.engine, rows_of_updates, self.config.launch)
         pending, every, began = [], self.config.record.every, time.monotonic()
-        with progress(sum(map(len, self.plan)), checkpoint.name, quiet=not distributed.is_main()) as bar:
-            bar.advance(sum(len(update) for update in self.plan[: len(entries)]))
+        total, done = (sum(map(len, updates)) for updates in (self.plan, self.plan[: len(entries)]))
+        with progress(total, checkpoint.name, quiet=not distributed.is_main(), done=done) as bar:
             for number in range(len(entries), len(self.plan)):
                 pending.append(self._take_update(number, reference, start_N2))
                 bar.advance(len(self.plan[number]), self._tokens(number))

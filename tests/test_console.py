@@ -1,0 +1,113 @@
+"""What the user sees while a run works: a bar on a terminal, plain lines elsewhere, and lines of text."""
+
+import io
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from sdpo.console import columns, progress, step_line
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """watched(stream) makes `stream` stderr and returns a clock whose `now` is the time of all progress."""
+
+    def watch(stream):
+        clock = SimpleNamespace(now=100.0)
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
+        monkeypatch.setattr("time.monotonic", lambda: clock.now)
+        return clock
+
+    return watch
+
+
+def test_a_terminal_gets_a_bar_after_two_seconds_and_no_thread(watched):
+    screen = Terminal()
+    clock = watched(screen)
+    num_threads = threading.active_count()
+    with progress(10, "step 1", done=2) as bar:
+        bar.advance(2, tokens=400)
+        bar.show("loss 0.5000")
+        assert screen.getvalue() == ""
+        clock.now += 4
+        bar.advance(2, tokens=400)
+        # 4 pairs and 800 tokens in 4 s, without the 2 pairs that were done before; 4 pairs remain
+        assert "step 1:  60%" in screen.getvalue()
+        assert "| 6/10 [00:04<00:04,  1.00 pairs/s, 200 tokens/s, loss 0.5000]" in screen.getvalue()
+    assert threading.active_count() == num_threads
+    assert screen.getvalue().rpartition("loss 0.5000]")[2].strip() == ""  # the bar is wiped
+
+
+def test_without_a_terminal_a_line_every_thirty_seconds(watched):
+    log = io.StringIO()
+    clock = watched(log)
+    with progress(1000, "step 1", done=100) as bar:
+        bar.advance(100, tokens=500)
+        bar.show("loss 0.5000")
+        clock.now += 29
+        bar.advance(100, tokens=500)
+        assert log.getvalue() == ""
+        clock.now += 1
+        bar.advance(100, tokens=500)
+        # 300 pairs and 1500 tokens in 30 s; the other 600 pairs take 60 s
+        first = "step 1: 400 of 1000 pairs, 10 pairs/s, 50 tokens/s, loss 0.5000, 01:00 left\n"
+        assert log.getvalue() == first
+        clock.now += 29
+        bar.advance(1)
+        assert log.getvalue() == first
+        clock.now += 1
+        bar.advance(299)
+    assert log.getvalue() == first + "step 1: 700 of 1000 pairs, 10 pairs/s, 25 tokens/s, loss 0.5000, 00:30 left\n"
+
+
+def test_a_sweep_counts_runs_and_knows_no_rate_at_first(watched):
+    log = io.StringIO()
+    clock = watched(log)
+    with progress(4, "demo", "runs", done=1) as bar:
+        clock.now += 60
+        bar.update(0)
+        clock.now += 60
+        bar.update()
+    assert log.getvalue() == "demo: 1 of 4 runs, 0 runs/s, ? left\ndemo: 2 of 4 runs, 0.008333 runs/s, 04:00 left\n"
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()])
+def test_quiet_prints_nothing(watched, stream):
+    clock = watched(stream)
+    with progress(2, "step 1", quiet=True) as bar:
+        clock.now += 1e6
+        bar.advance(1, tokens=5)
+        bar.advance(1, tokens=5)
+    assert stream.getvalue() == ""
+
+
+def test_step_line():
+    step = {
+        "t": 2,
+        "num_pairs": 519,
+        "sources": {"orca": 500, "polite": 19},
+        "first_loss": 0.69314718,
+        "last_loss": 0.5,
+        "gamma_ref_mean": -12.25,
+        "tokens_per_second": 4321.5,
+        "utilisation": None,
+        "eval": {"preference/ranking_accuracy": {"value": 0.75, "low": None, "high": 0.8, "n": 9}},
+    }
+    assert step_line(step) == (
+        "step 2  519 pairs of orca, polite  loss 0.6931 -> 0.5  gamma_ref -12.25  "
+        "4322 tokens/s  preference/ranking_accuracy 0.75 [-, 0.8]"
+    )
+    assert step_line(step | {"gamma_ref_mean": None, "eval": {}}).endswith("gamma_ref -  4322 tokens/s")
+    assert step_line(step | {"utilisation": 0.414, "eval": {}}).endswith("4322 tokens/s at 41% of the peak")
+
+
+def test_columns_are_as_wide_as_their_widest_cell():
+    assert columns([("arm", "n"), ("stepwise", "10")]) == ["arm       n", "stepwise  10"]
