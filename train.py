@@ -1,4 +1,4 @@
-"""The one entry point: compose the configuration, check everything, run, print the result.
+"""The entry point: compose the configuration, check it, run it, and print the result.
 
 python train.py                                       stepwise DPO on the built-in laboratory
 python train.py split=all_at_once reference=initial   plain DPO
@@ -10,6 +10,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,62 +19,64 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sdpo import distributed, validate
-from sdpo.errors import UserError
+from sdpo.errors import UserError, disk_as_user_error
 from sdpo.launch import help
 from sdpo.launch import local as launch
 from sdpo.run import folder as run_folder
 from sdpo.run.folder import Run
 
-composed: list[tuple[DictConfig, DictConfig]] = []
+composed: list[tuple[DictConfig, DictConfig]] = []  # the configuration of a single run, and Hydra's own
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def compose(job: DictConfig) -> None:
-    """Keep what Hydra composed for a single run; the runs of a sweep go to its launcher."""
-    composed.append((job, HydraConfig.get()))
+    """Keep what Hydra composed for a single run. The runs of a sweep go to the launcher instead."""
+    composed.append((job, cast(DictConfig, HydraConfig.get())))
 
 
 def main(arguments: list[str]) -> None:
+    """Show help, or do the run or sweep that the arguments describe."""
     if {"--help", "-h"} & set(arguments):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into `head` it ends quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends quietly
         print(help.show([argument for argument in arguments if not argument.startswith("-")]))
         return
     launch.refuse_ranks()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what is wrong, instead of printing it
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     compose()
-    for job, settings in composed:
-        folder = Path(settings.runtime.output_dir)
+    for job, hydra_config in composed:
+        folder = Path(hydra_config.runtime.output_dir)
         try:
-            single(run_folder.of(job, settings, folder))
+            single(run_folder.of(job, hydra_config, folder))
         finally:
-            with suppress(OSError):
-                folder.rmdir()  # Hydra made it; what was refused or only planned leaves it empty
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()  # Hydra made it; a run that was refused or only planned leaves it empty
 
 
 def single(run: Run) -> None:
-    """One run, in this process or with ranks of its own, and what came of it."""
+    """Do one run, in this process or in one process per rank, and print its steps and where the report is."""
     distributed.set_threads(run.config.launch.threads)  # before torch starts
     validate.check(run.config)
     if run.config.plan:
-        from sdpo.plan import report
+        from sdpo.plan import report as plan
 
-        report.show([run])
+        plan.show([run])
         return
     run.prepare()
     summary = launch.run(run.config, run.folder)
-    from analysis import report
-    from sdpo import console
+    from analysis.report import write_report
+    from sdpo.console import step_line
 
     for step in summary["steps"]:
-        print(console.step_line(step))
-    print(f"report: {report.write_report(run.folder)}")
+        print(step_line(step))
+    print(f"report: {write_report(run.folder)}")
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with disk_as_user_error():
+            main(sys.argv[1:])
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
+    except (HydraException, OmegaConfBaseException, UserError) as error:
         sys.exit(f"error: {help.explain(error, sys.argv[1:])}")

@@ -1,8 +1,8 @@
-"""A step of a run for use elsewhere: as a standard Hugging Face folder with a model card, or as data for TRL.
+"""Export a step of a run: its model as a Hugging Face folder with a model card, or its pairs as data for TRL.
 
-python -m sdpo.export RUN --step 2                        M_2 into RUN/export/M_2
-python -m sdpo.export RUN --step 2 --push NAME            and up to the hub, where it is private at first
-python -m sdpo.export RUN --step 2 --pairs FILE.parquet   what M_2 was trained on, with its reference's log-probs
+python -m sdpo.export RUN --step 2                        write M_2 into RUN/export/M_2
+python -m sdpo.export RUN --step 2 --push NAME            and upload it to the Hub, where it is private at first
+python -m sdpo.export RUN --step 2 --pairs FILE.parquet   write the pairs of step 2 with the reference's log-probs
 """
 
 import argparse
@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from sdpo import config
-from sdpo.errors import UserError
+from sdpo import config as configuration
+from sdpo.errors import UserError, disk_as_user_error, one_line
 from sdpo.run import model_card
 from sdpo.store import Artifact, Store, check
 
-# Of the store, not of the model.
+# Files that the store keeps beside a model.
 BOOKKEEPING = ("manifest.json", "train.json", "reference.parquet", "probes.parquet", "moments-*")
 
 
 def export(run: Path, t: int, out: Path, merge: bool = False) -> Path:
-    """Write M_t, its tokenizer and its card into `out`; with `merge` without the adapter beside the merged weights.
+    """Write M_t, its tokenizer and its card into `out`, and return `out`; `merge` leaves out the adapter of LoRA.
 
-    UserError where there is no such step, where its files have changed, and where `out` is in use.
+    Raises UserError if the step does not exist, if its files have changed, and if `out` is not empty.
     """
     files, model = model_card.read(run), _step(run, t)
     if out.exists() and any(out.iterdir()):
@@ -37,29 +37,31 @@ def export(run: Path, t: int, out: Path, merge: bool = False) -> Path:
 
 
 def export_pairs(run: Path, t: int, file: Path) -> Path:
-    """Write the chunk of step t as a parquet file with the columns that TRL's DPOTrainer reads.
+    """Write the chunk of step t as a parquet file with the columns that TRL's DPOTrainer reads, and return `file`.
 
-    They are `prompt`, `chosen`, `rejected` (text without the stop token), `prompt_ids`, `chosen_ids`, `rejected_ids`
-    (what the step was trained on) and `ref_chosen_logps`, `ref_rejected_logps` (summed, in nats, what its loss read).
-    A DPOTrainer made with this data set uses them once `trainer.precompute_ref_logps = True` is set (TRL 1.16).
-    UserError where the step had no one reference, and where the pairs are no longer those of the run.
+    The columns are `prompt`, `chosen`, `rejected` (text without the stop token), `prompt_ids`, `chosen_ids`,
+    `rejected_ids` (the tokens that the step trained on) and `ref_chosen_logps`, `ref_rejected_logps` (the sums in nats
+    that its loss read). A DPOTrainer with this data set uses the log-probs after `trainer.precompute_ref_logps = True`
+    (TRL 1.16). Raises UserError if the step had more or fewer references than one, and if the run's pairs have changed.
     """
     from sdpo.data.templates import ChatFormat
     from sdpo.data.tokenize import content_hash
     from sdpo.train.setup import prepare
 
     model = _step(run, t)
-    made_of = json.loads((model.folder / "manifest.json").read_text())
-    if len(made_of["windows"]) != 1:
-        raise UserError(f"step {t} read {len(made_of['windows'])} references; TRL's columns hold exactly one")
-    settings = config.load(run / "config.yaml")
-    inputs = prepare(settings, Store(model.folder.parents[1]))
+    manifest = json.loads((model.folder / "manifest.json").read_text())
+    if len(manifest["windows"]) != 1:
+        raise UserError(f"step {t} read {len(manifest['windows'])} references; TRL's columns hold exactly one")
+    config = configuration.load(run / "config.yaml")
+    inputs = prepare(config, Store(model.folder.parents[1]))
     reference = pd.read_parquet(model.folder / "reference.parquet")
     known = set(inputs.train.ids)
     chunk = inputs.train.take(inputs.train.indices(id for id in reference["id"] if id in known))
-    if content_hash(chunk.rows) != made_of["rows"]:
-        raise UserError(f"the pairs of {run} have changed since step {t} was trained; restore the files it names")
-    chat = ChatFormat(inputs.runner.tokenizer, settings.data.template)
+    if content_hash(chunk.rows) != manifest["rows"]:
+        raise UserError(
+            f"the pairs of {run} have changed since step {t} was trained; restore the files that its config.yaml names"
+        )
+    chat = ChatFormat(inputs.runner.tokenizer, config.data.template)
     texts = pd.DataFrame(map(chat.texts, chunk.pairs))
     ids = pd.DataFrame(chunk.rows)[["prompt", "chosen", "rejected"]].add_suffix("_ids")
     logps = reference[["chosen", "rejected"]].add_prefix("ref_").add_suffix("_logps")
@@ -68,17 +70,26 @@ def export_pairs(run: Path, t: int, file: Path) -> Path:
 
 
 def push(folder: Path, name: str) -> str:
-    """Upload a folder to the hub repository NAME, made (private) where it is missing; returns its address."""
+    """Upload a folder to the repository `name` of the Hub and return its address; a new repository is private.
+
+    Raises UserError if the Hub refuses it.
+    """
     from huggingface_hub import HfApi
 
     hub = HfApi()
-    repository = hub.create_repo(name, private=True, exist_ok=True)
-    hub.upload_folder(folder_path=folder, repo_id=repository.repo_id)
+    try:
+        repository = hub.create_repo(name, private=True, exist_ok=True)
+        hub.upload_folder(folder_path=folder, repo_id=repository.repo_id)
+    except OSError as error:  # what the Hub's client raises for a refusal
+        raise UserError(
+            f"{name}: the Hub refused the upload ({one_line(error)}); mend that, then run "
+            f"`hf upload --private {name} {folder}`"
+        ) from error
     return repository.url
 
 
 def _step(run: Path, t: int) -> Artifact:
-    """M_t of a finished run, its files verified."""
+    """M_t of a finished run. Raises UserError if it does not exist or its files have changed."""
     steps = model_card.read(run).manifest["steps"]
     if not 1 <= t <= len(steps):
         raise UserError(f"{run} has steps 1 to {len(steps)}, and no step {t}")
@@ -88,12 +99,13 @@ def _step(run: Path, t: int) -> Artifact:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m sdpo.export", description=__doc__.splitlines()[0])
+    """Export what the command line names, and print where it is."""
+    parser = argparse.ArgumentParser("python -m sdpo.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--step", type=int, required=True, metavar="t", help="which M_t")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to; default: RUN/export/M_t")
-    parser.add_argument("--merge", action="store_true", help="LoRA: the merged weights alone, without the adapter")
-    parser.add_argument("--push", metavar="NAME", help="then upload it to this repository of the hub")
+    parser.add_argument("--step", type=int, required=True, metavar="t", help="number of the step, from 1")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default: RUN/export/M_t")
+    parser.add_argument("--merge", action="store_true", help="LoRA: only the merged weights, without the adapter")
+    parser.add_argument("--push", metavar="NAME", help="then upload the folder to this repository of the Hub")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="instead write the step's pairs as a parquet file")
     options = parser.parse_args(arguments)
     if options.pairs:
@@ -107,6 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     try:
-        main()
-    except (UserError, OSError) as error:
+        with disk_as_user_error():
+            main()
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""An exported step loads as any Hugging Face folder with a card; its pairs give TRL the losses that we saw."""
+"""An exported step loads as a Hugging Face folder with a card; with its exported pairs TRL computes our losses."""
 
 import json
 import math
@@ -10,8 +10,8 @@ from conftest import byte_tokenizer, random_model, read_lines
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpo import config, export
-from sdpo.config import Config, Data, Model
+from sdpo import export
+from sdpo.config import Config, Data, Model, to_yaml
 from sdpo.errors import UserError
 from sdpo.store import Store
 
@@ -25,7 +25,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, model):
-    """A finished run of two steps as it lies on the disk, its last model in several shards."""
+    """The folder of a finished run of two steps; its last model has several shards."""
 
     def build(folder):
         model.save_pretrained(folder, max_shard_size="40KB")
@@ -51,13 +51,13 @@ def finished(tmp_path_factory, model):
     summary["steps"] = [losses[0], losses[1] | {"eval": {"lab/gold": MEASURE, "lab/kl": MEASURE | {"low": None}}}]
     for name, content in {"manifest": manifest, "summary": summary, "data_report": {"dropped": {"empty": 3}}}.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
-    settings = Config(
+    config = Config(
         model=Model(name="local", path="/home/someone/model"),
         data=Data(name="local", train=["/home/someone/orca.jsonl"]),
         split={"name": "replay", "path": "/home/someone/split.json"},
         loss={"name": "dpo", "beta": 0.1},
     )
-    (folder / "config.yaml").write_text(config.to_yaml(settings))
+    (folder / "config.yaml").write_text(to_yaml(config))
     return folder
 
 
@@ -79,7 +79,7 @@ def test_the_folder_loads_and_holds_nothing_of_the_store(finished, model, tmp_pa
     assert "adapter" in names and not (export.export(finished, 2, tmp_path / "merged", merge=True) / "adapter").exists()
 
 
-def test_the_card_tells_lineage_scores_and_settings_but_no_paths(finished, tmp_path):
+def test_the_card_has_lineage_scores_and_settings_but_no_paths(finished, tmp_path):
     card = (export.export(finished, 2, tmp_path / "M_2") / "README.md").read_text()
     assert "| M_1 | S | S | orca (7) | -38.6 | 0.6931 → 0.5 |" in card
     assert "| M_2 | M_1 | 0.9 M_1 + 0.1 external eeeeeeee | orca (7) | - | 0.6931 → 0.5 |" in card
@@ -97,6 +97,15 @@ def test_what_cannot_be_exported_is_refused(finished, tmp_path):
         export.export(finished, 2, finished)
     with pytest.raises(UserError, match="holds no summary.json"):
         export.export(tmp_path, 1, tmp_path / "M_1")
+
+
+def test_an_upload_that_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(self, name, **options):
+        raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required.\nLog in")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(UserError, match=r"^me/aligned: the Hub refused the upload \(Token is required. Log in\); "):
+        export.push(tmp_path, "me/aligned")
 
 
 def test_nothing_is_pushed_unless_asked_and_then_privately(finished, tmp_path, monkeypatch, capsys):
@@ -118,8 +127,8 @@ def test_nothing_is_pushed_unless_asked_and_then_privately(finished, tmp_path, m
     assert "https://huggingface.co/me/aligned" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore")  # of the peer's, about itself
-def test_trl_sees_the_losses_that_we_saw(run, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # TRL's own warnings
+def test_trl_computes_our_losses(run, tmp_path):
     from trl import DPOConfig, DPOTrainer
 
     folder = run("split=by_source", "reference=initial", "optim.pairs_per_update=100")
@@ -142,12 +151,12 @@ def test_trl_sees_the_losses_that_we_saw(run, tmp_path):
     assert theirs == pytest.approx(ours, abs=1e-6) and abs(ours - math.log(2)) > 1e-3
 
 
-def test_pairs_of_another_time_or_of_no_one_reference_are_refused(run, toy, tmp_path):
+def test_changed_pairs_and_several_references_are_refused(run, toy, tmp_path):
     folder = run("split=all_at_once", "reference=periodic", "reference.updates=2")
     with pytest.raises(UserError, match="step 1 read .* references; TRL's columns hold exactly one"):
         export.export_pairs(folder, 1, tmp_path / "pairs.parquet")
     folder = run("split=all_at_once", name="changed")
-    settings = (folder / "config.yaml").read_text().replace("max_tokens: 1024", "max_tokens: 30")
-    (folder / "config.yaml").write_text(settings.replace("on_long: error", "on_long: truncate_response"))
+    text = (folder / "config.yaml").read_text().replace("max_tokens: 1024", "max_tokens: 30")
+    (folder / "config.yaml").write_text(text.replace("on_long: error", "on_long: truncate_response"))
     with pytest.raises(UserError, match="the pairs of .* have changed since step 1 was trained"):
         export.export_pairs(folder, 1, tmp_path / "pairs.parquet")
