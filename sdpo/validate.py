@@ -1,62 +1,66 @@
-"""Rules that hold across settings."""
+"""Rules that connect several settings."""
 
 from sdpo import config as configuration
 from sdpo.binding import bind
 from sdpo.config import Config
 from sdpo.errors import UserError
-from sdpo.variants import placebo, tune
-from sdpo.variants import reference as references
+from sdpo.variants import tune
 from sdpo.variants.tune import Adapter
 
 
 def check(config: Config) -> None:
-    """Bind every choice of every step to its function, so that a wrong one is an error before any work."""
-    from sdpo.curriculum import chunking  # here, because these import torch
+    """Raise UserError for a choice of any step that does not bind, and for settings that exclude each other."""
+    from sdpo.curriculum import chunking  # here, because these import torch or numpy, which takes seconds
     from sdpo.evals import suites
     from sdpo.variants import loss as losses
+    from sdpo.variants import placebo
+    from sdpo.variants import reference as references
 
     if config.launch.compile and config.deepspeed.stage == 3:
-        raise UserError("launch.compile: ZeRO-3 gathers parameters between layers, where a graph has no room for it")
+        raise UserError(
+            "launch.compile: ZeRO-3 gathers parameters between layers, which a compiled graph cannot do: "
+            "use launch.compile=false or another deepspeed stage"
+        )
     chunking.bind_score(config.score, chunking.bind_split(config.split))
     for key, measure in config.evaluate.items():
         if "name" not in measure:
             listed = ",".join([other for other in config.evaluate if other != key] + [key])
             raise UserError(
-                f"evaluate.{key} has settings, but evaluate does not list it: evaluate=[{listed}] measures it, "
-                f"~evaluate.{key} drops the settings"
+                f"evaluate.{key} has settings, but evaluate does not list it: evaluate=[{listed}] turns it on, "
+                f"~evaluate.{key} removes the settings"
             )
         bind(suites, measure)
     for t in (0, *config.steps):
         step = configuration.for_step(config, t)
         beta = bind(losses, step.loss).keywords.get("beta")
         if beta == 0:
-            raise UserError("loss.beta is 0, at which no pair says anything; set it above 0")
+            raise UserError("loss.beta is 0, which gives the preferences no weight in the loss; set it above 0")
         bind(references, {key: value for key, value in step.reference.items() if key != "placebo"})
         bind(placebo, {"name": step.reference.get("placebo", "none")})
         if step.optim.moments == "carry" and step.start == "initial":
-            raise UserError("optim.moments=carry has nothing to carry where a step starts from S: use start=previous")
+            raise UserError("optim.moments=carry has nothing to carry if a step starts from S: use start=previous")
         for key in ("moments", "schedule_over"):
             if key in config.steps.get(t, {}).get("optim", {}):
-                raise UserError(f"steps.{t}.optim.{key}: it binds steps together and is set for all: optim.{key}=...")
+                raise UserError(f"steps.{t}.optim.{key}: this setting must be equal in all steps: set optim.{key}=...")
         if adapter := bind(tune, step.tune)():
             _check_adapter(adapter, step)
 
 
 def _check_adapter(adapter: Adapter, config: Config) -> None:
-    """UserError if the rest of a step's configuration does not go with an adapter."""
+    """Raise UserError if a step's configuration does not work with its adapter."""
     if config.reference["name"] == "mixed" and config.reference["alpha"] < 1 and adapter.quantize != "none":
         raise UserError(
-            f"reference=mixed adds to the frozen weights, which tune.quantize={adapter.quantize} holds in 4 bits: use "
+            f"reference=mixed changes the frozen weights, which tune.quantize={adapter.quantize} holds in 4 bits: use "
             "reference=periodic, or tune.quantize=none"
         )
     if adapter.between == "stack" and config.save_dtype != "fp32" and config.precision == "fp32":
         raise UserError(
-            "tune.between=stack trains beside unrounded adapters, and save_dtype=bf16 would score rounded ones: "
+            "tune.between=stack trains on unrounded adapters, but save_dtype=bf16 would score rounded ones: "
             "use save_dtype=fp32, precision=bf16 or tune.between=merge"
         )
     if config.optim.moments == "carry":
         raise UserError(
-            "optim.moments=carry has nothing to carry with tune=lora, whose every step trains a new adapter: "
+            "optim.moments=carry has nothing to carry with tune=lora, because every step trains a new adapter: "
             "use optim.moments=reset"
         )
     if adapter.quantize != "none" and config.deepspeed.stage is not None:

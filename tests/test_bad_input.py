@@ -55,11 +55,11 @@ SETTINGS = {
     ),
     "moments from S": (
         ["optim.moments=carry", "start=initial"],
-        "optim.moments=carry has nothing to carry where a step starts from S: use start=previous",
+        "optim.moments=carry has nothing to carry if a step starts from S: use start=previous",
     ),
     "moments of one step": (
         ["+steps.2.optim.moments=carry"],
-        "steps.2.optim.moments: it binds steps together and is set for all: optim.moments=...",
+        "steps.2.optim.moments: this setting must be equal in all steps: set optim.moments=...",
     ),
     "no sweep": (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
     "overlap": ([HELD_OUT], "a.jsonl, row 1: field 'prompt' is held out too, in held_out.jsonl, row 1; repair it or"),

@@ -276,7 +276,7 @@ def test_what_does_not_go_with_adapters_is_refused_at_composition(message, monke
 def test_nothing_is_mixed_into_weights_of_4_bits(monkeypatch):
     monkeypatch.setattr(tune, "find_spec", lambda name: name)
     quantised = ["tune=lora", "tune.quantize=4bit", "tune.between=stack", "reference=mixed", "reference.alpha=0.6"]
-    with pytest.raises(UserError, match="reference=mixed adds to the frozen weights, which tune.quantize=4bit holds"):
+    with pytest.raises(UserError, match="reference=mixed changes the frozen weights, which tune.quantize=4bit holds"):
         validate.check(compose("model=local", "model.path=m", "data=local", "data.train=[a.jsonl]", *quantised))
 
 
