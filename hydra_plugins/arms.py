@@ -1,7 +1,7 @@
-"""What Hydra finds of this project when it starts, because it looks for plugins in this namespace only.
+"""The parts of this project that Hydra loads when it starts; it looks for plugins in this namespace only.
 
-The schema that every configuration is composed onto, the names of run and sweep folders, and the launcher of sweeps.
-What the launcher does is sdpo/sweep.py, which knows nothing of Hydra.
+They are the schema of every configuration, the resolvers that name run and sweep folders, and the launcher of sweeps.
+The launcher composes the runs; sdpo/launch/sweep.py does them and does not know Hydra.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ from omegaconf import DictConfig, OmegaConf
 from sdpo.config import Config
 from sdpo.run import folder as run_folder
 
-SEED = "seed="  # the override that tells the runs of an arm apart
+SEED = "seed="  # the override in which the runs of an arm differ
 
 
 @dataclass
 class Schema(Config):
-    steps: dict[Any, Any] = field(default_factory=dict)  # a command line writes the number of a step as a word
+    steps: dict[Any, Any] = field(default_factory=dict)  # on a command line the number of a step is a string
 
 
 def _schema() -> DictConfig:
-    """What every configuration is composed onto; into its mappings a command line may write keys of its own."""
+    """The schema of every configuration. A command line may add keys to the mappings named here."""
     schema = OmegaConf.structured(Schema)
     for mapping in (schema.steps, schema.data.columns, schema.data.revisions, schema.data.nominal):
         OmegaConf.set_struct(mapping, False)
@@ -43,10 +43,10 @@ OmegaConf.register_new_resolver("over", lambda value, *divisors: value / prod(di
 
 
 class Arms(Launcher):
-    """Does all runs of a sweep together; the keywords are conf/hydra/launcher/arms.yaml."""
+    """Does all runs of a sweep together; the keywords are those of conf/hydra/launcher/arms.yaml."""
 
     def __init__(self, n: int | str, backend: str, slurm: DictConfig, contrasts: DictConfig):
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "n": n,
             "backend": backend,
             "slurm": dict(slurm),
@@ -58,30 +58,30 @@ class Arms(Launcher):
         loader = hydra_context.config_loader
         compose = loader.load_sweep_config
         self.compose = cache(lambda overrides: compose(config, list(overrides)))
-        # The sweeper composes every run to see that it can be, and throws it away: most of the time of a large sweep.
-        loader.load_sweep_config = lambda master_config, sweep_overrides: self.composed(sweep_overrides)
+        # Hydra's sweeper composes every run only to check that it can, which takes most of the time of a large sweep.
+        # This attribute hides the loader's method, so that the sweeper and `launch` share one composition per arm.
+        vars(loader)["load_sweep_config"] = lambda master_config, sweep_overrides: self.composed(sweep_overrides)
 
     def composed(self, overrides: Sequence[str]) -> DictConfig:
-        """What Hydra composes for a run; runs that differ in the seed alone share it, and it holds the last one's."""
-        arm = self.compose(tuple(override for override in overrides if not override.startswith(SEED)))
-        arm.seed = next((o.removeprefix(SEED) for o in reversed(overrides) if o.startswith(SEED)), self.config.seed)
-        return arm
+        """Return the configuration of a run. Runs that differ only in the seed share one object, with the last seed."""
+        config = self.compose(tuple(override for override in overrides if not override.startswith(SEED)))
+        config.seed = next((o.removeprefix(SEED) for o in reversed(overrides) if o.startswith(SEED)), self.config.seed)
+        return config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Compose every run, then do them all; errors rise to train.py."""
+        """Compose every run, do them all, and write the report. Errors go up to train.py."""
         from sdpo.launch import sweep
 
         folder = Path(self.config.hydra.sweep.dir).absolute()
-        asked = {}  # by folder: what is asked for twice is done once
+        runs = {}  # by folder, so that a run is done once even if it was asked for twice
         for overrides, arm in zip(job_overrides, run_folder.labels(job_overrides), strict=True):
-            composed = self.composed(overrides)
-            place = folder / composed.hydra.sweep.subdir
-            asked[place] = run_folder.of(run_folder.without_hydra(composed), composed.hydra, place, arm, folder.name)
-        overrides = list(self.config.hydra.overrides.task)
-        asked_for = sweep.Sweep(folder, list(asked.values()), overrides, **self.settings)
-        if sweep.run(asked_for):
-            from analysis import report  # here, because it imports what the runs do without
+            config = self.composed(overrides)
+            subfolder = folder / config.hydra.sweep.subdir
+            runs[subfolder] = run_folder.of(run_folder.without_hydra(config), config.hydra, subfolder, arm, folder.name)
+        asked = sweep.Sweep(folder, list(runs.values()), list(self.config.hydra.overrides.task), **self.settings)
+        if sweep.run(asked):
+            from analysis import report  # here, because the runs do not need its libraries
 
             print(f"report: {report.write_report(folder)}")
-            sweep.refuse_failures(asked_for)
+            sweep.refuse_failures(asked)
         return []

@@ -1,8 +1,8 @@
-"""Stepwise DPO, the outer loop. How it differs from DPO:
+"""Stepwise DPO (Kim et al. 2403.19270): the outer loop. Three things differ from DPO:
 
-1. the preference data is cut into chunks, and step t trains on chunk t alone, with a fresh optimiser and schedule;
-2. the reference of step t is the model that step t-1 produced, not S;
-3. the policy of step t starts there too.
+1. The preference data is cut into chunks, and step t trains on chunk t only, with a new optimiser and schedule.
+2. The reference of step t is the model that step t-1 produced, not the SFT model S.
+3. The policy of step t starts from that model too.
 """
 
 import json
@@ -11,8 +11,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from sdpo import config, distributed
-from sdpo.config import Config
+from sdpo import distributed
+from sdpo.config import Config, for_step
 from sdpo.curriculum.build import build
 from sdpo.errors import UserError
 from sdpo.evals.evaluator import Evaluator
@@ -26,22 +26,22 @@ from sdpo.train.step_key import StepSpec
 from sdpo.wandb_mirror import WandbMirror
 
 
-def run(settings: Config, folder: Path) -> dict:
-    """Train and measure M_1 .. M_T; returns what summary.json holds. Steps that exist are found, not trained."""
+def run(config: Config, folder: Path) -> dict:
+    """Train and evaluate M_1 .. M_T, and return the content of summary.json. Steps in the store are not trained."""
     began = time.monotonic()
-    with _recorder(settings, folder) if distributed.is_main() else nullcontext() as recorder:
-        inputs = prepare(settings, Store())
+    with _recorder(config, folder) if distributed.is_main() else nullcontext() as recorder:
+        inputs = prepare(config, Store())
         runner, history = inputs.runner, [inputs.initial]
-        curriculum = build(inputs, settings, inputs.initial)
-        spans = whole_run(list(map(len, curriculum.chunks)), curriculum.complete, settings)
-        evaluator = Evaluator(inputs, settings, recorder)
+        curriculum = build(inputs, config, inputs.initial)
+        spans = whole_run(list(map(len, curriculum.chunks)), curriculum.complete, config)
+        evaluator = Evaluator(inputs, config, recorder)
         runner.logprobs_of(inputs.initial, inputs.followed(curriculum.chunks))
         evaluator.add_initial()
         for t in range(1, curriculum.num_steps + 1):
             step_began, chunk = time.monotonic(), curriculum.chunk(t - 1, history[-1])
-            here, followed = config.for_step(settings, t), inputs.followed(curriculum.chunks)
-            start = history[-1] if here.start == "previous" else history[0]
-            spec = StepSpec(t, here, start, list(history), inputs.chunk(chunk), spans.get(t), followed)
+            step_config, followed = for_step(config, t), inputs.followed(curriculum.chunks)
+            start = history[-1] if step_config.start == "previous" else history[0]
+            spec = StepSpec(t, step_config, start, list(history), inputs.chunk(chunk), spans.get(t), followed)
             step = take_step(spec, runner, partial(evaluator.log, "train", t))
             runner.logprobs_of(step.model, followed)
             evaluator.add(step, chunk, time.monotonic() - step_began)
@@ -49,23 +49,26 @@ def run(settings: Config, folder: Path) -> dict:
         return results.write(folder, curriculum, evaluator, time.monotonic() - began)
 
 
-def whole_run(num_pairs: list[int], complete: bool, settings: Config) -> dict[int, Span]:
-    """Where each step lies in a schedule that spans the run; empty if every step has its own schedule.
+def whole_run(num_pairs: list[int], complete: bool, config: Config) -> dict[int, Span]:
+    """Return the part of each step in a schedule that spans the run; empty if every step has its own schedule.
 
-    `num_pairs` are those of each step. UserError if they are not `complete` before the first step.
+    `num_pairs` has the number of pairs of each step. Raises UserError if it is not `complete` before the first step.
     """
-    if settings.optim.schedule_over == "step":
+    if config.optim.schedule_over == "step":
         return {}
     if not complete:
-        raise UserError("optim.schedule_over=run needs all chunks before the first step; score.model=current has not")
-    optims = [config.for_step(settings, t).optim for t in range(1, len(num_pairs) + 1)]
+        raise UserError(
+            "optim.schedule_over=run needs all chunks before the first step, but score.model=current makes one chunk "
+            "before each step: use optim.schedule_over=step or score.model=initial"
+        )
+    optims = [for_step(config, t).optim for t in range(1, len(num_pairs) + 1)]
     counts = [len(updates(num, optim, 0)) for num, optim in zip(num_pairs, optims, strict=True)]
     return {t: Span(sum(counts[: t - 1]), sum(counts)) for t in range(1, len(counts) + 1)}
 
 
-def _recorder(settings: Config, folder: Path) -> Recorder:
-    """The run's metrics file, with its W&B copy if one is asked for."""
-    if not settings.record.wandb:
+def _recorder(config: Config, folder: Path) -> Recorder:
+    """The recorder of the run's metrics, with a W&B copy if the configuration asks for one."""
+    if not config.record.wandb:
         return Recorder(folder)
-    named = json.loads((folder / "manifest.json").read_text())
-    return Recorder(folder, WandbMirror(folder, settings, named["arm"], named["choices"], named["sweep"]))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return Recorder(folder, WandbMirror(folder, config, manifest["arm"], manifest["choices"], manifest["sweep"]))

@@ -1,7 +1,7 @@
-"""Content-addressed artifacts: a folder named by the hash of everything that determined it.
+"""Content-addressed artifacts: each is a folder whose name is the hash of everything that determined it.
 
-Resume, sharing between arms and lineage are this one mechanism. Under a lock the maker works in a temporary
-folder, syncs it and renames it, so that a reader never sees half an artifact and a dead maker leaves nothing valid.
+Resume, sharing between arms, and lineage all use this store. A process that makes an artifact holds a lock, writes into
+a temporary folder, syncs it and renames it: a reader never sees half an artifact, and a killed process leaves none.
 """
 
 import fcntl
@@ -12,12 +12,12 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sdpo import distributed
 from sdpo.errors import UserError
 
-NUMERICS_VERSION = 5  # raised whenever the same settings would give other numbers
+NUMERICS_VERSION = 5  # raise it when a change of the code makes equal settings give other numbers
 
 
 class Artifact(NamedTuple):
@@ -27,13 +27,13 @@ class Artifact(NamedTuple):
 
 
 def key_of(kind: str, determinants: dict) -> str:
-    """SHA-256 (hex) of the canonical JSON of what determines an artifact of this kind."""
+    """Return the SHA-256 (hex) of the canonical JSON of what determines an artifact of this kind."""
     whole = {"kind": kind, "numerics": NUMERICS_VERSION, **determinants}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def hash_files(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of the files among some paths below a folder, by their name there."""
+    """Return the SHA-256 of each file among `paths`, by its path relative to `folder`; folders are left out."""
     hashes = {}
     for path in sorted(filter(Path.is_file, paths)):
         with path.open("rb") as file:
@@ -42,53 +42,59 @@ def hash_files(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
 
 
 class Store:
-    """Artifacts below one folder (`SDPO_STORE`, else `store/` in the checkout)."""
+    """Artifacts below one folder: `root`, else `SDPO_STORE`, else `store/` in the checkout."""
 
     def __init__(self, root: Path | None = None):
         checkout = Path(__file__).parents[1]
         self.root = Path(root or os.environ.get("SDPO_STORE") or checkout / "store").resolve()
 
     def folder(self, kind: str, key: str) -> Path:
+        """Return the folder of an artifact, whether it exists or not."""
         return self.root / kind / key[:16]
 
     def has(self, kind: str, key: str) -> bool:
+        """Return whether the artifact with this key exists."""
         return (self.folder(kind, key) / "manifest.json").is_file()
 
     def holds(self, kind: str, determinants: dict) -> bool:
-        """Whether the artifact of these determinants exists."""
+        """Return whether the artifact with these determinants exists."""
         return self.has(kind, key_of(kind, determinants))
 
     def make(self, kind: str, determinants: dict, build: Callable[[Path], None]) -> Artifact:
-        """The artifact of these determinants: found, or built by `build(folder)` on every rank.
+        """Return the artifact with these determinants; if it does not exist, every rank runs `build(folder)` first.
 
-        Concurrent runs that want the same artifact wait for the one that makes it.
+        If several processes want the same artifact, one makes it and the others wait.
         """
         key = key_of(kind, determinants)
-        final, work = self.folder(kind, key), self.folder(kind, f"tmp-{key[:12]}")
+        final, temporary = self.folder(kind, key), self.folder(kind, f"tmp-{key[:12]}")
         with self._lock(kind, key):
             if distributed.broadcast(self.has(kind, key) if distributed.is_main() else None):
                 return Artifact(key, final, reused=True)
             if distributed.is_main():
-                shutil.rmtree(work, ignore_errors=True)
-                work.mkdir(parents=True)
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
             distributed.barrier()
             try:
-                build(work)
+                build(temporary)
                 distributed.barrier()
                 if distributed.is_main():
-                    manifest = {"kind": kind, "key": key, **determinants, "files": hash_files(work, work.rglob("*"))}
-                    (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
-                    _sync([*work.rglob("*"), work])
-                    work.rename(final)
+                    files = hash_files(temporary, temporary.rglob("*"))
+                    manifest = {"kind": kind, "key": key, **determinants, "files": files}
+                    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+                    _sync([*temporary.rglob("*"), temporary])
+                    temporary.rename(final)
                     _sync([final.parent])
             finally:
                 if distributed.is_main():
-                    shutil.rmtree(work, ignore_errors=True)
+                    shutil.rmtree(temporary, ignore_errors=True)
             distributed.barrier()
         return Artifact(key, final, reused=False)
 
-    def make_json(self, kind: str, determinants: dict, compute: Callable[[], object]) -> object:
-        """A JSON value kept as an artifact: read where it exists, else computed on every rank and written."""
+    def make_json(self, kind: str, determinants: dict, compute: Callable[[], Any]) -> Any:
+        """Return a JSON value that is stored as an artifact; if it does not exist, every rank computes it first.
+
+        Raises UserError if the stored value was changed.
+        """
 
         def build(folder: Path) -> None:
             value = compute()
@@ -101,7 +107,7 @@ class Store:
 
     @contextmanager
     def _lock(self, kind: str, key: str) -> Iterator[None]:
-        """Exclusive among runs; the operating system frees the lock of a dead maker."""
+        """Let one process at a time make this artifact; the operating system frees the lock of a killed one."""
         if not distributed.is_main():
             yield
             return
@@ -113,18 +119,21 @@ class Store:
 
 
 class ReadOnly(Store):
-    """The same artifacts, none of which is made: models are named before they exist, anything else has to exist."""
+    """A store that makes nothing. It names a model before it exists; any other artifact must exist."""
 
     def make(self, kind: str, determinants: dict, build: Callable[[Path], None]) -> Artifact:
         key = key_of(kind, determinants)
         found = Artifact(key, self.folder(kind, key), reused=self.has(kind, key))
         if not found.reused and kind not in ("model", "mean", "rounded"):
-            raise RuntimeError(f"a {kind} was asked of a read-only store, and does not exist")
+            raise RuntimeError(f"{found.folder} does not exist, and a read-only store cannot make it")
         return found
 
 
 def damaged(artifact: Artifact, *names: str) -> list[str]:
-    """The files (of these names, or all) that are not what was stored, and `manifest.json` where it is another's."""
+    """Return the files (among `names`, or all) whose content is not what was stored.
+
+    `manifest.json` is one of them if it belongs to another artifact.
+    """
     manifest = json.loads((artifact.folder / "manifest.json").read_text())
     stored = {name: manifest["files"][name] for name in names or manifest["files"]}
     found = hash_files(artifact.folder, [artifact.folder / name for name in stored])
@@ -133,7 +142,7 @@ def damaged(artifact: Artifact, *names: str) -> list[str]:
 
 
 def check(artifact: Artifact, *names: str) -> None:
-    """UserError where an artifact (or its files of these names) is not what was stored: nothing damaged is served."""
+    """Raise UserError if a file of an artifact (one of `names`, or any) is not what was stored."""
     if wrong := damaged(artifact, *names):
         raise UserError(
             f"{artifact.folder} has changed since it was written ({', '.join(wrong)}); remove it and start again"
@@ -141,7 +150,7 @@ def check(artifact: Artifact, *names: str) -> None:
 
 
 def _sync(paths: Iterable[Path]) -> None:
-    """Put files and folders on the disk."""
+    """Wait until files and folders are on the disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Data that several rooms pass on."""
+"""Types of data that several packages exchange. Shape suffixes: B pairs of a batch, N pairs of a chunk, T tokens."""
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -8,43 +8,43 @@ from torch import Tensor
 
 
 class ChosenRejected(NamedTuple):
-    """The same quantity for the chosen and for the rejected response, each [B]."""
+    """One quantity of the chosen and of the rejected responses, each [B]."""
 
     chosen: Tensor
     rejected: Tensor
 
 
 class TokenPair(NamedTuple):
-    """Token ids, int32 [T]. A response ends in its one stop token, unless it was truncated."""
+    """The token ids of a pair, each int32 [T]. A response ends with its stop token unless it was truncated."""
 
     id: str
     prompt: np.ndarray
     chosen: np.ndarray
-    rejected: np.ndarray  # of length 0 in a demonstration
+    rejected: np.ndarray  # empty in a demonstration
 
 
 class Chunk(NamedTuple):
-    """The pairs of one step, and what a loss may read of them; columns are chosen, rejected."""
+    """The pairs of one step and their ratings [N, 2], chosen and rejected."""
 
     rows: list[TokenPair]
     ratings_N2: np.ndarray
-    probes: Sequence[TokenPair] = ()  # the pairs that are followed while it trains
+    probes: Sequence[TokenPair] = ()  # pairs whose log-probs are measured while the step trains
 
 
 class SplitRow(NamedTuple):
-    """What a split may know of a pair: no text and no labels."""
+    """What a split may read of a pair: no text and no labels."""
 
     id: str
     source: str
-    prompt: Hashable  # pairs with equal keys share a chunk
-    tokens: int  # that pass through the network in training
+    prompt: Hashable  # pairs with equal values share a chunk
+    tokens: int  # as many as pass through the network in training
 
 
-Chunks = list[list[str]]  # ids of each step's pairs, as a split gives them
+Chunks = list[list[str]]  # what a split returns: the ids of each step's pairs
 
 
 class Window(NamedTuple):
-    """A run of updates during which the reference is frozen, and the weights it is frozen at."""
+    """Consecutive updates with one frozen reference, and the reference's weights as {handle: coefficient}."""
 
     num_updates: int
     weights: dict[str, float]

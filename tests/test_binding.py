@@ -1,4 +1,4 @@
-"""From a name and settings to a function: what is bound, and what is refused in which words."""
+"""Binding a name and settings to a function: what is filled in, and which error names which key."""
 
 import sys
 from functools import partial
@@ -11,43 +11,43 @@ from sdpo.errors import UserError
 
 
 @pytest.fixture
-def room(monkeypatch):
-    """A room with one variant, one helper, and one function that only passed through."""
+def variants(monkeypatch):
+    """A module with one variant, one private helper, and one function that it imported."""
 
     def scaled(values, offset, *, factor: float, times: int | None = None, names: list[str] = ()):
         return values, offset, factor, times, names
 
-    module = ModuleType("room")
-    scaled.__module__ = "room"
+    module = ModuleType("variants")
+    scaled.__module__ = "variants"
     helper = type(scaled)(scaled.__code__, {}, "_helper")
-    helper.__module__ = "room"
-    module.scaled, module._helper, module.visitor = scaled, helper, binding.bind
-    monkeypatch.setitem(sys.modules, "room", module)  # where dataclasses look annotations up
+    helper.__module__ = "variants"
+    module.scaled, module._helper, module.imported = scaled, helper, binding.bind
+    monkeypatch.setitem(sys.modules, "variants", module)  # where dataclasses look up annotations
     return module
 
 
-def test_choose_fills_in_the_keywords(room):
-    chosen = binding.bind(room, {"name": "scaled", "factor": 2})
-    assert isinstance(chosen, partial) and chosen(1, 3) == (1, 3, 2.0, None, [])
-    assert list(binding.variants(room)) == ["scaled"]
-    assert binding.inputs_of(chosen) == binding.inputs_of(room.scaled) == ["values", "offset"]
+def test_bind_fills_in_the_keywords(variants):
+    bound = binding.bind(variants, {"name": "scaled", "factor": 2})
+    assert isinstance(bound, partial) and bound(1, 3) == (1, 3, 2.0, None, [])
+    assert list(binding.variants(variants)) == ["scaled"]
+    assert binding.inputs_of(bound) == binding.inputs_of(variants.scaled) == ["values", "offset"]
 
 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"name": "_helper"}, "room has no '_helper'; it has scaled"),
-        ({"factor": 1}, "room has no None; it has scaled"),
+        ({"name": "_helper"}, "variants has no '_helper'; it has scaled"),
+        ({"factor": 1}, "variants has no None; it has scaled"),
         (
             {"name": "scaled", "factor": 1, "offset": 2},
-            "room.scaled: unknown key offset; scaled has factor, times, names",
+            "variants.scaled: unknown key offset; scaled has factor, times, names",
         ),
-        ({"name": "scaled", "factor": "two"}, "room.scaled: factor: Value 'two'"),
-        ({"name": "scaled", "factor": 1, "times": 1.5}, "room.scaled: times: Value '1.5'"),
-        ({"name": "scaled"}, "room.scaled: factor has no value"),
+        ({"name": "scaled", "factor": "two"}, "variants.scaled: factor: Value 'two'"),
+        ({"name": "scaled", "factor": 1, "times": 1.5}, "variants.scaled: times: Value '1.5'"),
+        ({"name": "scaled"}, "variants.scaled: factor has no value"),
     ],
 )
-def test_choose_names_the_key_that_is_wrong(room, given, sentence):
+def test_an_error_names_the_wrong_key(variants, given, sentence):
     with pytest.raises(UserError, match="^[^\n]*$") as error:
-        binding.bind(room, given)
+        binding.bind(variants, given)
     assert sentence in str(error.value)

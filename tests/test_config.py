@@ -1,4 +1,4 @@
-"""The typed configuration: what is refused, in which words, and what a run folder keeps of it."""
+"""The typed configuration: which values are refused with which message, and what a run folder keeps."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -7,8 +7,8 @@ from sdpo import config
 from sdpo.errors import UserError
 
 
-def settings(**changes):
-    """A configuration that is complete, with some keys (`optim__lr`) given another value."""
+def composed(**changes):
+    """A complete configuration before it is typed; `optim__lr=1` changes the value of a key."""
     base = OmegaConf.create(
         {
             "model": {"name": "local", "path": "m"},
@@ -23,12 +23,11 @@ def settings(**changes):
 
 
 def test_a_run_folder_keeps_the_configuration_whole(tmp_path):
-    given = config.from_composed(settings(seed=3, data__revisions={"org/name": "abc"}))
+    given = config.from_composed(composed(seed=3, data__revisions={"org/name": "abc"}))
     (tmp_path / "config.yaml").write_text(config.to_yaml(given))
     assert config.load(tmp_path / "config.yaml") == given
-    assert (
-        given.seed == 3 and given.optim.lr == 5e-7 and given.steps == {2: {"optim": {"lr": 0.5}, "loss": {"beta": 0.2}}}
-    )
+    assert (given.seed, given.optim.lr) == (3, 5e-7)
+    assert given.steps == {2: {"optim": {"lr": 0.5}, "loss": {"beta": 0.2}}}
 
 
 @pytest.mark.parametrize(
@@ -54,14 +53,14 @@ def test_a_run_folder_keeps_the_configuration_whole(tmp_path):
         ({"steps": {"2": {"optim": {"epochs": 0}}}}, "steps.2.optim.epochs is 0; it must be at least 1"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(changes, sentence):
+def test_an_invalid_value_is_an_error_of_one_line(changes, sentence):
     with pytest.raises(UserError, match="^[^\n]*$") as error:
-        config.from_composed(settings(**changes))
+        config.from_composed(composed(**changes))
     assert sentence in str(error.value)
 
 
 def test_a_step_sees_its_own_overrides_and_no_other():
-    whole = config.from_composed(settings())
+    whole = config.from_composed(composed())
     assert config.for_step(whole, 1) == whole
     second = config.for_step(whole, 2)
     assert (second.optim.lr, second.loss) == (0.5, {"name": "dpo", "beta": 0.2})

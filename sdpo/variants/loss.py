@@ -1,10 +1,11 @@
-"""Preference losses: one function of one pair's summed log-probabilities, lengths and ratings.
+"""Preference losses: functions of the summed log-probs, lengths and ratings of pairs.
 
-The positional parameters say what a loss reads, each a `ChosenRejected` [B]: `policy` and `reference`, summed response
-log-probs in nats; `lengths`, response tokens; `ratings`, a judge's. A loss returns one value per pair [B],
-and no pair's value depends on another's, so that accumulation never changes a result.
+The positional parameters name the data that a loss reads, each a `ChosenRejected` [B]: `policy` and `reference`, summed
+log-probs of the responses in nats; `lengths` of the responses in tokens; `ratings` of a judge. A loss returns one value
+per pair [B]. The value of a pair does not depend on other pairs, so gradient accumulation does not change a result.
 
-Shape suffixes: B pairs.
+In the equations, margin = (logp_w - logp_l) - (ref_w - ref_l) with w the chosen and l the rejected response, log-ratio
+is logp - ref of one response, and r = beta * log-ratio is its reward. Shape suffixes: B pairs.
 """
 
 import math
@@ -15,19 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdpo.errors import UserError
-from sdpo.types import ChosenRejected as ChosenRejected
+from sdpo.types import ChosenRejected
 
 
 class OverTokens(StrEnum):
-    """How a response's log-prob is taken over its tokens."""
+    """How the log-probs of a response's tokens are combined."""
 
     sum = "sum"
     mean = "mean"
 
 
 def dpo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """-log sigmoid(beta * margin), Rafailov et al. 2305.18290 eq. 7; `label_smoothing` is the chance that a
-    label is turned round (cDPO, Mitchell 2023). TRL: `sigmoid`, which has no smoothing.
+    """-log sigmoid(beta * margin), Rafailov et al. 2305.18290 eq. 7. TRL: `sigmoid`, which has no smoothing.
+
+    `label_smoothing` is the probability that a label is flipped (cDPO, Mitchell 2023). Raises UserError unless
+    0 <= label_smoothing < 0.5.
     """
     _check_share("label_smoothing", label_smoothing)
     logits_B = beta * _margin(policy, reference)
@@ -35,8 +38,10 @@ def dpo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, label
 
 
 def robust(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, label_smoothing: float) -> Tensor:
-    """DPO made unbiased under labels that are turned round with chance e = `label_smoothing`:
+    """DPO that stays unbiased if labels are flipped with probability e = `label_smoothing`:
     ((1 - e) dpo(margin) - e dpo(-margin)) / (1 - 2 e), Chowdhury et al. 2403.00409. TRL: `robust`.
+
+    Raises UserError unless 0 <= label_smoothing < 0.5.
     """
     _check_share("label_smoothing", label_smoothing)
     logits_B = beta * _margin(policy, reference)
@@ -53,10 +58,10 @@ def ipo(
     beta: float,
     over_tokens: OverTokens = OverTokens.mean,
 ) -> Tensor:
-    """(margin - 1 / (2 beta))^2, Azar et al. 2310.12036 eq. 17, their tau being beta.
+    """(margin - 1 / (2 beta))^2, Azar et al. 2310.12036 eq. 17, with beta for their tau.
 
-    Two losses go by this name: `over_tokens=sum` is the equation as printed; `over_tokens=mean` divides each
-    log-ratio by its response's tokens, which TRL (`ipo`) reports the authors to have confirmed.
+    Two losses have this name. `over_tokens=sum` is the equation as printed. `over_tokens=mean` divides each log-ratio
+    by the tokens of its response; TRL (`ipo`) does so and says that the authors confirmed it.
     """
     chosen_B, rejected_B = _log_ratios(policy, reference)
     margin_B = _over(over_tokens, chosen_B, lengths.chosen) - _over(over_tokens, rejected_B, lengths.rejected)
@@ -71,13 +76,15 @@ def hinge(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> 
 
 
 def exo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, label_smoothing: float) -> Tensor:
-    """KL from the policy's preference p = sigmoid(beta * margin) to the label's, smoothed by e = `label_smoothing` to
-    be finite: p log(p / (1 - e)) + (1 - p) log((1 - p) / e), Ji et al. 2402.00856 eq. 16. TRL: `exo_pair`.
-    UserError unless 0 < label_smoothing < 0.5.
+    """KL from the policy's preference p = sigmoid(beta * margin) to the smoothed label:
+    p log(p / (1 - e)) + (1 - p) log((1 - p) / e) with e = `label_smoothing`, Ji et al. 2402.00856 eq. 16.
+    TRL: `exo_pair`.
+
+    Raises UserError unless 0 < label_smoothing < 0.5.
     """
     _check_share("label_smoothing", label_smoothing)
     if label_smoothing == 0:
-        raise UserError("loss.label_smoothing must be above 0 for exo, whose loss is infinite without it")
+        raise UserError("loss.label_smoothing must be above 0 for loss=exo, because at 0 the loss is infinite")
     logits_B = beta * _margin(policy, reference)
     won_B, lost_B = F.logsigmoid(logits_B), F.logsigmoid(-logits_B)
     kept_B = won_B.exp() * (won_B - math.log1p(-label_smoothing))
@@ -85,40 +92,40 @@ def exo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, label
 
 
 def nca(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> Tensor:
-    """Noise-contrastive alignment for pairs, r being beta * log-ratio, w the chosen and l the rejected response:
-    -log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2, Chen et al. 2402.05369. TRL: `nca_pair`.
+    """Noise-contrastive alignment for pairs: -log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2,
+    Chen et al. 2402.05369. TRL: `nca_pair`.
     """
     chosen_B, rejected_B = _rewards(policy, reference, beta)
     return -F.logsigmoid(chosen_B) - 0.5 * F.logsigmoid(-chosen_B) - 0.5 * F.logsigmoid(-rejected_B)
 
 
 def sppo_hard(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> Tensor:
-    """(log-ratio_w - 1 / (2 beta))^2 + (log-ratio_l + 1 / (2 beta))^2, Wu et al. 2405.00675 eq. 4.7 with win chances 1
-    and 0 and their eta = 1 / beta. TRL: `sppo_hard`.
+    """(log-ratio_w - 1 / (2 beta))^2 + (log-ratio_l + 1 / (2 beta))^2, Wu et al. 2405.00675 eq. 4.7 with win
+    probabilities 1 and 0, and 1 / beta for their eta. TRL: `sppo_hard`.
     """
     chosen_B, rejected_B = _log_ratios(policy, reference)
     return (chosen_B - 0.5 / beta) ** 2 + (rejected_B + 0.5 / beta) ** 2
 
 
 def apo_zero(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> Tensor:
-    """Raises the chosen and lowers the rejected response, r being beta * log-ratio: 1 - sigmoid(r_w) + sigmoid(r_l),
-    for chosen answers better than the model's own, D'Oosterlinck et al. 2408.06266 eq. 7. TRL: `apo_zero`.
+    """1 - sigmoid(r_w) + sigmoid(r_l), D'Oosterlinck et al. 2408.06266 eq. 7: raises the chosen and lowers the rejected
+    response, for chosen responses that are better than the model's own. TRL: `apo_zero`.
     """
     chosen_B, rejected_B = _rewards(policy, reference, beta)
     return torch.sigmoid(-chosen_B) + torch.sigmoid(rejected_B)
 
 
 def apo_down(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> Tensor:
-    """Lowers both responses, the rejected one more, r being beta * log-ratio: sigmoid(r_w) + 1 - sigmoid(r_w - r_l),
-    for chosen answers worse than the model's own, D'Oosterlinck et al. 2408.06266 eq. 8. TRL: `apo_down`.
+    """sigmoid(r_w) + 1 - sigmoid(r_w - r_l), D'Oosterlinck et al. 2408.06266 eq. 8: lowers both responses, the rejected
+    one more, for chosen responses that are worse than the model's own. TRL: `apo_down`.
     """
     chosen_B, rejected_B = _rewards(policy, reference, beta)
     return torch.sigmoid(chosen_B) + torch.sigmoid(rejected_B - chosen_B)
 
 
 def discopop(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, tau: float) -> Tensor:
-    """Logistic and exponential loss mixed by the size of z = beta * margin: (1 - m) log(1 + exp(-z)) + m exp(-z) with
-    m = sigmoid(z / tau), Lu et al. 2406.08414 eq. 5 (LRML). TRL: `discopop`.
+    """(1 - m) log(1 + exp(-z)) + m exp(-z) with z = beta * margin and m = sigmoid(z / tau), Lu et al. 2406.08414 eq. 5
+    (LRML): a mixture of the logistic and the exponential loss. TRL: `discopop`.
     """
     logits_B = beta * _margin(policy, reference)
     mix_B = torch.sigmoid(logits_B / tau)
@@ -126,8 +133,8 @@ def discopop(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, 
 
 
 def hypo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> Tensor:
-    """DPO against max(gamma_ref, 0), so that a reference that prefers the wrong answer asks for no less than
-    none would, HyPO 2602.11902.
+    """DPO with max(gamma_ref, 0) instead of gamma_ref: if the reference prefers the rejected response, the loss ignores
+    it. HyPO 2602.11902.
     """
     gamma_ref_B = reference.chosen - reference.rejected
     return -F.logsigmoid(beta * (policy.chosen - policy.rejected - gamma_ref_B.clamp(min=0)))
@@ -136,18 +143,18 @@ def hypo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> T
 def odpo(
     policy: ChosenRejected, reference: ChosenRejected, ratings: ChosenRejected, *, beta: float, alpha: float
 ) -> Tensor:
-    """DPO whose margin must exceed an offset alpha * log(rating gap), Amini et al. 2402.10571.
-    UserError where a chosen response is not rated above its rejected one.
+    """DPO with an offset that the margin must exceed: -log sigmoid(beta * margin - alpha * log(rating gap)), Amini et
+    al. 2402.10571. Raises UserError unless every chosen response is rated above its rejected one.
     """
     gap_B = ratings.chosen - ratings.rejected
     if not bool((gap_B > 0).all()):
-        raise UserError("loss=odpo needs chosen responses rated above their rejected ones: drop the other pairs")
+        raise UserError("loss=odpo needs chosen responses rated above their rejected ones: remove the other pairs")
     return -F.logsigmoid(beta * _margin(policy, reference) - alpha * gap_B.log())
 
 
 def simpo(policy: ChosenRejected, lengths: ChosenRejected, *, beta: float, target_margin: float) -> Tensor:
-    """Reference-free DPO on log-probs per token with a target margin (their gamma):
-    -log sigmoid(beta * (logp_w / n_w - logp_l / n_l) - target_margin), Meng et al. 2405.14734. TRL's CPO: `simpo`.
+    """-log sigmoid(beta * (logp_w / n_w - logp_l / n_l) - target_margin), Meng et al. 2405.14734: reference-free DPO on
+    log-probs per token; `target_margin` is their gamma, n are the tokens of a response. TRL's CPO: `simpo`.
     """
     per_token_B = policy.chosen / lengths.chosen - policy.rejected / lengths.rejected
     return -F.logsigmoid(beta * per_token_B - target_margin)
@@ -161,11 +168,11 @@ def cpo(
     alpha: float,
     over_tokens: OverTokens = OverTokens.mean,
 ) -> Tensor:
-    """DPO against a uniform reference plus the chosen response's NLL: -log sigmoid(beta * (logp_w - logp_l)) + alpha *
-    nll_w, Xu et al. 2401.08417.
+    """-log sigmoid(beta * (logp_w - logp_l)) + alpha * nll_w, Xu et al. 2401.08417: DPO with a uniform reference plus
+    the NLL of the chosen response.
 
-    The paper sums the NLL over tokens (`over_tokens=sum`); the authors' code and TRL's CPO average it
-    (`mean`), over the batch's tokens where this averages over each response's.
+    The paper sums the NLL over tokens (`over_tokens=sum`). The authors' code and TRL's CPO take the mean over the
+    tokens of the batch; `mean` here is over the tokens of each response.
     """
     nll_B = _over(over_tokens, -policy.chosen, lengths.chosen)
     return -F.logsigmoid(beta * (policy.chosen - policy.rejected)) + alpha * nll_B
@@ -174,7 +181,7 @@ def cpo(
 def orpo(policy: ChosenRejected, lengths: ChosenRejected, *, beta: float) -> Tensor:
     """NLL per token plus beta (their lambda) times the odds-ratio loss, Hong et al. 2403.07691 eq. 4, 7.
 
-    TRL's ORPO takes the NLL over the prompt too; here, as in the paper, it is of the response alone.
+    TRL's ORPO includes the prompt in the NLL; here, as in the paper, the NLL is that of the response only.
     """
     chosen_B, rejected_B = policy.chosen / lengths.chosen, policy.rejected / lengths.rejected
     log_odds_B = chosen_B - rejected_B - (_log1mexp(chosen_B) - _log1mexp(rejected_B))
@@ -182,8 +189,8 @@ def orpo(policy: ChosenRejected, lengths: ChosenRejected, *, beta: float) -> Ten
 
 
 def dpop(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, penalty: float) -> Tensor:
-    """DPO with a penalty (their lambda) where the chosen response falls below its reference: -log sigmoid(beta *
-    (margin - penalty * max(0, -log-ratio_w))), DPO-Positive, Pal et al. 2402.13228.
+    """-log sigmoid(beta * (margin - penalty * max(0, -log-ratio_w))), DPO-Positive, Pal et al. 2402.13228: DPO with a
+    penalty (their lambda) if the chosen response becomes less likely than under the reference.
     """
     chosen_B, rejected_B = _log_ratios(policy, reference)
     return -F.logsigmoid(beta * (chosen_B - rejected_B - penalty * F.relu(-chosen_B)))
@@ -198,18 +205,19 @@ def rpo(
     alpha: float,
     over_tokens: OverTokens = OverTokens.mean,
 ) -> Tensor:
-    """-log sigmoid(beta * margin) + alpha * nll_w: DPO plus the chosen response's NLL.
+    """-log sigmoid(beta * margin) + alpha * nll_w: DPO plus the NLL of the chosen response.
 
-    `over_tokens=mean` is Pang et al. 2404.19733 (TRL: `sigmoid` and `sft`, weights 1 and alpha), who
-    divide by the prompt's tokens too; `sum` is Liu et al. 2405.16436, who go by the same name.
+    Two losses have this name. `over_tokens=mean` is Pang et al. 2404.19733, who also count the prompt's tokens in the
+    mean (TRL: `sigmoid` and `sft` with weights 1 and alpha). `over_tokens=sum` is Liu et al. 2405.16436.
     """
     nll_B = _over(over_tokens, -policy.chosen, lengths.chosen)
     return -F.logsigmoid(beta * _margin(policy, reference)) + alpha * nll_B
 
 
 def sft(policy: ChosenRejected, lengths: ChosenRejected, *, over_tokens: OverTokens = OverTokens.mean) -> Tensor:
-    """The chosen response's NLL, per token or summed; the rejected response is not read. TRL's `sft` averages
-    over the tokens of a batch, which couples its pairs; `mean` here averages over one response's.
+    """The NLL of the chosen response, per token or summed; the rejected response is not read.
+
+    TRL's `sft` takes the mean over the tokens of the batch; `mean` here is over the tokens of each response.
     """
     return _over(over_tokens, -policy.chosen, lengths.chosen)
 
@@ -224,7 +232,7 @@ def _rewards(policy: ChosenRejected, reference: ChosenRejected, beta: float) -> 
 
 
 def _margin(policy: ChosenRejected, reference: ChosenRejected) -> Tensor:
-    """gamma_theta - gamma_ref, in this order: each gamma is a difference of numbers of like size."""
+    """gamma_theta - gamma_ref. This order keeps the most digits: each gamma subtracts numbers of similar size."""
     return (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
 
 
@@ -233,7 +241,7 @@ def _over(over_tokens: OverTokens, logp_B: Tensor, tokens_B: Tensor) -> Tensor:
 
 
 def _log1mexp(logp_B: Tensor) -> Tensor:
-    """log(1 - exp(logp)): expm1 keeps it accurate where the probability is near one."""
+    """log(1 - exp(logp)); expm1 keeps it accurate if the probability is near one."""
     return torch.log(-torch.expm1(logp_B))
 
 

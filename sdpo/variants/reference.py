@@ -1,9 +1,9 @@
-"""Reference rules: when a step's reference moves, and which models it is made of.
+"""Reference rules: which model is the reference of a step, and when it changes.
 
-A rule gets the step (from 1) and its number of updates and returns windows that cover them: how many updates
-each lasts and its weights as {handle: coefficient}, which sum to 1. Handles: `M_0` .. `M_{t-1}` (S and what
-the steps produced), `policy` (as at the window's start), `reference` (the last window's) and `external`.
-Windows count from a step's first update.
+A rule gets the number of the step (from 1) and of its updates. It returns windows that cover the updates from the
+first on. A window has its number of updates, and the weights of its reference as {handle: coefficient}; the
+coefficients sum to 1. Handles are `M_0` .. `M_{t-1}` (S and the models of the earlier steps), `policy` (the policy at
+the window's start), `reference` (the reference of the previous window) and `external`.
 """
 
 from sdpo.errors import UserError
@@ -11,12 +11,12 @@ from sdpo.types import Window
 
 
 def previous(step: int, num_updates: int) -> list[Window]:
-    """sDPO, Kim et al. 2403.19270: the model that the last step produced."""
+    """sDPO, Kim et al. 2403.19270: the model that the previous step produced."""
     return [Window(num_updates, {f"M_{step - 1}": 1.0})]
 
 
 def initial(step: int, num_updates: int) -> list[Window]:
-    """DPO, Rafailov et al. 2305.18290: S in every step, the fixed-reference control of stepwise training."""
+    """DPO, Rafailov et al. 2305.18290: S in every step. In stepwise training, the control with a fixed reference."""
     return [Window(num_updates, {"M_0": 1.0})]
 
 
@@ -29,20 +29,22 @@ def external(
     template: str | None = None,
     parameters: float | None = None,
 ) -> list[Window]:
-    """Another model, as in Table 1 of 2403.19270: the keywords say which one, how it reads a prompt and how large
-    it is, for whoever resolves the handle.
+    """Another model, as in Table 1 of Kim et al. 2403.19270.
+
+    The code that loads the model reads the keywords: its path and revision, its prompt template, and its number of
+    parameters, which a plan uses if the model is not on this machine.
     """
     return [Window(num_updates, {"external": 1.0})]
 
 
 def periodic(step: int, num_updates: int, *, updates: int) -> list[Window]:
-    """TR-DPO hard, Gorbatovski et al. 2404.09656: the policy itself, anew after every `updates` updates."""
+    """TR-DPO hard, Gorbatovski et al. 2404.09656: a copy of the policy, replaced after every `updates` updates."""
     return [Window(length, {"policy": 1.0}) for length in _lengths(num_updates, updates)]
 
 
 def mixed(step: int, num_updates: int, *, alpha: float, updates: int) -> list[Window]:
-    """TR-DPO soft, Gorbatovski et al. 2404.09656: the policy at the step's start, then after every `updates`
-    updates (1 - alpha) * reference + alpha * policy; at alpha 1 `periodic`. UserError unless 0 < alpha <= 1.
+    """TR-DPO soft, Gorbatovski et al. 2404.09656: the policy at the step's start, and after every `updates` updates
+    (1 - alpha) * reference + alpha * policy. With alpha 1 it is `periodic`. Raises UserError unless 0 < alpha <= 1.
     """
     if not 0 < alpha <= 1:
         raise UserError(f"reference.alpha must be above 0 and at most 1, not {alpha}")
@@ -52,18 +54,18 @@ def mixed(step: int, num_updates: int, *, alpha: float, updates: int) -> list[Wi
 
 
 def average(step: int, num_updates: int) -> list[Window]:
-    """The mean of the weights of S and of every model since; in the first step it is `previous`."""
+    """The mean of the weights of S and of the models of all earlier steps; in the first step it is S."""
     return [Window(num_updates, {f"M_{i}": 1 / step for i in range(step)})]
 
 
 def none(step: int, num_updates: int) -> list[Window]:
-    """No window and no pass: for losses that read no reference (sft, simpo, cpo, orpo)."""
+    """No window and no forward pass, for losses that read no reference (sft, simpo, cpo, orpo)."""
     return []
 
 
 def _lengths(num_updates: int, updates: int) -> list[int]:
-    """Cuts `num_updates` into windows of `updates`, the last one as short as it comes."""
+    """Cut `num_updates` into windows of `updates`; the last one may be shorter."""
     if updates < 1:
         raise UserError(f"reference.updates must be at least 1, not {updates}")
     assert num_updates >= 1
-    return [min(updates, num_updates - begun) for begun in range(0, num_updates, updates)]
+    return [min(updates, num_updates - start) for start in range(0, num_updates, updates)]

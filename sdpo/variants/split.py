@@ -1,8 +1,8 @@
 """Splits: how the training pairs are cut into the chunks of the steps.
 
-The positional parameters say what a split reads: `rows`, `scores` ({id: score}, higher is easier) and `seed`.
-It returns the chunks in training order, each a list of ids in the order of `rows`, so that equal sets are
-equal chunks. Rows with one `prompt` key always share a chunk. UserError where there are too few pairs.
+The positional parameters name the data that a split reads: `rows`, `scores` ({id: score}, higher is easier) and
+`seed`. A split returns the chunks in training order. A chunk is a list of ids in the order of `rows`, so equal sets of
+pairs are equal chunks. Rows with equal `prompt` are always in one chunk. Raises UserError if there are too few pairs.
 """
 
 import json
@@ -14,26 +14,25 @@ from pathlib import Path
 import numpy as np
 
 from sdpo.errors import UserError
-from sdpo.types import Chunks
-from sdpo.types import SplitRow as SplitRow
+from sdpo.types import Chunks, SplitRow
 
 
 class Level(StrEnum):
-    """What is put in order."""
+    """What is sorted."""
 
     source = "source"
     pair = "pair"
 
 
 class Measure(StrEnum):
-    """How easy a source is: the share of its scores above 0 (ties count half), or their mean."""
+    """How easy a source is: the share of its scores above 0 (zeros count half), or their mean."""
 
     accuracy = "accuracy"
     mean = "mean"
 
 
 class Equal(StrEnum):
-    """What chunks have equally much of."""
+    """What is equal in all chunks."""
 
     pairs = "pairs"
     tokens = "tokens"
@@ -43,13 +42,15 @@ Unit = list[SplitRow]  # rows that must share a chunk
 
 
 def all_at_once(rows: list[SplitRow]) -> Chunks:
-    """One chunk of everything: plain DPO."""
+    """One chunk with all pairs: plain DPO."""
     return [[row.id for row in rows]]
 
 
 def by_source(rows: list[SplitRow], *, order: list[str] | None = None) -> Chunks:
-    """One chunk per source in the order given, else in order of appearance (2403.19270 v1). A pair whose
-    prompt an earlier source has too goes with that source. UserError where `order` is not the sources.
+    """One chunk per source, in `order`, else in order of appearance (Kim et al. 2403.19270 v1).
+
+    A pair whose prompt is in an earlier source too goes to that source's chunk. Raises UserError if `order` does not
+    name each source once.
     """
     sources = list(dict.fromkeys(row.source for row in rows))
     order = order or sources
@@ -67,11 +68,11 @@ def easy_to_hard(
     equal: Equal = Equal.pairs,
     measure: Measure = Measure.accuracy,
 ) -> Chunks:
-    """Chunks of falling ease, by source (2403.19270 v2: sources sorted by reward accuracy) or by pair.
+    """Chunks from easy to hard, by source (Kim et al. 2403.19270 v2: sources sorted by reward accuracy) or by pair.
 
-    Sources of equal `measure` are told apart by the mean, then by name; pairs that share a prompt count as
-    one, of mean score. `num_chunks` null is the number of sources; neighbours are joined where it is less.
-    Chunks are `equal` as far as what must stay together allows.
+    Sources with equal `measure` are sorted by their mean score, then by name. Pairs that share a prompt count as one
+    pair with their mean score. `num_chunks` null means the number of sources; if it is lower, neighbouring sources
+    share a chunk. Chunks are `equal` in pairs or tokens as far as whole sources and prompts allow.
     """
     if num_chunks is None:
         num_chunks = len({row.source for row in rows})
@@ -90,20 +91,21 @@ def hard_to_easy(
     equal: Equal = Equal.pairs,
     measure: Measure = Measure.accuracy,
 ) -> Chunks:
-    """The chunks of `easy_to_hard`, in reverse: the order that 2403.19270 did not run."""
-    settings = {"level": level, "num_chunks": num_chunks, "equal": equal, "measure": measure}
-    return easy_to_hard(rows, scores, **settings)[::-1]
+    """The chunks of `easy_to_hard` in reverse order, which Kim et al. 2403.19270 did not run."""
+    return easy_to_hard(rows, scores, level=level, num_chunks=num_chunks, equal=equal, measure=measure)[::-1]
 
 
 def random(rows: list[SplitRow], seed: int, *, num_chunks: int) -> Chunks:
-    """Chunks of equal size drawn at random (2403.19270 v2, Table 3)."""
+    """Random chunks of equal size (Kim et al. 2403.19270 v2, Table 3)."""
     units = _shuffled(_units(rows), np.random.default_rng(seed))
     return _in_row_order(rows, _cut(units, _equal_shares(num_chunks)))
 
 
 def stratified(rows: list[SplitRow], seed: int, *, num_chunks: int, shares: list[float] | None = None) -> Chunks:
-    """Every chunk has the sources in the same proportion; `shares` are the chunks', else they are equal.
-    2403.19270 v1 drew 0.1667 and 0.8333 from two sources. UserError where shares do not fit.
+    """Random chunks that have the sources in the same proportion; `shares` are their sizes, null for equal ones.
+
+    Kim et al. 2403.19270 v1 used shares of 0.1667 and 0.8333. Raises UserError if the shares are not `num_chunks`
+    positive numbers that sum to 1.
     """
     shares = shares or _equal_shares(num_chunks)
     if len(shares) != num_chunks or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-3:
@@ -119,14 +121,14 @@ def stratified(rows: list[SplitRow], seed: int, *, num_chunks: int, shares: list
 
 
 def repeat(rows: list[SplitRow], *, num: int) -> Chunks:
-    """Everything, `num` times: with `start=initial` Pre-DPO (2504.15843), else the same data again."""
+    """`num` chunks, each with all pairs. With `start=initial` this is Pre-DPO (2504.15843)."""
     if num < 1:
         raise UserError(f"split.num must be at least 1, not {num}")
     return all_at_once(rows) * num
 
 
 def replay(rows: list[SplitRow], *, path: str) -> Chunks:
-    """The chunks of a saved `split.json`, verbatim. UserError where it speaks of other pairs than these."""
+    """The chunks of a saved `split.json`, unchanged. Raises UserError if it is not about exactly these pairs."""
     try:
         saved = json.loads(Path(path).read_text())
         named = {id for part in (*saved["chunks"], saved["dropped"]) for id in part}
@@ -135,14 +137,14 @@ def replay(rows: list[SplitRow], *, path: str) -> Chunks:
     known = {row.id for row in rows}
     if known != named:
         raise UserError(
-            f"{path} is of other data: {len(named - known)} of its pairs are not in the training data "
+            f"{path} was made from other data: {len(named - known)} of its pairs are not in the training data "
             f"and {len(known - named)} training pairs are not in it"
         )
     return saved["chunks"]
 
 
 def _units(rows: list[SplitRow]) -> list[Unit]:
-    """Rows grouped by prompt, in an order that the order of rows does not change."""
+    """Rows grouped by prompt, in an order that does not depend on the order of `rows`."""
     units: dict[Hashable, Unit] = {}
     for row in sorted(rows):
         units.setdefault(row.prompt, []).append(row)
@@ -154,6 +156,7 @@ def _shuffled(units: list[Unit], rng: np.random.Generator) -> list[Unit]:
 
 
 def _easiest_sources(rows: list[SplitRow], scores: dict[str, float], measure: Measure) -> list[str]:
+    """The sources, easiest first."""
     by_source: dict[str, list[float]] = {}
     for row in sorted(rows):
         by_source.setdefault(row.source, []).append(scores[row.id])
@@ -164,7 +167,7 @@ def _easiest_sources(rows: list[SplitRow], scores: dict[str, float], measure: Me
 
 
 def _ordered_sources(rows: list[SplitRow], order: list[str], num_chunks: int, equal: Equal = Equal.pairs) -> Chunks:
-    """Chunks of whole sources; a prompt of several sources goes to the first of them."""
+    """Chunks of whole sources in this order; a prompt of several sources goes to the first of them."""
     rank = {source: i for i, source in enumerate(order)}
     merged: list[Unit] = [[] for _ in order]
     for unit in _units(rows):
@@ -187,11 +190,14 @@ def _equal_shares(num_chunks: int) -> list[float]:
 def _cut(
     units: list[Unit], shares: list[float], equal: Equal = Equal.pairs, kind: str = "prompts"
 ) -> list[list[SplitRow]]:
-    """Consecutive chunks as near to their shares of pairs or tokens as whole units allow, none empty."""
+    """Cut units into consecutive chunks, none empty, as near to their shares of pairs or tokens as whole units allow.
+
+    `kind` says in an error what the units are.
+    """
     if len(units) < len(shares):
         raise UserError(
             f"{len(shares)} chunks were asked for, but there are only {len(units)} {kind} "
-            f"({sum(map(len, units))} pairs; each of the {kind} stays whole): lower split.num_chunks"
+            f"({sum(map(len, units))} pairs), and {kind} are never cut: lower split.num_chunks"
         )
     by_pairs = Equal(equal) is Equal.pairs
     ends = np.cumsum([len(unit) if by_pairs else sum(row.tokens for row in unit) for unit in units])
@@ -199,7 +205,7 @@ def _cut(
     for i, share in enumerate(np.cumsum(shares)[:-1], start=1):
         nearest = int(np.argmin(np.abs(ends - share * ends[-1]))) + 1
         bounds.append(min(max(nearest, bounds[-1] + 1), len(units) - len(shares) + i))
-    return [list(chain(*units[begin:end])) for begin, end in pairwise([*bounds, len(units)])]
+    return [list(chain(*units[start:end])) for start, end in pairwise([*bounds, len(units)])]
 
 
 def _in_row_order(rows: list[SplitRow], chunks: list[list[SplitRow]]) -> Chunks:

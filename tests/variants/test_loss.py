@@ -103,7 +103,7 @@ def test_pairs_do_not_see_each_other(name):
     ("name", "settings", "message"),
     [
         ("dpo", HALF | {"label_smoothing": 0.5}, "below 0.5"),
-        ("exo", HALF | {"label_smoothing": 0.0}, "above 0 for exo"),
+        ("exo", HALF | {"label_smoothing": 0.0}, "above 0 for loss=exo"),
     ],
 )
 def test_settings_out_of_range(name, settings, message):
