@@ -17,7 +17,7 @@ from analysis.benchmark.work import Work
 from sdpo.config import Config
 from sdpo.model import hub
 from sdpo.model.logprobs import Scorer
-from sdpo.model.packing import in_order, pack, tokens_of
+from sdpo.model.packing import pack, scoring_packs, tokens_of
 from sdpo.store import Artifact, Store
 from sdpo.train import runner as runner_module
 from sdpo.train.loop import TrainingLoop
@@ -53,7 +53,7 @@ def _steps(work: Work, meter: Meter, num_steps: int) -> dict:
                 steps.append(take_step(StepSpec(t, config, history[-1], list(history), chunk), runner))
                 history.append(steps[-1].model)
     tokens = sum(map(tokens_of, rows))
-    packs = [pack([rows[i] for i in members]) for members in in_order(rows, config.launch.tokens_per_pack)]
+    packs = [pack([rows[i] for i in members]) for members in scoring_packs(rows, config.launch.tokens_per_pack)]
     return {
         "first_loss": steps[0].entries[0]["loss"],
         # Of positions that make up for unequal lengths; the one token that closes a pack is none of them.

@@ -1,6 +1,6 @@
-"""What the laboratory measures: gold reward, right answers, fillers, exact KL to S, multiple choice, best of n.
+"""The laboratory's measures: gold reward, right answers, fillers, exact KL to S, multiple choice, best of n.
 
-A measure is {"value", "low", "high", "n"}: a mean with its 95 % Student interval over prompts, or over items.
+A measure is {"value", "low", "high", "n"}: a mean over prompts or items with its 95 % Student interval.
 Shapes: P prompts, K answers per prompt, I items, C choices (the right one first).
 """
 
@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo.lab import world
 from sdpo.lab.exam import Exam
-from sdpo.model.sampling import given, kl, response_logp, sample
+from sdpo.model.sampling import encode, kl, response_logp, sample
 from sdpo.stats import Measures, mean
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
-ANSWERS_AT_ONCE = 8  # of every prompt, because the cache of a longer batch takes too much memory
+ANSWER_BATCH = 8  # answers per prompt that are sampled at once: the KV cache of more takes too much memory
 
 
 def measure(
@@ -25,7 +25,7 @@ def measure(
     exam: Exam,
     seed: int,
 ) -> Measures:
-    """Every measure of a model, where `initial_model` is S; a seed gives every model the same random numbers."""
+    """All measures of a model except best of n; `initial_model` is S. A seed gives models equal random numbers."""
     answers = sample(model, tokenizer, exam.prompts, exam.num_samples, seed)
     greedy_P = sample(model, tokenizer, exam.prompts, 1, seed=None).text
     text_PK = np.array(answers.text).reshape(-1, exam.num_samples)
@@ -46,15 +46,15 @@ def measure(
 
 
 def best_of_n(initial_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, seed: int) -> Measures:
-    """`lab/best_of/<n>`: the gold reward of the best of n answers of S, whose KL to S is at most log n - (n - 1)/n.
+    """`lab/best_of/<n>`: the gold reward of the best of n answers of S. Its KL to S is at most log n - (n - 1)/n.
 
-    From K answers the expected best of n <= K is known without bias: the i-th smallest of them is the best of
-    (i - 1 choose n - 1) of the (K choose n) draws.
+    Of K answers, the expected best of n <= K has an unbiased estimate: the i-th smallest is the best of
+    (i - 1 choose n - 1) of the (K choose n) subsets.
     """
-    rounds = range(BEST_OF[-1] // ANSWERS_AT_ONCE)
+    rounds = range(BEST_OF[-1] // ANSWER_BATCH)
     gold_PK = np.concatenate(
         [
-            _gold(exam.prompts, sample(initial_model, tokenizer, exam.prompts, ANSWERS_AT_ONCE, seed + i).text)
+            _gold(exam.prompts, sample(initial_model, tokenizer, exam.prompts, ANSWER_BATCH, seed + i).text)
             for i in rounds
         ],
         axis=1,
@@ -63,23 +63,23 @@ def best_of_n(initial_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def _expected_best(gold_PK: np.ndarray, n: int) -> np.ndarray:
-    """The expected largest of n of the K values of each prompt: [P]."""
+    """The expected largest of n of the K values of each prompt [P]."""
     num = gold_PK.shape[1]
     chance_K = np.array([comb(i, n - 1) / comb(num, n) for i in range(num)])
     return np.sort(gold_PK, axis=1) @ chance_K
 
 
 def _gold(prompts: list[str], texts: list[str]) -> np.ndarray:
-    """The gold reward of every answer, where a prompt's answers stand together: [P, K]."""
+    """The gold reward [P, K] of every answer; the answers to a prompt are next to each other in `texts`."""
     each = len(texts) // len(prompts)
     return np.array([world.gold(prompts[i // each], text) for i, text in enumerate(texts)]).reshape(-1, each)
 
 
 def _multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[list[str]]) -> np.ndarray:
-    """Whether the model finds the right choice of every item likelier than each wrong one: [I]."""
+    """Whether the model gives the right choice of an item a higher log-prob than every wrong one [I]."""
     prompts = [prompt for prompt, *choices in items for _ in choices]
     texts = [choice for _, *choices in items for choice in choices]
-    logp = response_logp(model, given(tokenizer, prompts, texts, model.device))
+    logp = response_logp(model, encode(tokenizer, prompts, texts, model.device))
     logp_IC = logp.view(len(items), -1)
     return (logp_IC[:, 0] > logp_IC[:, 1:].amax(dim=1)).cpu().numpy()
 

@@ -1,4 +1,4 @@
-"""The laboratory's demonstrations and its preference pairs: a source is a sampler of answers and a judge of two."""
+"""The laboratory's demonstrations and preference pairs. A source is a sampler of answers and a judge of two answers."""
 
 import math
 import random
@@ -17,20 +17,20 @@ from sdpo.lab.model import STOP, VOCABULARY
 from sdpo.model.sampling import sample
 from sdpo.types import TokenPair
 
-NUM_ANSWERS = 4  # of S to a prompt, of which two make a pair
-PROMPTS_AT_ONCE = 250
+NUM_ANSWERS = 4  # that S gives to a prompt; two of them make a pair
+PROMPT_BATCH = 250  # prompts that a sampler answers at once
 
-Rated = tuple[float, str]  # what the judge gives an answer, and the answer
+Rated = tuple[float, str]  # the judge's rating of an answer, and the answer
 Sampler = Callable[[list[str], random.Random], list[list[str]]]  # prompts -> answers to each
 
 
-def demonstrations(settings: config.LabData, seed: int) -> list[TokenPair]:
-    """What S learns from: right answers, popular misconceptions and slips, with fillers; `rejected` is empty.
+def demonstrations(lab: config.LabData, seed: int) -> list[TokenPair]:
+    """The demonstrations that S is trained on: right answers, misconceptions and slips, with fillers.
 
-    They are tokens at once: one look-up a character, where template and tokenizer would take seconds of every run.
+    `rejected` is empty. Token ids are looked up directly, because template and tokenizer would take seconds per run.
     """
     rng = random.Random(f"demonstrations {seed}")
-    prompts = world.draw(settings.num_demonstrations, "train", rng, taken=set())
+    prompts = world.draw(lab.num_demonstrations, "train", rng, taken=set())
     nothing = np.empty(0, dtype=np.int32)
     return [
         TokenPair(f"demonstrations-{i:05d}", _ids(prompt), _ids([*world.demonstrate(prompt, rng), STOP]), nothing)
@@ -42,12 +42,10 @@ def _ids(characters: Iterable[str]) -> np.ndarray:
     return np.array([VOCABULARY[character] for character in characters], dtype=np.int32)
 
 
-def preferences(
-    settings: config.Data, initial_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Preferences:
-    """The pairs of every source, for training and held out; no two pairs share a prompt.
+def preferences(data: config.Data, initial_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Preferences:
+    """The pairs of every source, for training and held out. No two pairs share a prompt.
 
-    Raises UserError for a family that does not exist, and for an S that has one answer only.
+    Raises UserError if a family does not exist, or if S gives the same answer every time.
     """
 
     def on_policy(prompts: list[str], rng: random.Random) -> list[list[str]]:
@@ -55,21 +53,21 @@ def preferences(
         return [text[i : i + NUM_ANSWERS] for i in range(0, len(text), NUM_ANSWERS)]
 
     samplers: dict[str, Sampler] = {"teacher": _teacher, "edits": _edits, "on_policy": on_policy}
-    sides: dict[str, list[Pair]] = {"train": [], "held_out": []}
+    pairs: dict[str, list[Pair]] = {"train": [], "held_out": []}
     taken: set[str] = set()
-    for name, source in settings.lab.sources.items():
+    for name, source in data.lab.sources.items():
         _check_families(name, source.families)
         if source.num_pairs == 0:
             continue
-        for role, num in ("train", source.num_pairs), ("held_out", settings.lab.num_held_out):
-            rng = random.Random(f"{name} {role} {settings.seed}")
+        for role, num in ("train", source.num_pairs), ("held_out", data.lab.num_held_out):
+            rng = random.Random(f"{name} {role} {data.seed}")
             judged = islice(_judged(source, samplers[source.sampler], role, rng, taken), num)
-            sides[role] += [_pair(f"{name}-{role}-{i:05d}", name, *row) for i, row in enumerate(judged)]
-    return Preferences(**sides, report={"sources": {role: describe(pairs) for role, pairs in sides.items()}})
+            pairs[role] += [_pair(f"{name}-{role}-{i:05d}", name, *row) for i, row in enumerate(judged)]
+    return Preferences(**pairs, report={"sources": {role: describe(some) for role, some in pairs.items()}})
 
 
 def _teacher(prompts: list[str], rng: random.Random) -> list[list[str]]:
-    """The right answer, and in any order the misconception and what other families' rules make of the letters."""
+    """The right answer; then, in random order, the misconception and the answers of the other families' rules."""
 
     def wrong(prompt: str) -> list[str]:
         others = [world.answer(prompt, family) for family in world.FAMILIES if family != world.family_of(prompt)]
@@ -79,28 +77,29 @@ def _teacher(prompts: list[str], rng: random.Random) -> list[list[str]]:
 
 
 def _edits(prompts: list[str], rng: random.Random) -> list[list[str]]:
-    """The right answer, and the same with one wrong letter."""
+    """The right answer, and the right answer with one wrong letter."""
     return [[world.answer(prompt), world.slip(world.answer(prompt), rng)] for prompt in prompts]
 
 
 def _judged(
     source: config.LabSource, sampler: Sampler, role: str, rng: random.Random, taken: set[str]
 ) -> Iterator[tuple[str, Rated, Rated]]:
-    """New prompts without end, each with a preferred answer and another one."""
+    """An endless stream of new prompts, each with its preferred answer and another one."""
     while True:
-        prompts = world.draw(PROMPTS_AT_ONCE, role, rng, taken, source.families)
+        prompts = world.draw(PROMPT_BATCH, role, rng, taken, source.families)
         answers = [list(dict.fromkeys(filter(None, texts))) for texts in sampler(prompts, rng)]
         asked = [(prompt, texts) for prompt, texts in zip(prompts, answers, strict=True) if len(texts) > 1]
         if not asked:
-            raise UserError(f"S has one answer only to each of {len(prompts)} prompts: train it less (model.sft)")
+            raise UserError(f"S gives only one answer to each of {len(prompts)} prompts: train it less (model.sft)")
         for prompt, texts in asked:
             yield prompt, *_judge(source, prompt, texts, rng)
 
 
-def _judge(source: config.LabSource, prompt: str, texts: list[str], rng: random.Random) -> list[Rated]:
-    """The preferred and the other one of two answers: the first, and the next one of another value, if there is any.
+def _judge(source: config.LabSource, prompt: str, texts: list[str], rng: random.Random) -> tuple[Rated, Rated]:
+    """Compare the first answer with the first one of a different value, or the second one if all values are equal.
 
-    Gumbel noise on the values makes this Bradley-Terry: the better one is preferred with sigmoid(gap / temperature).
+    Returns the preferred answer, then the other one. With Gumbel noise on the values this is a Bradley-Terry judge: it
+    prefers the better answer with probability sigmoid(gap / temperature).
     """
 
     def value(text: str) -> float:
@@ -111,7 +110,7 @@ def _judge(source: config.LabSource, prompt: str, texts: list[str], rng: random.
     (high, better), (low, worse) = sorted(rated, key=lambda one: one[0], reverse=True)
     if rng.random() < source.flipped:
         better, worse = worse, better
-    return [(high, better), (low, worse)]
+    return (high, better), (low, worse)
 
 
 def _pair(id: str, source: str, prompt: str, chosen: Rated, rejected: Rated) -> Pair:

@@ -1,7 +1,7 @@
-"""The world of the laboratory: what is asked, what is right, what an answer is worth, and how demonstrators err.
+"""The world of the laboratory: its prompts, their right answers, the gold reward, and the mistakes of demonstrators.
 
-A prompt is a family's mark and six letters; the right answer is the family's rule applied to the letters. Nothing
-here needs a model, so the gold reward is exact.
+A prompt is the mark of a family and six letters; the right answer is the family's rule applied to the letters. No
+model is involved, so the gold reward is exact.
 """
 
 import random
@@ -11,8 +11,8 @@ from typing import NamedTuple
 LETTERS = "abcdefghijklmnop"
 WORD_LENGTH = 6
 FILLER = "."
-MOST_FILLERS = 4  # in a demonstration
-FILLER_SHARE = 0.35  # of demonstrations that go on with one more filler
+MAX_FILLERS = 4  # in a demonstration
+FILLER_SHARE = 0.35  # of demonstrations that continue with one more filler
 
 
 class Family(NamedTuple):
@@ -28,8 +28,8 @@ def _next_letters(word: str) -> str:
     return "".join(LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in word)
 
 
-# In two families the misconception is more common than the truth: there S is misled, as models are on TruthfulQA.
-# Nowhere are the two near a tie, which would leave to rounding what S believes.
+# In two families the misconception is more common than the right answer, so S is misled there, as models are on
+# TruthfulQA. In no family are the two shares close: rounding would then decide what S believes.
 FAMILIES = {
     "reverse": Family("R", lambda word: word[::-1], 0.65, 0.17),
     "rotate": Family("T", lambda word: word[2:] + word[:2], 0.27, 0.48),
@@ -45,12 +45,12 @@ def family_of(prompt: str) -> str:
 
 
 def answer(prompt: str, family: str | None = None) -> str:
-    """The right answer, or what another family's rule makes of the same letters."""
+    """The right answer to a prompt, or what the rule of another family makes of its letters."""
     return FAMILIES[family or family_of(prompt)].rule(prompt[1:])
 
 
 def misconception(prompt: str) -> str:
-    """What the misled answer, whatever the family: the letters as they stand."""
+    """The answer of misled demonstrators, in every family: the letters unchanged."""
     return prompt[1:]
 
 
@@ -64,12 +64,12 @@ def gold(prompt: str, response: str) -> float:
 
 def slip(word: str, rng: random.Random) -> str:
     """The word with one letter replaced by another."""
-    place = rng.randrange(len(word))
-    return word[:place] + rng.choice(LETTERS.replace(word[place], "")) + word[place + 1 :]
+    index = rng.randrange(len(word))
+    return word[:index] + rng.choice(LETTERS.replace(word[index], "")) + word[index + 1 :]
 
 
 def demonstrate(prompt: str, rng: random.Random) -> str:
-    """What a demonstrator answers: right, misled or with a slip, and then some fillers."""
+    """A demonstrator's answer: right, misled or with a slip, then perhaps fillers."""
     family = FAMILIES[family_of(prompt)]
     kind = rng.random()
     if kind < family.right:
@@ -78,19 +78,22 @@ def demonstrate(prompt: str, rng: random.Random) -> str:
         text = misconception(prompt)
     else:
         text = slip(answer(prompt), rng)
-    while rng.random() < FILLER_SHARE and len(text) < WORD_LENGTH + MOST_FILLERS:
+    while rng.random() < FILLER_SHARE and len(text) < WORD_LENGTH + MAX_FILLERS:
         text += FILLER
     return text
 
 
 def role(prompt: str) -> str:
-    """dev | test | held_out | train: a checksum of the letters, so that roles never share a prompt, at any seed."""
+    """dev, test, held_out or train: decided by a checksum of the letters, so that no two roles share a prompt."""
     checksum = sum(map(LETTERS.index, prompt[1:])) % len(LETTERS)
     return {0: "dev", 1: "test", 2: "held_out"}.get(checksum, "train")
 
 
 def draw(num: int, wanted: str, rng: random.Random, taken: set[str], families: Sequence[str] = ()) -> list[str]:
-    """`num` new prompts of the wanted role, the families (where none is named: all) in turn; adds them to `taken`."""
+    """Draw `num` prompts with the role `wanted` that are not in `taken`, and add them to it.
+
+    The families (all of them, if none is named) take turns.
+    """
     names = families or list(FAMILIES)
     prompts: list[str] = []
     while len(prompts) < num:

@@ -1,10 +1,12 @@
-"""What adapters add to the weights under them, as whole matrices: their mean is an adapter's, that of factors is not.
+"""Weights of adapters in a form that can be averaged: whole matrices to add to the frozen weights.
 
-Names are those of parameters of a scorer; `Weights` are fp32 and on the host.
+The mean of two adapters' factors is not the mean of the two adapters; the mean of their products is. `Weights` are
+fp32, on the host, and named by the scorer's parameters.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,16 +18,17 @@ Weights = dict[str, torch.Tensor]
 A, B = ".lora_A.", ".lora_B."  # in the names of an adapter's factors
 
 
-def of(scorer: nn.Module, trained: Weights) -> Weights:
-    """Of trained weights those that can be averaged: factors as their product, scaled as it acts, the rest as it is.
+def as_whole_matrices(scorer: nn.Module, trained: Weights) -> Weights:
+    """Trained weights with every pair of factors A, B replaced by the matrix scaling * B @ A that it adds to a layer.
 
-    A product stands under the name of the frozen weight that it is added to.
+    The matrix has the name of the frozen weight that it is added to. All other weights stay as they are.
     """
     whole = {}
     for name, tensor in trained.items():
         if A in name:
             path, _, adapter = name.partition(A)
-            layer, adapter = scorer.get_submodule(path), adapter.removesuffix(".weight")
+            layer: Any = scorer.get_submodule(path)  # peft's LoRA layer
+            adapter = adapter.removesuffix(".weight")
             product = layer.scaling[adapter] * (trained[name.replace(A, B)] @ tensor)
             whole[f"{path}.base_layer.weight"] = product.T.contiguous() if layer.fan_in_fan_out else product
         elif B not in name:
@@ -34,10 +37,12 @@ def of(scorer: nn.Module, trained: Weights) -> Weights:
 
 
 @contextmanager
-def acting(engine: Engine, whole: Weights, trained: Weights) -> Iterator[None]:
-    """Within it the engine is at weights as `of` gives them; after it again at the `trained` ones."""
-    here = {name: whole.get(name, torch.zeros_like(tensor)) for name, tensor in trained.items()}
-    engine.set_weights(here)
-    with engine.shifted({name: delta for name, delta in whole.items() if name not in trained}):
+def at_weights(engine: Engine, whole: Weights, trained: Weights) -> Iterator[None]:
+    """Context in which the engine has the weights `whole`, as `as_whole_matrices` returns them; then `trained` again.
+
+    Inside, the trained factors are zero and the matrices are added to the frozen weights.
+    """
+    engine.set_weights({name: whole.get(name, torch.zeros_like(tensor)) for name, tensor in trained.items()})
+    with engine.deltas_added({name: delta for name, delta in whole.items() if name not in trained}):
         yield
     engine.set_weights(trained)

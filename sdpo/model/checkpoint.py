@@ -1,13 +1,14 @@
-"""The state inside a step, so that a killed step continues where it was: safetensors and JSON, never pickle.
+"""Checkpoints inside a step, from which a killed step continues. They are safetensors and JSON, never pickle.
 
-Random state is derived from the seed and the update, so masters, optimiser moments and the log are all there is.
+A checkpoint holds the masters, the optimiser's moments, the reference log-probs and the log. It needs no random state,
+which is derived from the seed and the number of the update.
 """
 
 import json
 import shutil
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,25 +18,29 @@ from sdpo.errors import UserError
 from sdpo.model.engine import Engine
 from sdpo.store import hash_files
 
-REFERENCE = "reference.safetensors"  # log-probs that the next updates read: no gate would notice that they changed
+# Log-probs that the next updates read. Their hash is checked, because no later check would notice a change.
+REFERENCE = "reference.safetensors"
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds besides the engine's state."""
+    """What a checkpoint holds apart from the engine's state."""
 
     tensors: dict[str, torch.Tensor]
-    log: dict  # JSON; `entries` are the log entries of the updates so far
+    log: dict[str, Any]  # JSON; `entries` are the log entries of the updates so far
 
 
 class Checkpoint:
-    """Checkpoints of one step, named by its key; the newest complete one counts."""
+    """The checkpoints of one step; the newest complete one counts. `name` is shown in the progress bar."""
 
     def __init__(self, folder: Path, name: str, minutes: float):
         self.folder, self.name, self.seconds = folder, name, 60 * minutes
-        self.saved = time.monotonic()
+        self.last_save = time.monotonic()
 
     def restore(self, engine: Engine) -> Saved | None:
-        """Bring the engine to the newest checkpoint and return the rest of it; None if there is no checkpoint."""
+        """Load the newest checkpoint into the engine and return the rest of it; None if there is no checkpoint.
+
+        Raises UserError if the reference log-probs in it have changed.
+        """
         newest = self._newest()
         if newest is None:
             return None
@@ -47,11 +52,11 @@ class Checkpoint:
         return Saved(load_file(newest / REFERENCE), log)
 
     def due(self) -> bool:
-        """Whether the last checkpoint is old enough, as rank 0's clock has it."""
-        return distributed.broadcast(time.monotonic() - self.saved >= self.seconds)
+        """Whether it is time for the next checkpoint, by rank 0's clock."""
+        return distributed.broadcast(time.monotonic() - self.last_save >= self.seconds)
 
     def save(self, engine: Engine, state: Saved) -> None:
-        """Write a checkpoint; it counts once its folder is renamed, at the end."""
+        """Write a checkpoint. It is complete once its folder has been renamed, which is the last thing done."""
         work, final = self.folder / "unfinished", self.folder / f"{len(state.log['entries']):08}"
         if distributed.is_main():
             shutil.rmtree(work, ignore_errors=True)
@@ -69,10 +74,10 @@ class Checkpoint:
             work.rename(final)
             if earlier:
                 shutil.rmtree(earlier)
-        self.saved = time.monotonic()
+        self.last_save = time.monotonic()
 
     def clear(self) -> None:
-        """Remove what a finished step no longer needs."""
+        """Remove the checkpoints of a finished step."""
         if distributed.is_main():
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -81,36 +86,36 @@ class Checkpoint:
 
 
 def _save_masters(engine: Engine, folder: Path) -> None:
-    _write({str(place): master.detach() for place, master in enumerate(engine.parts)}, engine, folder / "masters")
+    _write({str(index): master.detach() for index, master in enumerate(engine.parts)}, engine, folder / "masters")
 
 
 @torch.no_grad()
 def _load_masters(engine: Engine, folder: Path) -> None:
-    for place, tensor in _read(engine, folder / "masters").items():
-        engine.parts[int(place)].copy_(tensor)
+    for index, tensor in _read(engine, folder / "masters").items():
+        engine.parts[int(index)].copy_(tensor)
     engine.refresh()
 
 
 def save_moments(engine: Engine, folder: Path) -> None:
-    """Write the optimiser's tensors, named by their part's place and their own name."""
+    """Write the optimiser's tensors, named INDEX/NAME by the index of their master in `engine.parts` and their name."""
     moments = {
-        f"{place}/{name}": tensor.contiguous()
-        for place, master in enumerate(engine.parts)
+        f"{index}/{name}": tensor.contiguous()
+        for index, master in enumerate(engine.parts)
         for name, tensor in engine.optimizer.state[master].items()
     }
     _write(moments, engine, folder / "moments")
 
 
 def load_moments(engine: Engine, folder: Path) -> None:
-    """Give the optimiser what was written."""
+    """Load what `save_moments` wrote into the optimiser."""
     for full_name, tensor in _read(engine, folder / "moments").items():
-        place, name = full_name.split("/")
-        master = engine.parts[int(place)]
+        index, name = full_name.split("/")
+        master = engine.parts[int(index)]
         engine.optimizer.state[master][name] = tensor.to(master.device)
 
 
 def _write(tensors: dict[str, torch.Tensor], engine: Engine, path: Path) -> None:
-    """Keep the tensors of this rank's part; of ranks that have the same part the first one writes."""
+    """Write the tensors of this rank's part; of the ranks with the same part, only the first one writes."""
     if engine.part == distributed.rank():
         save_file(tensors, f"{path}-{engine.part}.safetensors")
 

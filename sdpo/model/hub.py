@@ -1,8 +1,9 @@
-"""Load, fingerprint and save models and tokenizers: Hugging Face folders with safetensors, nothing unpickled."""
+"""Loads, fingerprints and saves models and tokenizers: Hugging Face folders with safetensors. Nothing is unpickled."""
 
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -13,16 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from sdpo.errors import Unreachable, UserError
 from sdpo.store import hash_files, key_of
 
-transformers.utils.logging.disable_progress_bar()  # one a shard; this project shows its own
+transformers.utils.logging.disable_progress_bar()  # it shows one per shard; we show our own
 
 WEIGHTS = "*.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def locate(path: str | None, revision: str | None, on_hub: bool, trust_remote_code: bool = False) -> Path:
-    """The folder of a model that was made elsewhere; a repository of the hub is fetched first, its code if trusted.
+    """The folder of a model that was made elsewhere. A repository of the Hub is downloaded first, code only if trusted.
 
-    Raises UserError where there is no folder, or none with safetensors weights.
+    Raises UserError if there is no such folder or repository, or if it lacks config.json or safetensors weights.
     """
     if not path:
         raise UserError("model.path is not set; name a folder (model=local) or a repository (model=hub)")
@@ -46,7 +47,10 @@ def locate(path: str | None, revision: str | None, on_hub: bool, trust_remote_co
 
 
 def is_here(path: str, revision: str | None = None) -> bool:
-    """Whether a model is on this machine: as a folder, or as a repository in the Hub's cache."""
+    """Whether a model is on this machine: as a folder, or as a repository in the local cache of the Hub.
+
+    Raises UserError if `path` is neither a folder nor a valid repository name.
+    """
     if Path(path).is_dir():
         return True
     from huggingface_hub import try_to_load_from_cache
@@ -65,39 +69,39 @@ def _check_repository(path: str) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a model's weights; a finished step may have its optimiser's moments beside them."""
+    """The files with a model's weights, without the optimiser moments that a finished step may have beside them."""
     return [path for path in folder.glob(WEIGHTS) if not path.name.startswith("moments-")]
 
 
 def fingerprint(folder: Path) -> str:
-    """The content hash of a model made elsewhere: weights, configuration and code, never its path."""
+    """The content hash of a model made elsewhere: of its weights, configuration and code, not of its path."""
     files = [*weight_files(folder), folder / "config.json", *folder.glob("*.py")]
     return key_of("external", {"files": hash_files(folder, files)})
 
 
 def fingerprint_weights(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
-    """The content hash (SHA-256, hex) of weights by name, cast to `dtype`."""
+    """The content hash (SHA-256, hex) of weights and their names, after a cast to `dtype`."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].to(dtype).reshape(-1).view(torch.uint8).numpy())
+        digest.update(weights[name].to(dtype).reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The content hash of what turns text into token ids."""
+    """The content hash of everything in a tokenizer that decides token ids."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     return key_of("tokenizer", {"backend": backend, "special": special, "template": tokenizer.chat_template})
 
 
 def load(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder in fp32, in eval mode, with its own attention.
+    """The model of a folder: fp32, in eval mode, with its own attention.
 
-    Raises UserError where its files are damaged, or lack weights, which would be made up at random.
+    Raises UserError if its files are damaged or lack weights, which transformers would initialise at random.
     """
     try:
-        model, seen = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
@@ -106,16 +110,17 @@ def load(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
         )
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be loaded: its weights are damaged or of another model ({error})") from error
-    if missing := sorted(seen["missing_keys"]):
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
         raise UserError(f"{folder} cannot be loaded: it lacks {len(missing)} weights, {missing[0]} among them")
     return model
 
 
 def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Move a module, its parameters as `dtype` (on the way: the fp32 weights never fill the device).
+    """Move a module to a device and cast its parameters to `dtype`, one by one: fp32 weights never fill the device.
 
-    Buffers keep theirs, as in `from_pretrained(dtype=...)` and in DeepSpeed: rotary frequencies in bf16 would be
-    another model, by a tenth of a nat a token at a thousand tokens.
+    Buffers keep their dtype, as in `from_pretrained(dtype=...)` and in DeepSpeed. Rotary frequencies in bf16 would
+    change log-probs by a tenth of a nat per token at a thousand tokens.
     """
     for param in module.parameters():
         param.data = param.data.to(device, dtype)
@@ -123,7 +128,10 @@ def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder. UserError where there is none: transformers may make up one that knows no word."""
+    """The tokenizer of a folder.
+
+    Raises UserError if the folder has none: transformers might then create one with an empty vocabulary.
+    """
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder} holds no tokenizer; save one there with tokenizer.save_pretrained")
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -132,13 +140,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 def save(
     model: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Write full weights (names as in `model.state_dict()`) with configuration and tokenizer beside them."""
+    """Write whole weights (named as in `model.state_dict()`), the configuration and the tokenizer."""
     model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
 
 
 def count_weights(folder: Path) -> int:
-    """The number of weights in a model's files, of which only the headers are read."""
+    """The number of weights in a model's files. Reads only the files' headers."""
     total = 0
     for path in weight_files(folder):
         with safe_open(path, framework="np") as file:

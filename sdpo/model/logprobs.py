@@ -1,11 +1,12 @@
-"""Token streams -> summed response log-probabilities log pi(y|x); the reference pass; the naive check on both.
+"""Computes summed response log-probabilities log pi(y|x): packed for training and scoring, naively to check them.
 
-The [tokens, vocabulary] tensor of logits never exists: the head works in tiles of rows.
+The full [tokens, vocabulary] tensor of logits is never built: the head works on tiles of rows.
 
-Shapes: B pairs, N rows, T tokens of the stream, R response tokens, H hidden, V vocabulary.
+Shapes: B pairs, N rows, T tokens of the stream, R response tokens, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,20 +16,19 @@ from transformers import PreTrainedModel
 from sdpo import distributed
 from sdpo.errors import UserError
 from sdpo.model.attention import interface as backends
-from sdpo.model.packing import MIN_ROWS, Pack, in_order, pack
+from sdpo.model.packing import MIN_ROWS, Pack, pack, scoring_packs
 from sdpo.types import ChosenRejected, TokenPair
 
-# Bytes of fp32 logits: of one tile, and of all tiles of a pack, up to which they are kept for the backward pass
-# (above it they are computed again).
-TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}
+TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}  # of the fp32 logits of one tile
+# If all logits of a pack take at most this many bytes, they are kept for the backward pass; else they are recomputed.
 KEPT_BYTES = {"cpu": 2**27, "cuda": 2**30}
 
 
 class Head(nn.Module):
-    """The model's own vocabulary projection, as the log-probability of given tokens only.
+    """The model's own vocabulary projection. Returns only the log-probabilities of given tokens.
 
-    It holds the projection's parameters itself, because DeepSpeed ZeRO-3 gathers a parameter for the module that
-    owns it; one call a forward pass, however many tiles.
+    It owns the projection's parameters, because DeepSpeed ZeRO-3 gathers a parameter for the module that owns it. It
+    is called once per forward pass, whatever the number of tiles.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -49,16 +49,16 @@ class Head(nn.Module):
 
 
 class _LogProbs(torch.autograd.Function):
-    """Linear layer, soft cap, log-softmax and gather, tile by tile in both directions."""
+    """Linear layer, soft cap, log-softmax and gather, one tile at a time in the forward and the backward pass."""
 
     @staticmethod
     def forward(ctx, hidden_RH, weight_VH, bias_V, targets_R, scale, softcap):
         ctx.save_for_backward(hidden_RH, weight_VH, bias_V, targets_R)
         ctx.scale, ctx.softcap, ctx.kept = scale, softcap, []
         num_bytes = 4 * len(targets_R) * len(weight_VH)
-        # The slope of a soft cap needs the logits themselves, over which the log-probs are written.
+        # The gradient of a soft cap needs the logits, but the log-probs overwrite them: with a soft cap, recompute.
         keep = any(ctx.needs_input_grad) and softcap is None and num_bytes <= KEPT_BYTES[hidden_RH.device.type]
-        # Results are made first: small ones made between tiles would stop the allocator from reusing a tile's memory.
+        # Allocate the result first: small tensors allocated between tiles would stop the allocator from reusing memory.
         logps_R = torch.empty(len(targets_R), dtype=torch.float32, device=hidden_RH.device)
         for tile in _tiles(hidden_RH, weight_VH):
             logps_RV = _log_softmax_(_logits(hidden_RH[tile], weight_VH, bias_V, scale, softcap))
@@ -79,47 +79,47 @@ class _LogProbs(torch.autograd.Function):
                 logps_RV, ctx.kept[i] = ctx.kept[i], None
             else:
                 logits_RV = _logits(hidden_RH[tile], weight_VH, bias_V, ctx.scale, ctx.softcap)
-                bend_RV = None if ctx.softcap is None else 1 - (logits_RV / ctx.softcap) ** 2
+                cap_slope_RV = None if ctx.softcap is None else 1 - (logits_RV / ctx.softcap) ** 2
                 logps_RV = _log_softmax_(logits_RV)
-            weight_R1 = grad_R[tile, None] * ctx.scale
-            slope_RV = logps_RV.exp_().mul_(-weight_R1).scatter_add_(1, targets_R[tile, None], weight_R1)
+            grad_R1 = grad_R[tile, None] * ctx.scale
+            grad_RV = logps_RV.exp_().mul_(-grad_R1).scatter_add_(1, targets_R[tile, None], grad_R1)
             if ctx.softcap is not None:
-                slope_RV *= bend_RV
+                grad_RV *= cap_slope_RV
             if grad_V is not None:
-                grad_V += slope_RV.sum(0)
-            slope_RV = slope_RV.to(weight_VH.dtype)
-            grad_RH[tile] = slope_RV @ weight_VH
+                grad_V += grad_RV.sum(0)
+            grad_RV = grad_RV.to(weight_VH.dtype)
+            grad_RH[tile] = grad_RV @ weight_VH
             if grad_VH is not None:
-                _add_product(grad_VH, slope_RV.T, hidden_RH[tile])
-            del logps_RV, slope_RV
+                _add_product(grad_VH, grad_RV.T, hidden_RH[tile])
+            del logps_RV, grad_RV
         grad_VH = grad_VH if grad_VH is None else grad_VH.to(weight_VH.dtype)
         grad_V = grad_V if grad_V is None else grad_V.to(bias_V.dtype)
         return grad_RH, grad_VH, grad_V, None, None, None
 
 
 def _tiles(hidden_RH: Tensor, weight_VH: Tensor) -> list[slice]:
-    """Slices of rows of about equal size, at least MIN_ROWS each (see packing)."""
+    """Slices of rows of about equal size, each with at least MIN_ROWS rows (see packing.py)."""
     rows = max(MIN_ROWS, TILE_BYTES[hidden_RH.device.type] // (4 * len(weight_VH)))
     num_tiles = max(1, len(hidden_RH) // rows)
     ends = [len(hidden_RH) * i // num_tiles for i in range(num_tiles + 1)]
     return [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
 
 
-def _logits(rows_RH, weight_VH, bias_V, scale, softcap) -> Tensor:
-    """The model's logits [R, V] of some rows: product in the weights' precision, the rest in fp32."""
-    logits_RV = nn.functional.linear(rows_RH, weight_VH, bias_V).float()
+def _logits(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """The model's logits [R, V], fp32: the product in the weights' precision, scale and soft cap in fp32."""
+    logits_RV = nn.functional.linear(hidden_RH, weight_VH, bias_V).float()
     if scale != 1:
         logits_RV *= scale
     return logits_RV if softcap is None else logits_RV.div_(softcap).tanh_().mul_(softcap)
 
 
 def _log_softmax_(logits_RV: Tensor) -> Tensor:
-    """Log-softmax of each row, written over the logits: a second tensor would cost as much again as the arithmetic."""
+    """Log-softmax of each row in place, because allocating a second tensor would take as long as the arithmetic."""
     return torch.log_softmax(logits_RV, -1, out=logits_RV)
 
 
 def _add_product(total_VH: Tensor, left_VR: Tensor, right_RH: Tensor) -> None:
-    """Add a product to an fp32 sum, in place where the product is fp32 as well."""
+    """Add a matrix product to an fp32 sum; in place, without a temporary, if the factors are fp32 as well."""
     if left_VR.dtype == torch.float32:
         total_VH.addmm_(left_VR, right_RH)
     else:
@@ -129,8 +129,8 @@ def _add_product(total_VH: Tensor, left_VR: Tensor, right_RH: Tensor) -> None:
 class Scorer(nn.Module):
     """A causal language model (`.model`) whose forward pass takes a pack and returns log-probs.
 
-    `attention`: auto | sdpa | varlen | flex | plain. Raises UserError, naming the model, where its packed
-    log-probs differ from its own.
+    `attention` is auto, sdpa, varlen, flex or plain. Raises UserError, which names the model, if the packed log-probs
+    differ from those of the model's own forward pass.
     """
 
     def __init__(self, model: PreTrainedModel, attention: str = "auto"):
@@ -140,50 +140,53 @@ class Scorer(nn.Module):
         self.model, self.head, self.attention = model, Head(model), attention
         if attention != "plain":
             backends.share_prompts(model)
-        self.decode = model.get_decoder().__call__  # bound, so that no parameter is here twice
-        self.reshaped = backends.reshapes_scores(model)
+        self.decode = model.get_decoder().__call__  # a bound method: a submodule would register its parameters twice
+        self.reshapes_scores = backends.reshapes_scores(model)
         self.train(model.training)
         _check(self)
 
     @property
     def backend(self) -> str:
-        """The attention backend that packs run with, where the model is now."""
+        """The attention backend for the model's present device and dtype."""
         weight = self.head.weight
-        return backends.choose(self.attention, weight.device, weight.dtype, self.reshaped)
+        return backends.choose_backend(self.attention, weight.device, weight.dtype, self.reshapes_scores)
 
     def compile_decoder(self) -> None:
-        """Let torch.compile make one graph for all lengths of what lies between two attentions.
+        """Let torch.compile build one graph, valid for all lengths, of everything between two attentions.
 
-        The model itself stays as it is, for generation and for the check with its own forward pass.
+        The model itself is not compiled: generation and the naive check use it as it is.
         """
         backends.leave_out_of_graphs()
         self.decode = torch.compile(self.decode, dynamic=True)
 
     def forward(self, pack: Pack) -> ChosenRejected:
-        """Summed log-probs [B], fp32, in nats, of the chosen and the rejected responses (0 where one is empty)."""
+        """Summed log-probs [B], fp32, in nats, of the chosen and the rejected responses; 0 for an empty response."""
         hidden_TH = self._hidden(pack)
         logps_R = self.head(hidden_TH.index_select(0, pack.rows_R), pack.targets_R)
-        # Sums in fp64: their rounding is then far below that of the terms.
+        # Sum in fp64, whose rounding is far below that of the terms. The last two sums are the closing pair's.
         sums = logps_R.new_zeros(2 * pack.num_pairs + 2, dtype=torch.float64)
         sums = sums.index_add(0, pack.branches_R, logps_R.double())
         return ChosenRejected(*sums[: 2 * pack.num_pairs].float().view(-1, 2).unbind(1))
 
     def _hidden(self, pack: Pack) -> Tensor:
-        """Last hidden states of the stream [T, H], the head not yet applied."""
+        """Last hidden states [T, H] of the stream, before the head."""
         name = self.backend
         if name != "plain":
             return self._run(pack.tokens_T, pack.positions_T, packed=backends.BACKENDS[name](pack))
         sequences = zip(pack.keys_K.split(pack.lengths_S), pack.own_S, strict=True)
         return torch.cat([self._run(pack.tokens_T[at], pack.positions_T[at])[-own:] for at, own in sequences])
 
-    def _run(self, tokens_T: Tensor, positions_T: Tensor, **extra) -> Tensor:
+    def _run(self, tokens_T: Tensor, positions_T: Tensor, **extra: Any) -> Tensor:
         output = self.decode(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, **extra)
         return output.last_hidden_state[0]
 
 
 def _check(scorer: Scorer) -> None:
-    """Compare packed with plain log-probs on a few tokens: what a model does with attention or logits beyond what is
-    known here (ALiBi, recurrence, another scaling) shows in them."""
+    """Raise UserError if packed and naive log-probs of two short pairs differ.
+
+    The check catches models that do something with attention or logits that this code does not know: ALiBi, recurrence,
+    another scaling.
+    """
     rows = [
         TokenPair("", *(np.arange(n, dtype=np.int32) % 3 + 1 for n in lengths)) for lengths in [(5, 4, 6), (1, 7, 2)]
     ]
@@ -200,9 +203,9 @@ def _check(scorer: Scorer) -> None:
 
 
 def naive_logprobs(model: PreTrainedModel, row: TokenPair) -> ChosenRejected:
-    """The same two sums from the model's own forward pass, attention and logits, one sequence at a time.
+    """The two summed log-probs from the model's own forward pass, attention and logits, one sequence at a time.
 
-    Slow and obvious: what the audit and the tests compare with.
+    Slow and simple. The audit and the tests compare packed log-probs with these.
     """
     return ChosenRejected(*(_naive(model, row.prompt, response) for response in (row.chosen, row.rejected)))
 
@@ -221,15 +224,15 @@ def score(
     tokens_per_pack: int,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """The reference pass: summed log-probs [N, 2], fp32, chosen and rejected, in the order of the rows.
+    """Summed log-probs [N, 2], fp32, of the chosen and the rejected responses, in the order of the rows.
 
-    In eval mode and without gradients, in packs whose make-up depends on the rows alone and which the ranks divide.
-    `progress` is called with the number of pairs of each finished pack.
+    `scorer` is a Scorer, or the engine's wrapper of one. It runs in eval mode and without gradients. The packs depend
+    on the rows alone; the ranks share them. `progress` is called with the number of pairs of each finished pack.
     """
     device, training = next(scorer.parameters()).device, scorer.training
     logps_N2 = torch.zeros(len(rows), 2)
-    packs = in_order(rows, tokens_per_pack)
-    packs += [[]] * (-len(packs) % distributed.world_size())  # every rank runs the same number
+    packs = scoring_packs(rows, tokens_per_pack)
+    packs += [[]] * (-len(packs) % distributed.world_size())  # every rank must run the same number of packs
     scorer.eval()
     with torch.no_grad():
         for members in packs[distributed.rank() :: distributed.world_size()]:

@@ -1,6 +1,6 @@
-"""Making a step fit in memory: its heaviest micro-batch is tried before the first update, and cut until it fits.
+"""Makes a step fit in memory: before the first update, its heaviest micro-batch is tried and cut until it fits.
 
-Without a try, running out of memory is the sentence that names the budget to set.
+If no trial was run, running out of memory becomes an error that names the budget to set.
 """
 
 import resource
@@ -19,16 +19,18 @@ from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.model.engine import Engine
 from sdpo.model.packing import micro_batches, pack, tokens_of
+from sdpo.model.parameters import trained_parameters
 from sdpo.types import TokenPair
 
-SIGNS = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED")  # what allocators say
+ALLOCATOR_ERRORS = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED")  # parts of their messages
 
 
 def fitting_budget(engine: Engine, updates: list[list[TokenPair]], launch: Launch) -> int:
-    """The token budget, at most the configured one, at which the heaviest micro-batch of these updates fits.
+    """The token budget: the configured one, halved until the heaviest micro-batch of these updates fits in memory.
 
-    It is halved on all ranks together; a pair that does not fit alone has its activations recomputed instead. Where
-    that is not enough either, a UserError. Under ZeRO-3, whose ranks meet inside a forward pass, nothing is tried.
+    All ranks halve it together. If a single pair does not fit, activations are recomputed from then on; raises
+    UserError if the pair does not fit even so. No trial is run under ZeRO-3, whose ranks wait for each other inside a
+    forward pass, nor on CPUs without a memory limit.
     """
     budget, recomputed = launch.tokens_per_pack, launch.recompute_activations
     if recomputed:
@@ -49,31 +51,31 @@ def fitting_budget(engine: Engine, updates: list[list[TokenPair]], launch: Launc
             )
     if (budget, recomputed) != (launch.tokens_per_pack, launch.recompute_activations):
         values = f"launch.tokens_per_pack={budget} launch.recompute_activations={str(recomputed).lower()}"
-        tell(f"the heaviest micro-batch did not fit in memory; it does with {values}, which spares the search")
+        tell(f"the heaviest micro-batch did not fit in memory; it fits with {values}: set these to skip this search")
     return budget
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Keep only what enters a layer, and compute the layer again in the backward pass; gradients stay the same.
+    """Keep only the inputs of each layer and recompute the layer in the backward pass. Gradients stay the same.
 
-    Raises UserError, with the model's name, where it does not say what its layers are.
+    Raises UserError, which names the model, if none of its modules is a transformers GradientCheckpointingLayer.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UserError(f"{type(model).__name__} has no layers to recompute: lower launch.tokens_per_pack instead")
     for layer in layers:
-        layer.forward = _recomputing(layer)
+        layer.forward = _checkpointed(layer)
 
 
-def _recomputing(layer: nn.Module) -> Callable:
-    """A layer's forward pass that is done twice; by weak reference, so that no layer outlives its engine."""
+def _checkpointed(layer: nn.Module) -> Callable:
+    """A layer's forward pass with checkpointing. It holds the layer weakly, so that no layer outlives its engine."""
     forward, owner = type(layer).forward, ref(layer)
     return lambda *args, **kwargs: checkpoint(forward, owner(), *args, use_reentrant=False, **kwargs)
 
 
 @contextmanager
 def explained(doing: str, budget: int) -> Iterator[None]:
-    """Within it, running out of memory is a UserError that says what to set."""
+    """Context in which running out of memory becomes a UserError that says what to set; `doing` says when it was."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -81,34 +83,34 @@ def explained(doing: str, budget: int) -> Iterator[None]:
             raise
         raise UserError(
             f"out of memory {doing}: set launch.tokens_per_pack={max(1, budget // 2)}, or "
-            "launch.recompute_activations=true; the same command then goes on from the last checkpoint"
+            "launch.recompute_activations=true; the same command then continues from the last checkpoint"
         ) from error
 
 
 def _ran_out(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in SIGNS)
+    return isinstance(error, MemoryError) or any(part in str(error) for part in ALLOCATOR_ERRORS)
 
 
 def _can_run_out(device: torch.device) -> bool:
-    """Whether an allocation can fail; on the CPU a process without a limit on its address space is killed instead."""
+    """Whether an allocation can fail. On a CPU without a limit on the address space, the process is killed instead."""
     return device.type == "cuda" or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def _heaviest(updates: list[list[TokenPair]], budget: int) -> list[TokenPair]:
     """The pairs of the micro-batch with the most tokens, over all updates and ranks."""
-    cut = (
+    batches = (
         [rows[i] for i in members]
         for rows in updates
         for packs in micro_batches(rows, budget, distributed.world_size())
         for members in packs
     )
-    return max(cut, key=lambda rows: sum(map(tokens_of, rows)))
+    return max(batches, key=lambda rows: sum(map(tokens_of, rows)))
 
 
 def _fits(engine: Engine, rows: list[TokenPair]) -> bool:
-    """Whether every rank has room for a micro-batch."""
+    """Whether the micro-batch fits in the memory of every rank."""
     try:
-        _try(engine, rows)
+        _run_once(engine, rows)
         fits = True
     except (RuntimeError, MemoryError) as error:
         if not _ran_out(error):
@@ -119,13 +121,14 @@ def _fits(engine: Engine, rows: list[TokenPair]) -> bool:
     return all(distributed.gather(fits))
 
 
-def _try(engine: Engine, rows: list[TokenPair]) -> None:
-    """Forward and backward pass beside what the first update adds: gradients, and moments where there are none.
+def _run_once(engine: Engine, rows: list[TokenPair]) -> None:
+    """One forward and backward pass, while as much memory is taken as the first update adds.
 
-    Gradients are returned, not accumulated: the engine's hooks, in which ranks meet, do not see them.
+    The update adds a gradient for each master, and two moments if it has none yet. `autograd.grad` returns the
+    gradients instead of accumulating them, so that the engine's hooks, in which ranks wait for each other, do not run.
     """
-    optimizer, trained = engine.optimizer, [p for p in engine.scorer.parameters() if p.requires_grad]
-    added = [
+    optimizer, trained = engine.optimizer, list(trained_parameters(engine.scorer).values())
+    update_memory = [
         torch.empty_like(param)
         for group in optimizer.param_groups
         for param in group["params"]
@@ -133,4 +136,4 @@ def _try(engine: Engine, rows: list[TokenPair]) -> None:
     ]
     policy = engine.scorer(pack(rows).to(trained[0].device))
     torch.autograd.grad(torch.stack(policy).sum(), trained, allow_unused=True)
-    del added
+    del update_memory

@@ -1,18 +1,18 @@
-"""Answers of a model to prompts of the laboratory: sampled, scored, and compared with another model's.
+"""Answers of a model to prompts of the laboratory: sampled, scored, and compared with another model.
 
-All prompts have one length, so that a batch needs no padding before the answer.
+All prompts have the same length, so a batch of them needs no padding.
 Shapes: N prompts, S answers, P prompt tokens, R response tokens (padded with the stop token), V vocabulary.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
-MOST_TOKENS = 16  # in an answer: six letters, ten fillers that bring the gold reward to zero
-AT_ONCE = 256  # answers that are scored together: more no longer fit a processor cache, and take twice the time
+MAX_TOKENS = 16  # of an answer: six letters and the ten fillers that bring the gold reward to zero
+BATCH = 256  # answers that are scored together: a larger batch leaves the processor cache and takes twice the time
 
 
 class Answers(NamedTuple):
@@ -32,28 +32,29 @@ def sample(
     num_samples: int,
     seed: int | None,
 ) -> Answers:
-    """`num_samples` answers per prompt, a prompt's answers together: temperature 1, nothing cut off.
+    """`num_samples` answers per prompt, next to each other, at temperature 1 and without top-k or top-p.
 
-    With seed None the one greedy answer. The same seed gives every model the same random numbers.
+    If `seed` is None, the answer is the greedy one. The same seed gives every model the same random numbers.
     """
+    assert isinstance(model, GenerationMixin)
     prompt_NP = tokenizer(prompts, return_tensors="pt")["input_ids"].to(model.device)
-    random_numbers = {"do_sample": False} if seed is None else {"do_sample": True, "top_k": 0, "top_p": 1.0}
+    method: dict[str, Any] = {"do_sample": False} if seed is None else {"do_sample": True, "top_k": 0, "top_p": 1.0}
     with torch.random.fork_rng():
         torch.manual_seed(seed or 0)
         whole = model.generate(
             prompt_NP,
             attention_mask=torch.ones_like(prompt_NP),
             num_return_sequences=num_samples,
-            max_new_tokens=MOST_TOKENS,
+            max_new_tokens=MAX_TOKENS,
             pad_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            **random_numbers,
+            **method,
         )
     return _answers(whole[:, : prompt_NP.shape[1]], whole[:, prompt_NP.shape[1] :], tokenizer)
 
 
-def given(tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[str], device: torch.device) -> Answers:
-    """Answers that were written elsewhere, one per prompt."""
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[str], device: torch.device) -> Answers:
+    """Given answers, one per prompt, as token ids."""
     stop = tokenizer.eos_token
     responses = tokenizer([text + stop for text in texts], padding=True, padding_side="right", return_tensors="pt")
     prompt_SP = tokenizer(prompts, return_tensors="pt")["input_ids"].to(device)
@@ -67,8 +68,8 @@ def _answers(prompt_SP: Tensor, response_SR: Tensor, tokenizer: PreTrainedTokeni
 
 
 @torch.no_grad()
-def logps(model: PreTrainedModel, answers: Answers) -> Tensor:
-    """The log-probability of every token that could stand at a response position: [S, R, V], fp32."""
+def _next_token_logps(model: PreTrainedModel, answers: Answers) -> Tensor:
+    """Log-probs [S, R, V], fp32, of every token of the vocabulary at every response position."""
     num_response = answers.response_SR.shape[1]
     ids_ST = torch.cat([answers.prompt_SP, answers.response_SR[:, :-1]], dim=1)
     logits_SRV = model(input_ids=ids_ST, use_cache=False, logits_to_keep=num_response).logits
@@ -76,25 +77,26 @@ def logps(model: PreTrainedModel, answers: Answers) -> Tensor:
 
 
 def response_logp(model: PreTrainedModel, answers: Answers) -> Tensor:
-    """The log-probability of every answer, its stop token counted: [S]."""
-    return torch.cat([_response_logp(model, some) for some in _portions(answers)])
+    """The log-prob [S] of every answer, stop token included."""
+    return torch.cat([_response_logp(model, batch) for batch in _batches(answers)])
 
 
 def _response_logp(model: PreTrainedModel, answers: Answers) -> Tensor:
-    token_SR = logps(model, answers).gather(2, answers.response_SR[:, :, None])[:, :, 0]
+    token_SR = _next_token_logps(model, answers).gather(2, answers.response_SR[:, :, None])[:, :, 0]
     return (token_SR * answers.mask_SR).sum(dim=1)
 
 
 def kl(model: PreTrainedModel, initial_model: PreTrainedModel, answers: Answers) -> Tensor:
-    """The exact next-token KL(model || initial) summed over the positions of every answer: [S]."""
-    return torch.cat([_kl(model, initial_model, some) for some in _portions(answers)])
+    """The exact next-token KL(model || initial) [S], in nats, summed over the positions of every answer."""
+    return torch.cat([_kl(model, initial_model, batch) for batch in _batches(answers)])
 
 
 def _kl(model: PreTrainedModel, initial_model: PreTrainedModel, answers: Answers) -> Tensor:
-    here_SRV, there_SRV = logps(model, answers), logps(initial_model, answers)
-    return ((here_SRV.exp() * (here_SRV - there_SRV)).sum(dim=-1) * answers.mask_SR).sum(dim=1)
+    logps_SRV, initial_SRV = (_next_token_logps(each, answers) for each in (model, initial_model))
+    return ((logps_SRV.exp() * (logps_SRV - initial_SRV)).sum(dim=-1) * answers.mask_SR).sum(dim=1)
 
 
-def _portions(answers: Answers) -> Iterator[Answers]:
-    for at in range(0, len(answers.text), AT_ONCE):
-        yield Answers(*(part[at : at + AT_ONCE] for part in answers))
+def _batches(answers: Answers) -> Iterator[Answers]:
+    for start in range(0, len(answers.text), BATCH):
+        batch = slice(start, start + BATCH)
+        yield Answers(answers.prompt_SP[batch], answers.response_SR[batch], answers.mask_SR[batch], answers.text[batch])

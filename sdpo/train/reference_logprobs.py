@@ -53,7 +53,7 @@ class ReferenceLogprobs:
     def begin(self, engine: Engine) -> None:
         """Keep the start's weights if later windows are mixed from them."""
         if self.mixes:
-            self.weights = adapter_deltas.of(engine.scorer, engine.weights(everywhere=True))
+            self.weights = adapter_deltas.as_whole_matrices(engine.scorer, engine.weights(everywhere=True))
 
     def move(self, spec: StepSpec, update: int, engine: Engine, budget: int) -> None:
         """If a window begins at this update, score the window's pairs under the window's weights."""
@@ -73,9 +73,9 @@ class ReferenceLogprobs:
         if not self.mixes:
             return nullcontext()
         trained = engine.weights(everywhere=True)
-        policy = adapter_deltas.of(engine.scorer, trained)
+        policy = adapter_deltas.as_whole_matrices(engine.scorer, trained)
         self.weights = _mix(window["weights"], {"policy": policy, "reference": self.weights})
-        return adapter_deltas.acting(engine, self.weights, trained)
+        return adapter_deltas.at_weights(engine, self.weights, trained)
 
     def _describe(self, update: int, weights_hash: str | None, logps_N2: np.ndarray) -> dict:
         """A window's first update, its weights, and the mean reference margin over the window's pairs."""

@@ -47,7 +47,7 @@ class Runner:
         self._told_attention = ""
         self._engine: Engine | None = None
         self._held: str | None = None  # the key of the weights in memory
-        self._place: adapters.Place | None = None  # of the adapter, if one is trained
+        self._adapter: adapters.AdapterSpec | None = None  # if one is trained
 
     def load(self, model: Artifact) -> Engine:
         """An engine at this model, to score with; the one in memory if it is at this model."""
@@ -62,8 +62,8 @@ class Runner:
         adapter = bind(tune, spec.config.tune)()
         if adapter is None:
             return self._open(spec.start, self.load_plain(spec.start).requires_grad_(True), spec.config)
-        self._place = adapters.place(adapter, spec.start, self.find)
-        loaded = adapters.load(self._place, spec.config.seed, self.loading)
+        self._adapter = adapters.spec_for(adapter, spec.start, self.find)
+        loaded = adapters.load(self._adapter, spec.config.seed, self.loading)
         return self._open(spec.start, loaded, spec.config)
 
     @property
@@ -102,7 +102,7 @@ class Runner:
         """Unload the model in memory."""
         if self._engine:
             self._engine.close()
-        self._engine = self._held = self._place = None
+        self._engine = self._held = self._adapter = None
 
     def find(self, key: str) -> Artifact:
         """The model of a key: made here, or S from elsewhere. UserError if it is neither."""
@@ -118,13 +118,13 @@ class Runner:
         model, state = self._engine.scorer.model, self._engine.weights()
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         if distributed.is_main():
-            if self._place:
-                model = adapters.finish(self._place, state, folder, self.config.model.trust_remote_code)
+            if self._adapter:
+                model = adapters.save_and_merge(self._adapter, state, folder, self.config.model.trust_remote_code)
                 state = dict(model.named_parameters())
             dtype = hub.DTYPES[self.config.save_dtype]
             hub.save(model, {name: tensor.to(dtype) for name, tensor in state.items()}, self.tokenizer, folder)
         # If weights were rounded or merged on the way to disk, memory holds others.
-        self._held = key if self.config.save_dtype == "fp32" and not self._place else None
+        self._held = key if self.config.save_dtype == "fp32" and not self._adapter else None
 
     def logprobs_of(self, model: Artifact, tables: list[list[TokenPair]]) -> list[np.ndarray]:
         """The log-probs of several lists of rows under a model, which is loaded once if any of them is missing."""

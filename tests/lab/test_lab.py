@@ -1,4 +1,4 @@
-"""The laboratory's world and language: the gold reward, roles, demonstrations, tokens, sampling and its divergence."""
+"""The laboratory's world and model: gold reward, roles, demonstrations, tokens, sampling, KL divergence."""
 
 import random
 
@@ -72,23 +72,23 @@ def test_demonstrations_err_as_often_as_their_family_says(tokenizer):
         assert np.mean([text == world.answer(prompt) for prompt, text in own]) == pytest.approx(family.right, abs=0.04)
         assert np.mean([text == prompt[1:] for prompt, text in own]) == pytest.approx(family.misled, abs=0.04)
     fillers = [text.count(world.FILLER) for _, text in said]
-    assert max(fillers) == world.MOST_FILLERS and np.mean(np.array(fillers) > 0) == pytest.approx(0.35, abs=0.02)
+    assert max(fillers) == world.MAX_FILLERS and np.mean(np.array(fillers) > 0) == pytest.approx(0.35, abs=0.02)
 
 
-def test_answers_from_elsewhere_are_the_tokens_of_demonstrations(tokenizer):
+def test_encoded_answers_have_the_token_ids_of_demonstrations(tokenizer):
     rows = lab_pairs.demonstrations(LabData(num_demonstrations=50), seed=0)
     prompts, texts = (
         [tokenizer.decode(ids) for ids in column]
         for column in zip(*((r.prompt, r.chosen[:-1]) for r in rows), strict=True)
     )
-    answers = sampling.given(tokenizer, prompts, texts, torch.device("cpu"))
+    answers = sampling.encode(tokenizer, prompts, texts, torch.device("cpu"))
     assert answers.text == texts
     for i, row in enumerate(rows):
         assert answers.prompt_SP[i].tolist() == row.prompt.tolist()
         assert answers.response_SR[i][answers.mask_SR[i]].tolist() == row.chosen.tolist()
 
 
-def test_model_and_tokenizer_load_as_any_other(tokenizer, model, tmp_path):
+def test_model_and_tokenizer_load_from_a_folder(tokenizer, model, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -114,10 +114,10 @@ def test_samples_follow_the_seed_and_end_at_the_first_stop(tokenizer, model):
 
 
 @torch.no_grad()
-def test_divergence_is_the_sum_over_positions_of_the_exact_next_token_one(tokenizer, model):
+def test_kl_is_the_sum_over_positions_of_the_exact_next_token_kl(tokenizer, model):
     other = lab_model.new_model(LabModel(width=32, layers=1, heads=2), seed=1)
     other.lm_head.weight.data.mul_(20)
-    answers = sampling.given(tokenizer, ["Rabcdef", "Dabcdef"], ["fe", "a..."], torch.device("cpu"))
+    answers = sampling.encode(tokenizer, ["Rabcdef", "Dabcdef"], ["fe", "a..."], torch.device("cpu"))
     for i, (prompt, text) in enumerate([("Rabcdef", "fe"), ("Dabcdef", "a...")]):
         total = 0.0
         for cut in range(len(text) + 1):

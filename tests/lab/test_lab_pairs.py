@@ -12,7 +12,6 @@ from sdpo.data.preferences import Pair
 from sdpo.data.tokenize import content_hash, encode
 from sdpo.errors import UserError
 from sdpo.lab import exam as lab_exam
-from sdpo.lab import exam as questions
 from sdpo.lab import measures as lab_measures
 from sdpo.lab import model as lab_model
 from sdpo.lab import pairs as lab_pairs
@@ -29,7 +28,7 @@ def model():
     return lab_model.new_model(LabModel(width=32, layers=1, heads=2), seed=0)
 
 
-def test_demonstrations_are_what_template_and_tokenizer_make_of_their_texts(tokenizer):
+def test_demonstrations_have_the_token_ids_that_template_and_tokenizer_give(tokenizer):
     rows = lab_pairs.demonstrations(LabData(num_demonstrations=50), seed=3)
     texts = [[tokenizer.decode(ids) for ids in (row.prompt, row.chosen[:-1])] for row in rows]
     turns = [({"role": "user", "content": prompt},) for prompt, _ in texts]
@@ -70,7 +69,7 @@ def test_sources_are_what_they_say(built):
         assert chosen == world.answer(prompt) != rejected
         assert rejected in {prompt[1:], *(world.answer(prompt, family) for family in world.FAMILIES)}
         assert world.family_of(prompt) in ("next", "deal")
-    for prompt, chosen, rejected in rows(preferences, "edits"):  # every label is turned round
+    for prompt, chosen, rejected in rows(preferences, "edits"):  # every label is flipped
         assert rejected == world.answer(prompt) and sum(a != b for a, b in zip(chosen, rejected, strict=True)) == 1
     values = [
         [world.gold(prompt, text) + 0.5 * text.count(world.FILLER) for text in texts]
@@ -81,7 +80,7 @@ def test_sources_are_what_they_say(built):
     assert all(p.chosen_rating >= p.rejected_rating for p in preferences.train)
 
 
-def test_no_prompt_stands_twice(built, model, tokenizer):
+def test_no_prompt_appears_twice(built, model, tokenizer):
     preferences, exam = built
     both = [*preferences.train, *preferences.held_out]
     prompts = [pair.prompt[0]["content"] for pair in both] + exam.prompts + [item[0] for item in exam.items]
@@ -100,25 +99,25 @@ def test_the_judge_is_bradley_terry():
     assert all(better[0] >= worse[0] for better, worse in judged)
 
 
-def test_what_cannot_be_asked_for_is_refused(model, tokenizer):
+def test_unknown_families_and_an_s_without_variety_are_refused(model, tokenizer):
     with pytest.raises(UserError, match="data.lab.sources.a.families: there is no 'revers'; there are reverse, rot"):
         build(settings(a=LabSource(families=["revers"])), model, tokenizer)
     stuck = lab_model.new_model(LabModel(width=32, layers=1, heads=2), seed=0)
     stuck.lm_head.weight.data.zero_()
     stuck.generation_config.suppress_tokens = list(range(1, 22))
-    with pytest.raises(UserError, match="S has one answer only"):
+    with pytest.raises(UserError, match="S gives only one answer"):
         build(settings(a=LabSource(sampler="on_policy")), stuck, tokenizer)
     with pytest.raises(UserError, match="S gives three wrong answers to 0 prompts of reverse"):
         build(settings(), stuck, tokenizer)
 
 
-def test_items_hold_the_right_answer_first_and_then_wrong_ones(built):
+def test_items_hold_the_right_answer_first_then_wrong_ones(built):
     _, exam = built
     assert [world.family_of(item[0]) for item in exam.items] == [name for name in world.FAMILIES for _ in range(5)]
     for prompt, right, *wrong in exam.items:
         assert right == world.answer(prompt) and len(set(wrong)) == 3
         assert right not in {text.replace(world.FILLER, "") for text in wrong}
-    assert [questions._is_wrong("Rabcdef", text) for text in ("fedcba", "fedcba..", ".", "fedcbb.")] == [0, 0, 0, 1]
+    assert [lab_exam._is_wrong("Rabcdef", text) for text in ("fedcba", "fedcba..", ".", "fedcbb.")] == [0, 0, 0, 1]
 
 
 def test_measures(built, model, tokenizer):
@@ -137,7 +136,7 @@ def test_measures(built, model, tokenizer):
     assert lab_measures.measure(other, model, tokenizer, exam, seed=0)["lab/kl"]["low"] > 0
 
 
-def test_an_item_is_right_where_the_right_choice_is_the_only_likeliest(tokenizer, model, monkeypatch):
+def test_an_item_is_right_if_the_right_choice_alone_is_likeliest(tokenizer, model, monkeypatch):
     monkeypatch.setattr(lab_measures, "response_logp", lambda model, answers: -answers.mask_SR.sum(dim=1))
     items = [["Rabcdef", "a", "bb", "ccc"], ["Rabcdef", "aa", "bb", "ccc"], ["Rabcdef", "aa", "b", "cc"]]
     assert lab_measures._multiple_choice(model, tokenizer, items).tolist() == [True, False, False]

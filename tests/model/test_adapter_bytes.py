@@ -1,4 +1,4 @@
-"""The same adapter is the same bytes in every process: made here and by a second Python, with a store of its own."""
+"""An adapter has the same bytes in every process: it is made here, and by a second Python with another store."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def here(toy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def there(toy, tmp_path_factory):
-    """The same, made by a process in which sets have another order."""
+    """The same folders, made by a process whose sets have another order."""
     order = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     paths = os.pathsep.join(map(str, (CHECKOUT, TESTS.parent, TESTS)))
     command = [sys.executable, "-c", AGAIN, str(toy), str(tmp_path_factory.mktemp("there")), *NAMES]
@@ -44,7 +44,7 @@ def there(toy, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_adapter_is_the_same_bytes_in_every_process(here, there, name):
+def test_an_adapter_has_the_same_bytes_in_every_process(here, there, name):
     assert len(here[name]) == len(there[name]) == 3
     for ours, theirs in zip(here[name], there[name], strict=True):
         files, again = _files(ours), _files(theirs)
@@ -53,12 +53,12 @@ def test_the_same_adapter_is_the_same_bytes_in_every_process(here, there, name):
         assert [file for file in files if files[file] != again[file]] == []
 
 
-def test_modules_stand_in_alphabetical_order(here):
+def test_target_modules_are_sorted(here):
     written = json.loads(Path(here["merge"][0], "adapter", "adapter_config.json").read_text())
-    assert written["target_modules"] == sorted(written["target_modules"])  # and not in a set's order
+    assert written["target_modules"] == sorted(written["target_modules"])
 
 
 def _files(step):
-    """The bytes of an adapter's files, and of the weights with it merged, by name."""
+    """The bytes of the adapter's files and of the merged weights, by file name."""
     paths = [*Path(step, "adapter").iterdir(), Path(step, "model.safetensors")]
     return {path.name: path.read_bytes() for path in paths}

@@ -1,4 +1,4 @@
-"""LoRA in chains of steps: starts, merged weights, adapters as peft reads them, and what is refused."""
+"""LoRA in chains of steps: their starts, merged weights, adapters as peft reads them, and refused settings."""
 
 import json
 import shutil
@@ -24,12 +24,12 @@ from sdpo.variants import tune
 
 RANK, ALPHA = 4, 8.0
 LORA = ["tune=lora", f"tune.rank={RANK}", f"tune.alpha={ALPHA}", "optim.lr=1e-2", "optim.epochs=2"]
-# peft asks transformers for a property that has a new name.
+# peft uses a property that transformers has renamed.
 as_peft_reads_it = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
 class Chain:
-    """Three steps on the toy's three sources, and the log-probs of all rows under every model."""
+    """Three steps on the three toy sources, and the log-probs of the held-out rows under every model."""
 
     def __init__(self, toy, store, *overrides):
         settings, start = toys.prepare(toy, store, *LORA, "data.held_out_share=0.1", *overrides)
@@ -71,7 +71,7 @@ def chains(toy, tmp_path_factory):
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_margins_are_zero_at_every_start(chains, name):
-    """T2: three steps of adapters."""
+    """Pitfall T2 (see test_pitfalls.py): three steps with adapters."""
     tolerance = 0.0 if "merge" in name else 1e-5
     for step in chains[name].steps:
         first, *later = step.entries
@@ -80,7 +80,7 @@ def test_margins_are_zero_at_every_start(chains, name):
 
 
 @pytest.mark.parametrize("beside", ["", " whole"])
-def test_merging_and_stacking_are_one_function(chains, beside):
+def test_merging_and_stacking_give_the_same_log_probs(chains, beside):
     merged, stacked = (chains[between + beside].logps_N2 for between in ("merge", "stack"))
     for ours, theirs in zip(merged, stacked, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
@@ -90,12 +90,12 @@ def test_merging_and_stacking_are_one_function(chains, beside):
 
 @as_peft_reads_it
 @pytest.mark.parametrize("name", CHAINS)
-def test_an_adapter_gives_the_step_s_model_on_the_base_it_names(chains, name):
+def test_peft_gets_the_step_s_model_from_its_adapter_and_base(chains, name):
     check_adapters(chains[name], stacked="stack" in name)
 
 
 @as_peft_reads_it
-def test_embeddings_that_are_the_head_are_trained_and_written_as_one(toy, tmp_path):
+def test_tied_embeddings_are_trained_and_written_as_one(toy, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(toy / "model", model)
     random_model(tie_word_embeddings=True).save_pretrained(model)
@@ -107,7 +107,7 @@ def test_embeddings_that_are_the_head_are_trained_and_written_as_one(toy, tmp_pa
 
 
 def check_adapters(chain, stacked):
-    """Every step's adapter, put by peft on the model that it names, is the step's model."""
+    """Every step's adapter, added by peft to the base that it names, gives the step's model."""
     by_key = {model.key: model for model in chain.models}
     for t in (1, 2, 3):
         base = by_key[chain.adapter(t)[0].base_model_name_or_path]
@@ -120,7 +120,7 @@ def check_adapters(chain, stacked):
 
 
 @pytest.mark.parametrize(("name", "whole"), [("merge", []), ("stack whole", WHOLE)])
-def test_the_steps_weights_are_plain_models_changed_in_the_targets_alone(chains, name, whole):
+def test_the_steps_weights_are_plain_models_in_which_only_the_targets_changed(chains, name, whole):
     before, after = chains[name].weights(0), chains[name].weights(3)
     assert before.keys() == after.keys()
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
@@ -135,7 +135,7 @@ def test_two_adapters_side_by_side_add_up():
     assert (both_b @ both_a).tolist() == [[5 + 21, 10 + 28], [6 + 24, 12 + 32]]
 
 
-def test_the_stacked_adapter_is_all_steps_adapters_at_their_own_scale(chains):
+def test_the_stacked_adapter_holds_the_adapters_of_all_steps_at_their_own_scale(chains):
     chain, name = chains["stack"], "model.layers.1.mlp.up_proj"
     settings, weights = chain.adapter(3)
     assert (settings.r, settings.lora_alpha) == (3 * RANK, 3 * ALPHA)
@@ -145,7 +145,7 @@ def test_the_stacked_adapter_is_all_steps_adapters_at_their_own_scale(chains):
     torch.testing.assert_close(added, ALPHA / RANK * sum(parts), atol=1e-6, rtol=0)
     earlier = chain.adapter(2)[1]
     assert torch.equal(a[: 2 * RANK], earlier[f"base_model.model.{name}.lora_A.weight"])
-    assert not torch.allclose(a[:RANK], a[RANK : 2 * RANK], atol=0.1)  # each step draws its own
+    assert not torch.allclose(a[:RANK], a[RANK : 2 * RANK], atol=0.1)  # each step draws another A
 
 
 def test_the_lineage_names_base_and_start(chains):
@@ -163,7 +163,7 @@ def test_the_rank_is_part_of_the_key(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, 1, 2, 3])
-def test_two_ranks_train_adapters_alike_at_every_zero_stage(run, tmp_path, stage):
+def test_two_ranks_train_the_same_adapters_at_every_zero_stage(run, tmp_path, stage):
     overrides = [*LORA, *CHAINS["stack whole"], "split=random", "split.num_chunks=2", "launch.device=cpu"]
     overrides += ["reference=mixed", "reference.alpha=0.6", "reference.updates=3"]
     one = run(*overrides)
@@ -179,7 +179,7 @@ def test_two_ranks_train_adapters_alike_at_every_zero_stage(run, tmp_path, stage
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_quantised_chain_starts_from_what_4_bits_hold(toy, tmp_path):
+def test_a_quantised_chain_starts_from_weights_rounded_to_4_bits(toy, tmp_path):
     pytest.importorskip("bitsandbytes")
     chain = Chain(toy, tmp_path / "store", "tune.between=stack", "tune.quantize=4bit")
     for step in chain.steps:
@@ -195,10 +195,10 @@ def test_a_reference_that_moves_every_update_is_the_policy(run):
     assert {entry["margin"] for entry in read_lines(folder, "train")} == {0.0}
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft's, which then sets it
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2's layers keep their weights turned round
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft warns, and sets it
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2's layers keep their weights transposed
 def test_a_mixed_reference_is_the_mean_of_merged_weights(run, toy, tmp_path, architecture):
-    """Whose difference to S has twice and three times an adapter's rank: the mean of factors would be another model."""
+    """Its difference to S has two and three times an adapter's rank, so the mean of factors would be another model."""
     model = tmp_path / "model"
     shutil.copytree(toy / "model", model)
     initial = random_model(architecture)
@@ -206,7 +206,7 @@ def test_a_mixed_reference_is_the_mean_of_merged_weights(run, toy, tmp_path, arc
     every = [*LORA, "split=all_at_once", "optim.schedule=constant", "optim.warmup=0", "optim.pairs_per_update=33"]
     every += [f"model.path={model}", "reference=mixed", "reference.updates=2", "reference.alpha=0.6"]
     reference = dict(initial.state_dict())
-    for epochs in (1, 2):  # of two updates; after the first the reference has not moved
+    for epochs in (1, 2):  # of two updates each; the reference has not moved after the first window
         folder = run(*every, f"optim.epochs={epochs}", name=f"{epochs} epochs")
         policy = hub.load(folder / "steps" / "1").state_dict()
         reference = {name: 0.4 * tensor + 0.6 * policy[name] for name, tensor in reference.items()}
@@ -220,11 +220,11 @@ def test_a_mixed_reference_is_the_mean_of_merged_weights(run, toy, tmp_path, arc
     np.testing.assert_allclose(found, np.array(expected), atol=2e-4, rtol=0)
 
 
-def test_dropout_is_out_of_the_gate_and_survives_an_interruption(run, toy, monkeypatch, tmp_path):
+def test_dropout_is_off_in_the_margin_gate_and_the_same_after_an_interruption(run, toy, monkeypatch, tmp_path):
     class Killed(BaseException):
         pass
 
-    model = tmp_path / "model"  # with dropout of its own, which is on where the adapter's is
+    model = tmp_path / "model"  # it has dropout too, which is on whenever the adapter's is
     shutil.copytree(toy / "model", model)
     random_model(attention_dropout=0.3).save_pretrained(model)
     overrides = [*LORA, "tune.dropout=0.5", "tune.between=stack", "split=random", "split.num_chunks=2"]
@@ -266,14 +266,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_does_not_go_with_adapters_is_refused_at_composition(message, monkeypatch):
+def test_settings_that_contradict_adapters_are_refused_at_composition(message, monkeypatch):
     monkeypatch.setattr(tune, "find_spec", lambda name: None)
     files = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]
     with pytest.raises(UserError, match=message):
         validate.check(compose(*files, "tune=lora", *REFUSED[message]))
 
 
-def test_nothing_is_mixed_into_weights_of_4_bits(monkeypatch):
+def test_a_mixed_reference_is_refused_with_4_bit_weights(monkeypatch):
     monkeypatch.setattr(tune, "find_spec", lambda name: name)
     quantised = ["tune=lora", "tune.quantize=4bit", "tune.between=stack", "reference=mixed", "reference.alpha=0.6"]
     with pytest.raises(UserError, match="reference=mixed changes the frozen weights, which tune.quantize=4bit holds"):
@@ -290,6 +290,6 @@ def test_only_linear_layers_of_the_body_are_targets(run, target):
     ("module", "message"),
     [("head", "does not have"), ("mlp", "holds adapters"), ("base_layer", "does not have")],
 )
-def test_only_modules_that_are_there_and_bear_no_adapter_are_trained_whole(run, module, message):
+def test_only_existing_modules_without_adapters_are_trained_whole(run, module, message):
     with pytest.raises(UserError, match=f"tune.modules_to_save names {module}, which .*{message}"):
         run("tune=lora", f"tune.modules_to_save=[{module}]")

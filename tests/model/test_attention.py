@@ -1,4 +1,4 @@
-"""Every backend against one dense softmax over what each token may see."""
+"""Every backend against a dense softmax over the tokens that each token may see."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from test_packing import rows_of
 
 from sdpo.errors import UserError
 from sdpo.model.attention import cuda as cuda_attention
-from sdpo.model.attention.interface import Flex, Rule, Sdpa, Varlen, choose, own_attention, reshapes_scores
+from sdpo.model.attention.interface import Flex, Rule, Sdpa, Varlen, choose_backend, own_attention, reshapes_scores
 from sdpo.model.logprobs import Scorer, naive_logprobs
 from sdpo.model.packing import pack
 
@@ -22,13 +22,13 @@ RULES = {
 
 
 def streams(seed=0):
-    """Query with 4 heads, key and value with 2, of 8 dimensions."""
+    """Query with 4 heads, key and value with 2 heads, each of 8 dimensions."""
     torch.manual_seed(seed)
     return [torch.randn(len(PACK.tokens_T), heads, 8, requires_grad=True) for heads in (4, 2, 2)]
 
 
 def dense(query_THD, key_THD, value_THD, rule, seen_TT):
-    """Attention spelled out over the whole stream."""
+    """Attention over the whole stream, step by step."""
     query, key, value = (x.transpose(0, 1) for x in (query_THD, key_THD, value_THD))
     key, value = key.repeat_interleave(2, 0), value.repeat_interleave(2, 0)
     scores = query @ key.mT * (rule.scale or 8**-0.5)
@@ -42,7 +42,7 @@ def dense(query_THD, key_THD, value_THD, rule, seen_TT):
 
 
 def seen(window):
-    """What each token of the stream sees, from the list of sequences."""
+    """The mask [T, T] of what each token of the stream sees, made from the list of sequences."""
     seen_TT = torch.zeros(len(PACK.tokens_T), len(PACK.tokens_T), dtype=torch.bool)
     for at, own in zip(PACK.keys_K.split(PACK.lengths_S), PACK.own_S, strict=True):
         for i in range(len(at) - own, len(at)):
@@ -51,7 +51,7 @@ def seen(window):
 
 
 def slow_varlen(query, key, value, ends_q, ends_k, max_q, max_k, *, scale, window_size, **_):
-    """FlashAttention's documented meaning of unequal lengths: the last query sits at the last key."""
+    """FlashAttention's documented rule for fewer queries than keys: the last query is at the last key."""
     outputs, (left, right) = [], window_size
     assert right == 0 and ends_q.dtype == ends_k.dtype == torch.int32
     assert (int(ends_q[-1]), int(ends_k[-1])) == (len(query), len(key))
@@ -94,19 +94,19 @@ def test_models_that_cannot_share_prompts_are_refused_by_name_and_run_plain(arch
 
 
 @pytest.mark.filterwarnings("ignore:.*RoPE")
-def test_the_choice_follows_device_precision_and_model():
+def test_the_backend_depends_on_device_precision_and_model():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert choose("auto", cpu, torch.bfloat16, False) == "sdpa"
-    assert choose("auto", cuda, torch.float32, False) == "sdpa"
-    assert choose("auto", cuda, torch.bfloat16, False) == "varlen"
-    assert choose("auto", cuda, torch.bfloat16, True) == "flex"
-    assert choose("flex", cuda, torch.bfloat16, False) == "flex"
+    assert choose_backend("auto", cpu, torch.bfloat16, False) == "sdpa"
+    assert choose_backend("auto", cuda, torch.float32, False) == "sdpa"
+    assert choose_backend("auto", cuda, torch.bfloat16, False) == "varlen"
+    assert choose_backend("auto", cuda, torch.bfloat16, True) == "flex"
+    assert choose_backend("flex", cuda, torch.bfloat16, False) == "flex"
     assert [reshapes_scores(random_model(name)) for name in ("llama", "gemma2", "gpt_oss")] == [False, True, True]
     with pytest.raises(UserError, match="choose one of auto, sdpa"):
-        choose("fastest", cpu, torch.float32, False)
+        choose_backend("fastest", cpu, torch.float32, False)
 
 
-def test_a_model_attends_by_itself_where_asked_and_says_so_where_it_was_forgotten(tiny_model):
+def test_own_attention_restores_the_model_and_the_error_without_a_pack_names_it(tiny_model):
     tokens = torch.tensor([[5, 6, 7]])
     before = tiny_model(tokens).logits
     Scorer(tiny_model)

@@ -1,4 +1,4 @@
-"""Two ranks, with and without DeepSpeed ZeRO, through train.py: the same loss curve, and weights that load."""
+"""Two ranks, with and without DeepSpeed ZeRO, run through train.py: same loss curve, and weights that load."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from sdpo.model.hub import fingerprint_weights
 
 
 def train(toy, folder, *overrides):
-    """A run of two steps in a store of its own; returns its folder."""
+    """Run two steps with a new store; returns the run folder."""
     command = [sys.executable, CHECKOUT / "train.py", "data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]"]
     command += ["model=local", f"model.path={toy / 'model'}", "data.template=plain", "optim.pairs_per_update=8"]
     command += ["optim.lr=3e-3", "reference=mixed", "reference.updates=2", "reference.alpha=0.6", "probe.every=2"]
@@ -33,12 +33,12 @@ def losses(folder):
 
 
 def followed(folder):
-    """What was scored inside the steps: references that moved, and the policy."""
+    """The log-probs of references and policy that were recorded inside the steps."""
     return pd.read_parquet(folder / "trajectory.parquet").query("update > 0")
 
 
 def hashes(folder):
-    """Of the weights of every step's first reference, which its start is."""
+    """The weights hash of every step's first reference, which is the step's start."""
     steps = json.loads((folder / "manifest.json").read_text())["steps"]
     return [step["windows"][0]["weights_hash"] for step in steps]
 
@@ -54,7 +54,7 @@ def alone(toy, tmp_path_factory):
 
 @pytest.mark.parametrize("stage", ["off", "zero1", "zero2", "zero3"])
 def test_two_ranks_at_every_stage_give_the_curve_and_weights_of_one(alone, toy, tmp_path, stage):
-    """T3 among others: M_1's log-probs are its own where its parameters are divided over the ranks."""
+    """Among others pitfall T3 (see test_pitfalls.py): M_1 has its own log-probs, even divided over ranks."""
     together = train(toy, tmp_path / "run", "launch.ranks=2", f"deepspeed={stage}")
     assert np.abs(np.subtract(losses(together), losses(alone))).max() < 1e-4
     inside = [followed(folder) for folder in (together, alone)]

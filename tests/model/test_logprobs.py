@@ -47,7 +47,7 @@ def row(name, *lengths, seed=0):
 
 
 def ragged():
-    """Lengths of 1, equal shapes, a giant among small ones, one without a rejected response, a shared prefix."""
+    """Pairs of length 1, of equal shapes, one giant, one without a rejected response, one with a shared prefix."""
     lengths = [(1, 1, 1), (5, 9, 3), (1, 7, 1), (12, 1, 30), (70, 65, 33), (5, 9, 3), (3, 4, 0)]
     rows = [row(str(i), *three, seed=i) for i, three in enumerate(lengths)]
     prompt, chosen = rows[1].prompt, rows[1].chosen
@@ -55,7 +55,7 @@ def ragged():
 
 
 def louder(model):
-    """Weights four times as large and biases off zero, so that every part of the model matters."""
+    """Make weights four times as large and biases nonzero, so that every part of the model matters."""
     torch.manual_seed(1)
     with torch.no_grad():
         for param in model.parameters():
@@ -64,7 +64,7 @@ def louder(model):
 
 
 def gradients(model, logps_B2):
-    """Every parameter's gradient of a fixed random combination of log-probs."""
+    """The gradients of a fixed random combination of log-probs, by parameter name."""
     weights_B2 = torch.randn(logps_B2.shape, generator=torch.Generator().manual_seed(2))
     model.zero_grad()
     (logps_B2 * weights_B2).sum().backward()
@@ -89,7 +89,7 @@ def test_packed_equals_naive_in_value_and_gradient(architecture):
     got, want = gradients(model, got), gradients(model, want)
     assert got.keys() == want.keys()
     largest = max(grad.norm() for grad in want.values())
-    for name in want:  # a key's bias has gradient 0 without rotary positions: only noise to compare with
+    for name in want:  # without rotary positions, the gradient of a key's bias is 0 and its norm is noise
         assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-8 * largest, name
 
 
@@ -102,22 +102,22 @@ def test_a_pair_has_the_same_bits_in_every_pack(architecture):
         apart = torch.cat([packed(scorer, rows[i : i + n]) for i, n in [(0, 1), (1, 3), (4, 1), (5, 3)]])
         turned = packed(scorer, rows[::-1]).flip(0)
     assert torch.equal(together, apart) and torch.equal(together, turned)
-    # ... and in training, where the head keeps its logits, as in the reference pass.
+    # Training, where the head keeps its logits, gives the same bits as scoring.
     assert torch.equal(packed(scorer, rows).detach(), together)
 
 
-def test_the_reference_pass_keeps_the_order_of_rows_and_the_mode():
+def test_scoring_keeps_the_order_of_rows_and_the_training_mode():
     scorer, rows = Scorer(louder(random_model("llama"))), ragged()
     scorer.train()
     done = []
-    logps_N2 = score(scorer, rows, tokens_per_pack=60, progress=done.append)  # the giant is longer than that
+    logps_N2 = score(scorer, rows, tokens_per_pack=60, progress=done.append)  # the giant has more
     assert scorer.training and sum(done) == len(rows) and len(done) > 2
     assert logps_N2.dtype == np.float32
     with torch.no_grad():
         assert np.array_equal(logps_N2, packed(scorer, rows).numpy())
 
 
-def test_plain_attention_runs_what_cannot_share_prompts():
+def test_plain_attention_runs_models_that_cannot_share_prompts():
     model, rows = louder(random_model("bloom", n_head=4)), ragged()
     got, want = packed(Scorer(model, attention="plain"), rows), naive(model, rows)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
@@ -137,7 +137,7 @@ def test_gradient_checkpointing_sees_the_same_pack(reentrant):
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_no_pairs_contribute_nothing_but_run_every_parameter():
+def test_zero_pairs_give_every_parameter_a_gradient_of_zero():
     scorer = Scorer(random_model("llama"))
     chosen, rejected = scorer(pack([]))
     assert chosen.shape == rejected.shape == (0,)
@@ -156,7 +156,7 @@ def test_head_tiles_and_recomputation_change_no_gradient(architecture, kept, mon
 
 
 @pytest.mark.parametrize(("kept_bytes", "survivors"), [(2**20, 0), (2**30, 4)])
-def test_head_tiles_are_small_and_over_budget_none_outlives_the_forward_pass(kept_bytes, survivors, monkeypatch):
+def test_head_tiles_are_small_and_only_kept_within_the_budget(kept_bytes, survivors, monkeypatch):
     """32k vocabulary, 609 response tokens."""
     scorer, tiles, compute = Scorer(random_model("llama", vocab_size=32_000, num_hidden_layers=1)), [], logprobs._logits
 
@@ -175,19 +175,19 @@ def test_head_tiles_are_small_and_over_budget_none_outlives_the_forward_pass(kep
 
 @pytest.mark.parametrize(("kept_bytes", "share"), [(logprobs.KEPT_BYTES["cpu"], 0), (2**40, 1)])
 def test_head_memory_does_not_grow_with_vocabulary_times_tokens(kept_bytes, share, monkeypatch):
-    """32k vocabulary, 4096 response tokens more: what forward and backward pass add to the process at their peak."""
+    """32k vocabulary: how the peak memory of forward and backward pass grows with 4096 more response tokens."""
     monkeypatch.setitem(logprobs.KEPT_BYTES, "cpu", kept_bytes)
     head, more = Head(random_model("llama", vocab_size=2**15, num_hidden_layers=1)), 4096
 
     def peak_bytes(num_tokens):
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier passes freed is not there to be used again
+        ctypes.CDLL(None).malloc_trim(0)  # memory that earlier passes freed must not be used again
         hidden_RH, meter = torch.randn(num_tokens, 32, requires_grad=True), Meter("cpu")
         head(hidden_RH, torch.arange(num_tokens)).sum().backward()
         return meter.result()["peak_bytes"]
 
-    peak_bytes(more // 2)  # what the first pass alone takes
+    peak_bytes(more // 2)  # the first pass allocates more
     grown = peak_bytes(2 * more) - peak_bytes(more)
-    assert abs(grown / (4 * more * 2**15) - share) < 0.25  # the allocator is good for some tiles
+    assert abs(grown / (4 * more * 2**15) - share) < 0.25  # the allocator may keep some tiles
 
 
 def test_half_precision_weights_sum_in_full_precision():

@@ -1,4 +1,4 @@
-"""Memory that really runs out: the address space is limited, and the allocator says no."""
+"""Memory that really runs out: the address space is limited, so that allocations fail."""
 
 import ctypes
 import gc
@@ -24,12 +24,12 @@ CPU = torch.device("cpu")
 
 
 @contextmanager
-def room_for(megabytes):
-    """Within it this process gets so much more memory, all of it from the system: what was freed before is taken."""
+def memory_left(megabytes):
+    """Context in which this process can allocate this much more memory, and cannot reuse memory that it freed."""
     gc.collect()
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed is unmapped, not kept for later
+    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: freed memory is unmapped, not kept
     libc.malloc_trim(0)
     before = resource.getrlimit(resource.RLIMIT_AS)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -44,21 +44,21 @@ def room_for(megabytes):
             libc.free(hole)
 
 
-def test_a_model_that_is_only_scored_has_the_memory_of_its_weights_alone():
+def test_a_model_that_only_scores_has_no_masters_and_no_optimizer():
     scorer = Scorer(random_model().requires_grad_(False))
     config = compose("deepspeed=zero2")
     opened = open_engine(scorer, config.optim, config.precision, config.deepspeed, CPU)
-    assert opened.optimizer is None and opened.parts == []
+    assert not hasattr(opened, "optimizer") and opened.parts == []
     assert opened.weights().keys() == dict(scorer.named_parameters()).keys()
 
 
 def rows_of(*lengths):
-    """Rows r0, r1, ... of these many prompt, chosen and rejected tokens."""
+    """Rows r0, r1, ... with these numbers of prompt, chosen and rejected tokens."""
     return [TokenPair(f"r{i}", *(np.full(n, 3 + n % 290, np.int32) for n in three)) for i, three in enumerate(lengths)]
 
 
 def engine_of(*overrides):
-    """An engine and how it is launched. A token's activations take a megabyte, gradients and moments a hundred."""
+    """An engine and its launch settings. Activations take 1 MB per token, gradients and moments 100 MB in all."""
     config = compose(*overrides)
     scorer = Scorer(random_model(num_hidden_layers=8, intermediate_size=8192))
     return open_engine(scorer, config.optim, config.precision, config.deepspeed, CPU), config.launch
@@ -109,39 +109,39 @@ def test_an_engine_that_recomputes_is_freed_without_the_garbage_collector():
 def test_the_budget_is_halved_until_the_heaviest_micro_batch_fits(capsys):
     engine, launch = engine_of("launch.tokens_per_pack=400")
     updates = [rows_of((9, 9, 9)), rows_of(*[(9, 9, 9)] * 14)]
-    with room_for(300):
+    with memory_left(300):
         budget = memory.fitting_budget(engine, updates, launch)
-        memory._try(engine, memory._heaviest(updates, budget))
+        memory._run_once(engine, memory._heaviest(updates, budget))
     assert budget in (50, 100, 200)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"launch.tokens_per_pack={budget} launch.recompute_activations=false" in said
     assert not engine.optimizer.state and all(param.grad is None for param in engine.scorer.parameters())
-    assert memory.fitting_budget(engine, updates, launch) == 400  # without a limit nothing is tried
+    assert memory.fitting_budget(engine, updates, launch) == 400  # without a limit, no trial is run
 
 
-def test_a_pair_that_does_not_fit_alone_is_recomputed(capsys):
+def test_activations_are_recomputed_if_a_pair_does_not_fit_alone(capsys):
     engine, launch = engine_of("launch.tokens_per_pack=50")
     updates = [rows_of((9, 9, 9), (110, 90, 102))]
-    with room_for(250):
+    with memory_left(250):
         assert memory.fitting_budget(engine, updates, launch) == 50
     assert "launch.tokens_per_pack=50 launch.recompute_activations=true" in capsys.readouterr().err
 
 
-def test_a_pair_that_never_fits_is_named():
+def test_the_error_names_a_pair_that_never_fits():
     engine, launch = engine_of()
-    with room_for(40), pytest.raises(UserError, match=r"pair r1 \(300 tokens\) does not fit"):
+    with memory_left(40), pytest.raises(UserError, match=r"pair r1 \(300 tokens\) does not fit"):
         memory.fitting_budget(engine, [rows_of((9, 9, 9), (110, 90, 102))], launch)
 
 
-def test_all_ranks_halve_where_one_of_them_has_no_room(monkeypatch):
+def test_all_ranks_halve_if_one_of_them_runs_out(monkeypatch):
     engine, launch = engine_of("launch.tokens_per_pack=200")
-    elsewhere = iter([True, False, False, True])  # whether memory can run out there, and what fits
+    elsewhere = iter([True, False, False, True])  # another rank: can it run out? does each trial fit?
     monkeypatch.setattr(memory.distributed, "gather", lambda mine: [mine, next(elsewhere)])
     assert memory.fitting_budget(engine, [rows_of(*[(9, 5, 5)] * 12)], launch) == 50
 
 
-def test_out_of_memory_later_names_the_budget_and_the_step_goes_on(run, monkeypatch):
+def test_out_of_memory_later_names_the_budget_and_the_step_continues(run, monkeypatch):
     overrides = ["split=all_at_once", "launch.checkpoint_minutes=0", "launch.tokens_per_pack=600"]
     calls, update = [], Plain.update
 

@@ -1,12 +1,12 @@
-"""Streams by hand, and micro-batches that hold every pair once, within budget, evenly."""
+"""Streams worked by hand; micro-batches hold every pair once, within the budget, with about the same work."""
 
 import numpy as np
 import pytest
 
-from sdpo.model.packing import in_order, micro_batches, pack, tokens_of
+from sdpo.model.packing import micro_batches, pack, scoring_packs, tokens_of
 from sdpo.types import TokenPair
 
-END = [0]  # closes every stream, and is read by nobody
+END = [0]  # the closing token of every stream
 
 
 def row(prompt, chosen, rejected, name=""):
@@ -14,11 +14,11 @@ def row(prompt, chosen, rejected, name=""):
 
 
 def rows_of(lengths):
-    """One row per (prompt, chosen, rejected) length, of ones."""
+    """One row of ones per (prompt, chosen, rejected) lengths."""
     return [row(*([1] * n for n in three), name=f"{i:03d}") for i, three in enumerate(lengths)]
 
 
-def test_a_prompt_stands_once_and_rejected_positions_restart_after_it():
+def test_a_prompt_appears_once_and_rejected_positions_restart_after_it():
     packed = pack([row([5, 6, 7], [10, 11], [20, 21, 22])])
     assert packed.tokens_T.tolist() == [5, 6, 7, 10, 20, 21] + END
     assert packed.positions_T.tolist() == [0, 1, 2, 3, 3, 4] + [0]
@@ -30,7 +30,7 @@ def test_a_prompt_stands_once_and_rejected_positions_restart_after_it():
     assert packed.branches_R.tolist() == [0, 0, 1, 1, 1] + [2]
 
 
-def test_responses_of_one_token_and_demonstrations_need_no_sequence_of_their_own():
+def test_one_token_responses_and_demonstrations_add_no_sequence():
     packed = pack([row([5, 6, 7, 8], [10], [20]), row([9], [11, 12], [])])
     assert packed.tokens_T.tolist() == [5, 6, 7, 8, 9, 11] + END
     assert (packed.lengths_S, packed.own_S) == ([4, 2, 1], [4, 2, 1])
@@ -73,9 +73,9 @@ def test_ranks_without_pairs_get_empty_micro_batches():
     assert sorted(micro_batches(rows_of([(3, 3, 3)]), 100, ranks=3)) == [[[]], [[]], [[0]]]
 
 
-def test_reference_packs_depend_on_the_rows_alone():
+def test_scoring_packs_depend_on_the_rows_alone():
     rows = rows_of(LENGTHS)
     shuffled = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
-    by_id = [[[some[i].id for i in members] for members in in_order(some, 300)] for some in (rows, shuffled)]
+    by_id = [[[some[i].id for i in members] for members in scoring_packs(some, 300)] for some in (rows, shuffled)]
     assert by_id[0] == by_id[1]
-    assert all(sum(tokens_of(rows[i]) for i in members) <= 300 for members in in_order(rows, 300))
+    assert all(sum(tokens_of(rows[i]) for i in members) <= 300 for members in scoring_packs(rows, 300))

@@ -1,9 +1,9 @@
-"""Causal attention on a CPU in blocks of query rows: the scores of a block stay in the cache, in both directions.
+"""Causal attention on a CPU in blocks of query rows, so that the scores of a block stay in the cache.
 
-PyTorch's fused kernel takes about half as long again, and cannot let a few queries ask many keys without a mask.
+PyTorch's fused kernel takes about half as long again, and needs a mask if there are fewer queries than keys.
 
-Shapes: N sequences of L tokens, the last M of which ask; H heads; B = N times H; D head dimension; R rows and K keys
-of a block.
+Shapes: N sequences of L tokens, of which the last M have queries; H heads; B = N times H; D head dimension; R query
+rows and K keys of a block.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 ROWS = 64  # of a block: enough for matrix products at full speed, few enough for the cache
-KEPT_BYTES = 2**24  # of a sequence's probabilities, up to which they are kept for the backward pass
+KEPT_BYTES = 2**24  # if a call's probabilities take at most this many bytes, they are kept for the backward pass
 
 
 def attend_in_blocks(
     query_NHMD: Tensor, key_NHLD: Tensor, value_NHLD: Tensor, scale: float | None, window: int | None
 ) -> Tensor:
-    """Attention of the last M tokens to all L (keys and values may have fewer heads); fp32 inside, whatever comes."""
+    """Attention [N, H, M, D] of the last M tokens to all L. Keys and values may have fewer heads. Computes in fp32."""
     group = query_NHMD.shape[1] // key_NHLD.shape[1]
     if group > 1:
         key_NHLD, value_NHLD = (x.repeat_interleave(group, dim=1) for x in (key_NHLD, value_NHLD))
@@ -28,15 +28,15 @@ def attend_in_blocks(
     return _Blocks.apply(query_BMD, key_BLD, value_BLD, scale, window).unflatten(0, query_NHMD.shape[:2])
 
 
-def band(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Which of the keys [M, L] each of the last M tokens sees: itself and the window - 1 tokens before it."""
-    at_L = torch.arange(num_keys, device=device)
-    back_ML = at_L[num_keys - num_queries :, None] - at_L
-    return (back_ML >= 0) & (back_ML < (num_keys if window is None else window))
+def visible_keys(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Boolean mask [M, L]: each of the last M tokens sees itself and the window - 1 tokens before it."""
+    positions_L = torch.arange(num_keys, device=device)
+    distance_ML = positions_L[num_keys - num_queries :, None] - positions_L
+    return (distance_ML >= 0) & (distance_ML < (num_keys if window is None else window))
 
 
 class _Blocks(torch.autograd.Function):
-    """Softmax attention; the probabilities are computed again for the backward pass where they are many."""
+    """Softmax attention. The backward pass recomputes the probabilities if they were too large to keep."""
 
     @staticmethod
     def forward(ctx, query_BMD, key_BLD, value_BLD, scale, window):
@@ -64,15 +64,15 @@ class _Blocks(torch.autograd.Function):
         for i, (rows, keys) in enumerate(_blocks(query.shape[1], key.shape[1], ctx.window)):
             probs_BRK = ctx.kept[i] if ctx.kept else _probabilities(query[:, rows], key[:, keys], ctx.window)
             grad_value[:, keys].baddbmm_(probs_BRK.mT, grad_BMD[:, rows])
-            slope_BRK = torch.bmm(grad_BMD[:, rows], value[:, keys].mT).sub_(mean_BM1[:, rows]).mul_(probs_BRK)
-            grad_queries.append(torch.bmm(slope_BRK, key[:, keys]))
-            grad_key[:, keys].baddbmm_(slope_BRK.mT, query[:, rows])
+            grad_scores_BRK = torch.bmm(grad_BMD[:, rows], value[:, keys].mT).sub_(mean_BM1[:, rows]).mul_(probs_BRK)
+            grad_queries.append(torch.bmm(grad_scores_BRK, key[:, keys]))
+            grad_key[:, keys].baddbmm_(grad_scores_BRK.mT, query[:, rows])
         grads = (torch.cat(grad_queries, 1).mul_(ctx.scale), grad_key, grad_value)
         return *(grad.to(x.dtype) for grad, x in zip(grads, saved[:3], strict=True)), None, None
 
 
 def _blocks(num_queries: int, num_keys: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Rows of about equal number, and the keys that any of them sees."""
+    """Blocks of about equally many query rows, each with the keys that any of its rows sees."""
     size = -(-num_queries // -(-num_queries // ROWS))
     before = num_keys - num_queries
     for start in range(0, num_queries, size):
@@ -82,16 +82,16 @@ def _blocks(num_queries: int, num_keys: int, window: int | None) -> Iterator[tup
 
 
 def _probabilities(query_BRD: Tensor, key_BKD: Tensor, window: int | None) -> Tensor:
-    """Softmax over the keys, of which the last ones are the queries' own."""
+    """Softmax over the keys. The last R keys are those of the queries' own tokens."""
     scores_BRK, num_rows = torch.bmm(query_BRD, key_BKD.mT), query_BRD.shape[1]
-    # Without a window only the last keys are hidden, from some of the rows.
-    near_BRK = scores_BRK[..., -num_rows:] if window is None else scores_BRK
-    near_BRK += _hidden(num_rows, near_BRK.shape[-1], window)
+    # Without a window, every row sees all keys before the block, so only the last R keys need the mask.
+    masked_BRK = scores_BRK[..., -num_rows:] if window is None else scores_BRK
+    masked_BRK += _additive_mask(num_rows, masked_BRK.shape[-1], window)
     return scores_BRK.softmax(-1)
 
 
 @lru_cache(maxsize=256)
-def _hidden(num_queries: int, num_keys: int, window: int | None) -> Tensor:
-    """What is added to scores [M, L]: minus infinity where a query does not see a key."""
-    seen_ML = band(num_queries, num_keys, window, torch.device("cpu"))
-    return torch.zeros(num_queries, num_keys).masked_fill_(~seen_ML, float("-inf"))
+def _additive_mask(num_queries: int, num_keys: int, window: int | None) -> Tensor:
+    """The mask [M, L] to add to scores: 0 if the query sees the key, else minus infinity."""
+    visible_ML = visible_keys(num_queries, num_keys, window, torch.device("cpu"))
+    return torch.zeros(num_queries, num_keys).masked_fill_(~visible_ML, float("-inf"))

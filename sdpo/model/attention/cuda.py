@@ -1,11 +1,13 @@
-"""Attention on a GPU over the stream as it is: one call for all sequences.
+"""Attention on a GPU: one kernel call for all sequences of a stream.
 
 Shapes: T tokens of the stream, S sequences, K tokens of all sequences, H query heads (keys and values may have
 fewer), D head dimension.
 """
 
 import inspect
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +20,10 @@ from sdpo.model.packing import Pack
 
 
 class Varlen:
-    """CUDA, 16 bits: one FlashAttention call in which a rejected response queries its prompt's keys as well.
+    """CUDA, 16 bits: one FlashAttention call in which a rejected response also attends to its prompt's keys.
 
-    Queries and keys of a sequence differ in number; causality is aligned at the bottom right (FlashAttention 2.1 on).
+    A sequence may have fewer queries than keys. FlashAttention (from 2.1 on) then aligns the causal mask at the bottom
+    right: the last query is at the last key.
     """
 
     def __init__(self, pack: Pack):
@@ -35,8 +38,8 @@ class Varlen:
         if rule.softcap is not None or rule.sinks_H is not None or rule.dropout:
             raise UserError("varlen attention has no soft cap, sinks or dropout: choose launch.attention=sdpa")
         window = -1 if rule.window is None else rule.window - 1
-        options = {"enable_gqa": query_THD.shape[1] != key_THD.shape[1], "num_splits": 1}
-        return varlen.varlen_attn(
+        options: dict[str, Any] = {"enable_gqa": query_THD.shape[1] != key_THD.shape[1], "num_splits": 1}
+        output_THD = varlen.varlen_attn(
             query_THD,
             key_THD.index_select(0, self.keys_K),
             value_THD.index_select(0, self.keys_K),
@@ -48,18 +51,20 @@ class Varlen:
             window_size=(window, 0),
             **{name: value for name, value in options.items() if name in _varlen_parameters()},
         )
+        assert isinstance(output_THD, Tensor)  # a tuple only if auxiliary outputs are asked for
+        return output_THD
 
 
 @lru_cache
 def _varlen_parameters() -> frozenset[str]:
-    """Its keyword arguments grew from one release of PyTorch to the next."""
+    """The parameters of this PyTorch's varlen_attn; newer releases have more."""
     return frozenset(inspect.signature(varlen.varlen_attn).parameters)
 
 
 class Flex:
-    """CUDA: FlexAttention over the stream as it is, nothing gathered, with soft caps and sinks.
+    """CUDA: FlexAttention over the stream itself, without gathering keys; supports soft caps and sinks.
 
-    On the CPU it has no backward pass.
+    On a CPU it has no backward pass.
     """
 
     def __init__(self, pack: Pack):
@@ -69,7 +74,8 @@ class Flex:
         self.ids_T, self.parents_T, self.prefix_T = (
             x.repeat_interleave(own_S).to(pack.tokens_T.device) for x in per_token
         )
-        self.positions_T, self.masks = pack.positions_T, {}
+        self.positions_T = pack.positions_T
+        self.masks: dict[int | None, flex.BlockMask] = {}  # by window
 
     def __call__(self, query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, rule: Rule) -> Tensor:
         if rule.dropout:
@@ -82,20 +88,20 @@ class Flex:
             enable_gqa=query_THD.shape[1] != key_THD.shape[1],
             return_aux=flex.AuxRequest(lse=True),
         )
-        if rule.sinks_H is not None:  # a sink takes its share of the softmax and gives nothing
+        if rule.sinks_H is not None:  # a sink takes a share of the softmax and adds no value
             kept_1HT = torch.sigmoid(aux.lse - rule.sinks_H.float()[:, None])
             output_1HTD = output_1HTD * kept_1HT[..., None].to(output_1HTD.dtype)
         return output_1HTD[0].transpose(0, 1)
 
     def visible(self, q: Tensor, k: Tensor, window: int | None) -> Tensor:
-        """Whether the token at stream index `q` sees the one at `k`: its own sequence, or its shared prompt."""
+        """Whether the token at stream index `q` sees the one at `k`, in its own sequence or in its shared prompt."""
         own = self.ids_T[k] == self.ids_T[q]
         shared = (self.ids_T[k] == self.parents_T[q]) & (self.positions_T[k] < self.prefix_T[q])
-        back = self.positions_T[q] - self.positions_T[k]
-        return (own | shared) & (back >= 0) & (back < (len(self.ids_T) if window is None else window))
+        distance = self.positions_T[q] - self.positions_T[k]
+        return (own | shared) & (distance >= 0) & (distance < (len(self.ids_T) if window is None else window))
 
     def _mask(self, window: int | None) -> flex.BlockMask:
-        if window not in self.masks:  # once per pack and window, not once per layer
+        if window not in self.masks:  # built once per pack and window, not once per layer
             length, device = len(self.ids_T), self.ids_T.device
             self.masks[window] = flex.create_block_mask(
                 lambda b, h, q, k: self.visible(q, k, window), None, None, length, length, device=device
@@ -104,11 +110,13 @@ class Flex:
 
 
 @lru_cache
-def _capped(softcap: float):
+def _capped(softcap: float) -> Callable:
     return lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
 
 
 @lru_cache
-def _flex(device_type: str):
-    """Compiled once for all lengths: a static shape would compile anew for every pack."""
-    return torch.compile(flex.flex_attention, dynamic=True) if device_type == "cuda" else flex.flex_attention
+def _flex(device_type: str) -> Callable:
+    """FlexAttention, on a GPU compiled once for all lengths; with static shapes it would be compiled for every pack."""
+    if device_type != "cuda":
+        return flex.flex_attention
+    return torch.compile(flex.flex_attention, dynamic=True)

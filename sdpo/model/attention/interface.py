@@ -1,15 +1,17 @@
-"""The attention that a shared prompt needs, behind transformers' attention interface; one class per backend.
+"""Connects the attention backends, which share a prompt between two responses, to transformers' attention interface.
 
-Model code stays untouched: the pack's backend travels through the forward pass as the keyword argument `packed`
-and arrives here with each layer's query, key and value. Every backend sees the same sequences; they differ in how.
+Model code stays unchanged: the backend of a pack travels through the forward pass as the keyword argument `packed`,
+and `attend` receives it with each layer's query, key and value. All backends compute the same attention.
 
 Shapes: T tokens of the stream, H query heads (keys and values may have fewer), D head dimension.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from sdpo.errors import UserError
@@ -21,28 +23,31 @@ CHOICES = ("auto", "sdpa", "varlen", "flex", "plain")
 BACKENDS = {"sdpa": Sdpa, "varlen": Varlen, "flex": Flex}
 
 
-def choose(attention: str, device: torch.device, dtype: torch.dtype, reshaped: bool) -> str:
-    """The backend's name: as asked for, or what suits device, precision and a model that reshapes its scores."""
+def choose_backend(attention: str, device: torch.device, dtype: torch.dtype, reshapes_scores: bool) -> str:
+    """The name of the backend: `attention` itself, or for `auto` the one that suits device, dtype and model.
+
+    Raises UserError if `attention` is unknown.
+    """
     if attention not in CHOICES:
         raise UserError(f"attention={attention} is unknown; choose one of {', '.join(CHOICES)}")
     if attention != "auto":
         return attention
     if device.type != "cuda" or dtype == torch.float32:
         return "sdpa"
-    return "flex" if reshaped else "varlen"
+    return "flex" if reshapes_scores else "varlen"
 
 
 def reshapes_scores(model: PreTrainedModel) -> bool:
-    """Whether a layer caps its scores or adds sinks to them, which FlashAttention cannot."""
-    return _is_capped(model) or any(name.endswith("sinks") for name, _ in model.named_parameters())
+    """Whether a layer caps its attention scores or adds sinks to them; FlashAttention supports neither."""
+    return _has_softcap(model) or any(name.endswith("sinks") for name, _ in model.named_parameters())
 
 
-def _is_capped(model: PreTrainedModel) -> bool:
+def _has_softcap(model: PreTrainedModel) -> bool:
     return getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def share_prompts(model: PreTrainedModel) -> None:
-    """Route every layer's attention here. Raises UserError, with the model's name, where that is impossible."""
+    """Make every layer call `attend`. Raises UserError, which names the model, if its attention is fixed."""
     if model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
@@ -50,7 +55,7 @@ def share_prompts(model: PreTrainedModel) -> None:
 
 
 def refusal(model: PreTrainedModel, reason: str) -> str:
-    """The sentence for a model that cannot share prompts: its name, why, and what to do."""
+    """The error sentence for a model that cannot share prompts: its name, the reason, and what to do."""
     return (
         f"{type(model).__name__} cannot share prompts: {reason}. "
         "Choose launch.attention=plain, which runs one sequence at a time with the model's own attention"
@@ -58,13 +63,14 @@ def refusal(model: PreTrainedModel, reason: str) -> str:
 
 
 @contextmanager
-def own_attention(model: PreTrainedModel):
-    """Within it the model attends by itself, as for generation; afterwards as before.
+def own_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Context in which the model uses its own attention, for example to generate; undone at the end.
 
-    Its own choice, but for soft caps, which transformers' `sdpa` left out in earlier releases.
+    This is transformers' default for the model, or `eager` for a model with soft caps, which `sdpa` ignored in earlier
+    releases of transformers.
     """
     before = model.config._attn_implementation
-    own = "eager" if _is_capped(model) else model.get_correct_attn_implementation(None)
+    own = "eager" if _has_softcap(model) else model.get_correct_attn_implementation(None)
     model.set_attn_implementation(own)
     try:
         yield model
@@ -73,7 +79,7 @@ def own_attention(model: PreTrainedModel):
 
 
 def attend(
-    module,
+    module: nn.Module,
     query_1HTD: Tensor,
     key_1HTD: Tensor,
     value_1HTD: Tensor,
@@ -85,13 +91,17 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_unused,
+    **_unused: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer; the names are its own."""
+    """The function that transformers calls in every layer, which is why its parameters have transformers' names.
+
+    Returns the output [1, T, H, D]. Raises UserError if the forward pass was given no pack.
+    """
     if packed is None:
         raise UserError(
-            f"{type(module).__name__} was run without a pack: score with a Scorer, and generate within own_attention; "
-            "if this is a Scorer, the model does not hand its arguments on, and needs launch.attention=plain"
+            f"{type(module).__name__} was run without a pack: score with a Scorer, and generate inside own_attention; "
+            "if this is a Scorer, the model does not pass keyword arguments on to its layers: "
+            "choose launch.attention=plain"
         )
     rule = Rule(scaling, sliding_window, softcap, s_aux, dropout)
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
@@ -99,12 +109,12 @@ def attend(
 
 
 def leave_out_of_graphs() -> None:
-    """Keep attention eager where the rest is compiled: its work depends on the pack, and would be compiled for each."""
+    """Exclude attention from torch.compile: its work depends on the pack, so it would be compiled for every pack."""
     AttentionInterface.register(NAME, torch.compiler.disable(attend))
 
 
-def _no_mask(**_arguments) -> None:
-    """Packs know what each token sees; the models' own masks would be [tokens, tokens]."""
+def _no_mask(**_arguments: Any) -> None:
+    """No mask: the backends know what each token sees, and a model's own mask would be [T, T]."""
 
 
 AttentionInterface.register(NAME, attend)

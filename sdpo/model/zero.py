@@ -1,0 +1,137 @@
+"""The engine on DeepSpeed ZeRO 1 to 3. This is the only file that imports deepspeed."""
+
+import os
+import warnings
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdpo import config, distributed
+from sdpo.model.logprobs import Scorer
+from sdpo.model.packing import Pack
+from sdpo.model.parameters import adamw, temporarily_add, trained_parameters
+from sdpo.types import ChosenRejected
+
+
+class Zero:
+    """DeepSpeed ZeRO: the ranks share optimiser state (stage 1), gradients (2) and parameters (3)."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        optim: config.Optim,
+        precision: str,
+        device: torch.device,
+        settings: config.Deepspeed,
+    ):
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        # PyTorch 2.13 renamed what DeepSpeed still calls.
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+        # On a CPU, DeepSpeed would compile this extension, which only inference needs, at its first use. A rank that is
+        # killed during the compilation leaves a lock behind, and the next run waits for it forever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.stage = settings.stage
+        trained = trained_parameters(scorer)
+        exact = {name: p.detach().clone() for name, p in trained.items()} if precision == "bf16" else None
+        self.module, wrapped, _, _ = deepspeed.initialize(
+            model=scorer,
+            optimizer=adamw(list(trained.values()), optim) if trained else None,
+            config=_zero_config(optim, precision, settings),
+        )
+        self.scorer, self.part = scorer, distributed.rank()
+        if trained:
+            self.zero, self.optimizer = wrapped, wrapped.optimizer
+        self.module.training = scorer.training  # the wrapper's own train() and eval() do not set this flag
+        if exact:  # DeepSpeed makes its masters from the bf16 cast: replace them by the fp32 weights that were loaded
+            self.set_weights(exact)
+
+    def forward(self, pack: Pack) -> ChosenRejected:
+        return self.module(pack)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.module.set_gradient_accumulation_boundary(last)
+        self.module.backward(loss * distributed.world_size())  # DeepSpeed takes the mean over ranks, we want the sum
+        if not last:
+            self.module.step()
+
+    def update(self, lr: float) -> torch.Tensor:
+        for group in self.module.optimizer.param_groups:
+            group["lr"] = lr
+        self.module.step()
+        return torch.as_tensor(self.module.get_global_grad_norm())
+
+    def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full, trained = {}, trained_parameters(self.scorer)
+        for name, param in (trained or dict(self.scorer.named_parameters())).items():
+            with deepspeed.zero.GatheredParameters([param], enabled=not trained):
+                tensor = safe_get_full_fp32_param(param) if trained else param.detach().float()
+                if everywhere or distributed.is_main():
+                    full[name] = tensor.to("cpu", copy=True)
+        return full
+
+    def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        params: dict[str, Any] = trained_parameters(self.scorer)  # DeepSpeed adds attributes to them
+        for name, param in params.items():
+            tensor = weights[name].to(param.device)
+            if self.stage != 3:
+                safe_set_full_fp32_param(param, tensor)
+            else:  # the call above does not expect that all shares have one size, the last ones padded
+                size = param.ds_tensor.numel()
+                padded = nn.functional.pad(tensor.flatten(), (0, distributed.world_size() * size - tensor.numel()))
+                safe_set_local_fp32_param(param, padded.split(size)[distributed.rank()])
+        self.refresh()
+
+    def deltas_added(self, deltas: dict[str, torch.Tensor]) -> AbstractContextManager:
+        import deepspeed
+
+        gathered = partial(deepspeed.zero.GatheredParameters, modifier_rank=0, enabled=self.stage == 3)
+        return temporarily_add(self.scorer, deltas, gathered)
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        if self.stage == 3:  # its optimiser has parameters only during a step
+            return self.zero.fp32_partitioned_groups_flat
+        return [part for group in self.optimizer.param_groups for part in group["params"]]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        if self.stage != 3:
+            self.zero.update_lp_params()
+            return
+        params: dict[str, Any] = trained_parameters(self.scorer)
+        for param in params.values():
+            param.partition()  # small parameters stay whole after an update
+            param.ds_tensor.copy_(safe_get_local_fp32_param(param))
+
+    def close(self) -> None:
+        self.module.destroy()
+
+
+def _zero_config(optim: config.Optim, precision: str, settings: config.Deepspeed) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": settings.stage}
+    if settings.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if settings.stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # we cut micro-batches by tokens; DeepSpeed only counts calls
+        "gradient_clipping": optim.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
