@@ -1,11 +1,14 @@
-"""lambda, the weight of a pair in a loss's gradient: what one nat of its rejected response's log-prob counts.
+"""lambda: the weight of a pair in the gradient of the loss.
 
-Derived from the loss itself, whatever it is; for DPO it is sigmoid(beta * (gamma_ref - gamma_theta)).
+For DPO it is sigmoid(beta * (gamma_ref - gamma_theta)) (Rafailov et al. 2305.18290, section 4). Here it is computed
+from the loss function itself, for every loss with a reference: the derivative of the pair's loss by the log-prob of its
+rejected response, divided by beta.
 
 Shape suffixes: B pairs of a micro-batch, N pairs of a chunk; columns are the chosen and the rejected response.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,9 +18,10 @@ from sdpo.types import ChosenRejected
 
 
 def of_batch(loss: Callable[[ChosenRejected], torch.Tensor], policy: ChosenRejected, beta: float) -> torch.Tensor:
-    """The derivative [B] of each pair's loss of the policy by `policy.rejected`, in units of beta.
+    """lambda [B] of a micro-batch; `loss` maps the policy's log-probs to one loss per pair [B].
 
-    Taken at a copy of the log-probs: DeepSpeed takes any pass back through its own for the update's.
+    It differentiates at a detached copy of the log-probs: DeepSpeed would take a backward pass through the policy's own
+    graph for the update's.
     """
     copy = ChosenRejected(*(logps_B.detach().requires_grad_() for logps_B in policy))
     with torch.enable_grad():
@@ -26,13 +30,16 @@ def of_batch(loss: Callable[[ChosenRejected], torch.Tensor], policy: ChosenRejec
     return slope_B / beta
 
 
-def of_pairs(loss: Callable, **data_N2: np.ndarray) -> np.ndarray | None:
-    """lambda [N] of some pairs; `data_N2` is what a loss may read, by name. None where it has no reference or beta."""
+def of_pairs(loss: partial, **data_N2: np.ndarray) -> np.ndarray | None:
+    """lambda [N] of some pairs; None if the loss reads no reference or has no beta.
+
+    `data_N2` holds what a loss may read, each [N, 2], by the names of the loss's parameters.
+    """
     if "reference" not in inputs_of(loss) or "beta" not in loss.keywords:
         return None
     data = {name: ChosenRejected(*torch.from_numpy(values_N2).float().unbind(1)) for name, values_N2 in data_N2.items()}
 
-    def of_policy(policy: ChosenRejected) -> torch.Tensor:
+    def loss_of(policy: ChosenRejected) -> torch.Tensor:
         return loss(*((data | {"policy": policy})[name] for name in inputs_of(loss)))
 
-    return of_batch(of_policy, data["policy"], loss.keywords["beta"]).numpy()
+    return of_batch(loss_of, data["policy"], loss.keywords["beta"]).numpy()

@@ -1,4 +1,4 @@
-"""The training loop: the updates of one step, against reference log-probs that are numbers.
+"""The training loop: the updates of one step, against reference log-probs that are plain numbers.
 
 Shape suffixes: N pairs of the chunk, B pairs of a micro-batch.
 """
@@ -6,7 +6,7 @@ Shape suffixes: N pairs of the chunk, B pairs of a micro-batch.
 import math
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,45 +41,47 @@ class Pending(NamedTuple):
 
 
 class TrainingLoop:
-    """The updates of one step: an engine at the step's start, the step's chunk, and its loss."""
+    """Trains one step. The engine must have the weights of the step's start, and a new optimiser."""
 
     def __init__(self, spec: StepSpec, engine: Engine):
         self.spec, self.engine, self.config = spec, engine, spec.config
         self.chunk, self.plan, self.loss = spec.chunk, spec.plan, spec.loss
         self.span = spec.span or Span(0, len(self.plan))
-        self.beta = self.loss.keywords.get("beta")
-        self.reads = inputs_of(self.loss)
-        self.weighs = self.beta is not None and spec.reads_reference
+        self.inputs = inputs_of(self.loss)
+        # None: the loss has no gradient weight.
+        self.beta: float | None = self.loss.keywords.get("beta") if spec.reads_reference else None
         self.device = distributed.device(self.config.launch.device)
         self.lengths_N2 = response_lengths(self.chunk.rows).astype(np.float32)
         self.budget = self.config.launch.tokens_per_pack
 
     def run(self, reference: ReferenceLogprobs, start_N2: np.ndarray, checkpoint: Checkpoint) -> Iterator[dict]:
-        """Do all updates; yields the log entry of each one, first of those that a checkpoint already holds.
+        """Do all updates and yield one log entry per update, in groups of `record.every`.
 
+        If the step has a checkpoint, the loop goes on from there, and the entries that the checkpoint holds come first.
         `start_N2` are the log-probs of the policy at the step's start, which the first update must reproduce. Raises
         UserError if it does not, and if a loss or gradient is not finite.
         """
-        reference.begin(self.engine)
+        reference.keep_start(self.engine)
         entries = self._resume(reference, checkpoint)
         yield from entries
-        rows_of_updates = [self._rows(number) for number in range(len(self.plan))]
-        self.budget = fitting_budget(self.engine, rows_of_updates, self.config.launch)
-        pending, every, began = [], self.config.record.every, time.monotonic()
+        self.budget = fitting_budget(self.engine, [self._rows(i) for i in range(len(self.plan))], self.config.launch)
+        pending: list[Pending] = []
+        began = time.monotonic()
         total, done = (sum(map(len, updates)) for updates in (self.plan, self.plan[: len(entries)]))
         with progress(total, checkpoint.name, quiet=not distributed.is_main(), done=done) as bar:
             for number in range(len(entries), len(self.plan)):
                 pending.append(self._take_update(number, reference, start_N2))
                 bar.advance(len(self.plan[number]), self._tokens(number))
-                if len(pending) == every or number == len(self.plan) - 1:
-                    new = self._entries(pending, time.monotonic() - began)
-                    entries += new
-                    bar.show(f"loss {new[-1]['loss']:.4f}")
-                    yield from new
-                    if checkpoint.due():
-                        log = {"entries": entries, "windows": reference.report}
-                        checkpoint.save(self.engine, Saved(reference.state(), log))
-                    pending, began = [], time.monotonic()
+                if len(pending) < self.config.record.every and number < len(self.plan) - 1:
+                    continue
+                for entry in self._entries(pending, time.monotonic() - began):
+                    entries.append(entry)
+                    yield entry
+                bar.show(f"loss {entries[-1]['loss']:.4f}")
+                if checkpoint.due():
+                    log = {"entries": entries, "windows": reference.report}
+                    checkpoint.save(self.engine, Saved(reference.state(), log))
+                pending, began = [], time.monotonic()
 
     def _resume(self, reference: ReferenceLogprobs, checkpoint: Checkpoint) -> list[dict]:
         """Bring engine and reference to the newest checkpoint; returns its log entries, none if there is none."""
@@ -94,40 +96,44 @@ class TrainingLoop:
         lr = learning_rate(self.span.before + number, self.span.total, self.config.optim)
         with explained(f"at update {number + 1}", self.budget):
             reference.move(self.spec, number, self.engine, self.budget)
-            reference.probes.follow(number, self.engine, self.budget)
-            stats, members, logps_B2 = self._update(number, reference.logps_N2)
+            reference.probes.score_policy_if_due(number, self.engine, self.budget)
+            stats, members, logps_B2 = self._compute_gradients(number, reference.logps_N2)
             if number == 0:
-                self._gate(members, logps_B2, start_N2)
+                self._check_margins(members, logps_B2, start_N2)
             return Pending(number, lr, stats, self.engine.update(lr))
 
-    def _update(self, number: int, reference_N2: np.ndarray) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
-        """Gradients of one update's mean loss; returns summed statistics, and this rank's pairs with their log-probs.
+    def _compute_gradients(
+        self, number: int, reference_N2: np.ndarray
+    ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
+        """Add up the gradients of one update's mean loss.
 
-        Both tensors stay on the device: nothing here waits for it.
+        Returns summed statistics, and the pairs of this rank with their log-probs [B, 2]. Both tensors stay on the
+        device, so that nothing here waits for it.
         """
         indices = self.plan[number]
-        mine = micro_batches(self._rows(number), self.budget, distributed.world_size())[distributed.rank()]
+        packs = micro_batches(self._rows(number), self.budget, distributed.world_size())[distributed.rank()]
         stats, logps = torch.zeros(len(STATS), device=self.device), []
-        for position, members in enumerate(mine):
+        for position, members in enumerate(packs):
             batch = indices[members]
             policy = self.engine.forward(pack([self.chunk.rows[i] for i in batch]).to(self.device))
-            reference = self._both(reference_N2, batch)
+            reference = self._columns(reference_N2, batch)
             loss_B = self._loss(policy, reference, batch)
-            self.engine.backward(loss_B.sum() / len(indices), last=position == len(mine) - 1)
+            self.engine.backward(loss_B.sum() / len(indices), last=position == len(packs) - 1)
             stats += self._stats(loss_B.detach(), policy, reference, batch)
             logps.append(torch.stack(policy, 1).detach())
-        return stats, indices[np.concatenate(mine).astype(int)], torch.cat(logps)
+        return stats, indices[np.concatenate(packs).astype(int)], torch.cat(logps)
 
     def _loss(self, policy: ChosenRejected, reference: ChosenRejected, batch: np.ndarray) -> torch.Tensor:
-        available = {
+        data = {
             "policy": lambda: policy,
             "reference": lambda: reference,
-            "lengths": lambda: self._both(self.lengths_N2, batch),
-            "ratings": lambda: self._both(self.chunk.ratings_N2, batch),
+            "lengths": lambda: self._columns(self.lengths_N2, batch),
+            "ratings": lambda: self._columns(self.chunk.ratings_N2, batch),
         }
-        return self.loss(*(available[name]() for name in self.reads))
+        return self.loss(*(data[name]() for name in self.inputs))
 
-    def _both(self, values_N2: np.ndarray, batch: np.ndarray) -> ChosenRejected:
+    def _columns(self, values_N2: np.ndarray, batch: np.ndarray) -> ChosenRejected:
+        """The values of a micro-batch, on the device."""
         return ChosenRejected(*torch.as_tensor(values_N2[batch], dtype=torch.float32, device=self.device).unbind(1))
 
     @torch.no_grad()
@@ -137,16 +143,16 @@ class TrainingLoop:
         """Sums over a micro-batch, in the order of STATS."""
         margin_B = (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
         lambda_B = torch.zeros_like(margin_B)
-        if self.weighs:
+        if self.beta is not None:
             lambda_B = gradient_weight.of_batch(lambda copy: self._loss(copy, reference, batch), policy, self.beta)
         correct_B = (margin_B > 0) + 0.5 * (margin_B == 0)
         columns = (loss_B, margin_B, lambda_B, lambda_B**2, correct_B, policy.chosen, policy.rejected)
         return torch.stack([column.float().sum() for column in columns])
 
-    def _gate(self, members: np.ndarray, logps_B2: torch.Tensor, start_N2: np.ndarray) -> None:
-        """The margin gate: the first update's policy must give the log-probs recorded for the step's start."""
+    def _check_margins(self, members: np.ndarray, logps_B2: torch.Tensor, start_N2: np.ndarray) -> None:
+        """The margin gate: the first update's policy must have the log-probs that were stored for the step's start."""
         found_B2 = logps_B2.cpu().numpy()
-        if self.engine.module.training:  # dropout is no part of what was recorded
+        if self.engine.module.training:  # with dropout, which the stored log-probs do not have
             members, found_B2 = self.plan[0], score(self.engine.module, self._rows(0), self.budget)
         expected_B2 = start_N2[members].astype(np.float64)
         error_B = np.abs(found_B2 - expected_B2).max(1) / np.abs(expected_B2).max(1).clip(1.0)
@@ -154,8 +160,8 @@ class TrainingLoop:
         worst, index = max(distributed.gather(max(errors, default=(0.0, 0))))
         if not worst <= TOLERANCE[self.config.precision]:
             raise UserError(
-                "the policy at the step's start is not the one that was scored: pair "
-                f"{self.chunk.rows[index].id} is off by {worst:.2e} (relative); "
+                "the policy at the step's start is not the model that was scored: the log-probs of pair "
+                f"{self.chunk.rows[index].id} are off by {worst:.2e} (relative); "
                 "the stored log-probs, the weights or the tokens have changed"
             )
 
@@ -165,29 +171,28 @@ class TrainingLoop:
     def _rows(self, number: int) -> list[TokenPair]:
         return [self.chunk.rows[i] for i in self.plan[number]]
 
-    def _entries(self, pending: list[Pending], seconds: float) -> list[dict]:
-        """Bring the statistics of some updates to the host, over all ranks, and stop if one is not finite."""
-        totals = torch.stack([torch.cat([one.stats, one.norm.reshape(1).to(one.stats)]) for one in pending])
+    def _entries(self, pending: list[Pending], seconds: float) -> Iterator[dict]:
+        """The log entries of some updates, which took `seconds` together; statistics are summed over all ranks."""
+        totals = torch.stack([torch.cat([update.stats, update.norm.reshape(1).to(update.stats)]) for update in pending])
         totals = distributed.total(totals).cpu().double()
         norms = (totals[:, -1] / distributed.world_size()).tolist()
-        return [
-            self._entry(one, (sums[:-1] / len(self.plan[one.number])).tolist(), norm, seconds / len(pending))
-            for one, sums, norm in zip(pending, totals, norms, strict=True)
-        ]
+        for update, sums, norm in zip(pending, totals, norms, strict=True):
+            means = (sums[:-1] / len(self.plan[update.number])).tolist()
+            yield self._entry(update, means, norm, seconds / len(pending))
 
     def _entry(self, update: Pending, means: list[float], norm: float, seconds: float) -> dict:
-        entry = dict(zip(STATS, means, strict=True))
+        entry: dict[str, Any] = dict(zip(STATS, means, strict=True))
         if not all(map(math.isfinite, [norm, *means])):
             ids = ", ".join([row.id for row in self._rows(update.number)][:8])
             raise UserError(
                 f"update {update.number + 1}: the loss ({entry['loss']}) or the gradient norm ({norm}) is not finite; "
-                f"its pairs are {ids} (at most 8); lower optim.lr or look at them; the last checkpoint is kept"
+                f"its pairs are {ids} (at most 8); lower optim.lr or look at the pairs; the last checkpoint is kept"
             )
         spread = max(0.0, entry.pop("lambda_square") - entry["lambda_mean"] ** 2) ** 0.5
         entry |= {"lambda_std": spread, "grad_norm": norm, "lr": update.lr}
         if not self.spec.reads_reference:
             entry |= dict.fromkeys(("margin", "reward_accuracy"))
-        if not self.weighs:
+        if self.beta is None:
             entry |= dict.fromkeys(("lambda_mean", "lambda_std"))
         size = {"pairs": len(self.plan[update.number]), "tokens": self._tokens(update.number)}
         return {"update": update.number + 1, **entry, **size, "seconds": seconds}

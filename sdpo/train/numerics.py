@@ -1,4 +1,4 @@
-"""The settings that change the last digits of a result: one method per kind of artifact gives its part of the key."""
+"""The settings that change the last digits of a result. The key of an artifact has those that matter to its kind."""
 
 from dataclasses import asdict
 from typing import Any, NamedTuple, Self
@@ -8,7 +8,7 @@ from sdpo.config import Config
 
 
 class Numerics(NamedTuple):
-    """How a run computes, whatever it computes. Field names are those of the keys."""
+    """How a run computes. The field names are those in the keys of artifacts."""
 
     precision: str
     save_dtype: str
@@ -20,8 +20,8 @@ class Numerics(NamedTuple):
     device: str
 
     @classmethod
-    def of(cls, config: Config) -> Self:
-        """Read them from a configuration; `device` is the kind of device that this machine gives."""
+    def from_config(cls, config: Config) -> Self:
+        """The numerics of a run; `device` is the type of the device that this machine has for it."""
         launch = config.launch
         return cls(
             config.precision,
@@ -35,19 +35,19 @@ class Numerics(NamedTuple):
         )
 
     def of_training(self) -> dict[str, Any]:
-        """A step depends on all of them."""
+        """For a trained step: all of them."""
         return self._asdict()
 
     def of_logprobs(self) -> dict[str, Any]:
-        """Log-probs of packs do not depend on ranks, threads or the DeepSpeed stage."""
+        """For log-probs of packs, which ranks, threads and the DeepSpeed stage do not change."""
         return self._only("precision", "device", "attention", "compile")
 
     def of_packs(self) -> dict[str, Any]:
-        """Log-probs of a model that is never compiled."""
+        """For log-probs of packs under a model that is never compiled."""
         return self._only("precision", "device", "attention")
 
     def of_own_forward(self) -> dict[str, Any]:
-        """A model's own forward pass, without packs."""
+        """For a model's own forward pass, without packs."""
         return self._only("precision", "device")
 
     def _only(self, *names: str) -> dict[str, Any]:

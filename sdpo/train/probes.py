@@ -1,7 +1,7 @@
-"""The pairs that are followed through a run, and their log-probs at what happens inside a step.
+"""Probes: the pairs that are followed through a run. Their log-probs show what training does to single pairs.
 
-The probe set is fixed: all held-out rows and a sample of every chunk. A step follows the held-out rows and the sample
-of its own chunk.
+The probe set of a run is all held-out rows and a sample of every chunk. Inside a step, the held-out rows and the sample
+of the step's own chunk are scored.
 """
 
 import hashlib
@@ -20,33 +20,36 @@ NUM_PROBES = 64  # rows of every chunk
 
 
 def sample(ids: list[str], indices: np.ndarray) -> np.ndarray:
-    """The pairs of a chunk that are followed, as sorted indices; which ones depends on their ids alone."""
+    """The probes of a chunk as sorted indices. Which pairs of the chunk they are depends on the ids alone."""
     ranked = sorted(set(indices.tolist()), key=lambda i: hashlib.sha256(ids[i].encode()).digest())
     return np.array(sorted(ranked[:NUM_PROBES]), dtype=int)
 
 
 class Probes:
-    """The log-probs of a step's probe rows, each time they were looked at while it trained."""
+    """Scores the probe rows of a step while it trains, and keeps their log-probs."""
 
     def __init__(self, rows: Sequence[TokenPair], every: int):
         self.rows, self.every = rows, every
-        self.looks: dict[str, torch.Tensor] = {}  # "<role>/<updates so far>" -> [rows, chosen and rejected]
+        self.logps: dict[str, torch.Tensor] = {}  # "<role>/<updates so far>" -> [rows, chosen and rejected]
 
-    def follow(self, update: int, engine: Engine, budget: int) -> None:
-        """Look at the policy, where `every` updates have passed since the last look."""
+    def score_policy_if_due(self, update: int, engine: Engine, budget: int) -> None:
+        """Score the rows under the policy after every `every` updates; never if it is 0."""
         if self.every and update and update % self.every == 0:
-            self.look("policy", update, engine, budget)
+            self.score("policy", update, engine, budget)
 
-    def look(self, role: str, update: int, engine: Engine, budget: int) -> None:
-        """Score the rows with the weights in memory, which stand for `role` after this many updates."""
+    def score(self, role: str, update: int, engine: Engine, budget: int) -> None:
+        """Score the rows under the engine's present weights, which are those of `role` after this many updates."""
         if self.rows:
-            self.looks[f"{role}/{update}"] = torch.from_numpy(score(engine.module, self.rows, budget))
+            self.logps[f"{role}/{update}"] = torch.from_numpy(score(engine.module, self.rows, budget))
 
     def write(self, path: Path, rows: list[TokenPair], plan: list[np.ndarray]) -> None:
-        """Keep the looks, where there were any, as a table; `trained` where an update before the look read the row."""
+        """Write all log-probs as one table, if there are any; `rows` and `plan` are the step's chunk and its updates.
+
+        The column `trained` says whether an update before the scoring read the row.
+        """
         frames = []
-        for look in sorted(self.looks, key=lambda look: (int(look.split("/")[1]), look)):
-            (role, update), logps_N2 = look.split("/"), self.looks[look]
+        for name in sorted(self.logps, key=lambda name: (int(name.split("/")[1]), name)):
+            (role, update), logps_N2 = name.split("/"), self.logps[name]
             trained = {rows[i].id for batch in plan[: int(update)] for i in batch}
             frames.append(
                 pd.DataFrame(

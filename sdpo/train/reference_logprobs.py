@@ -1,8 +1,8 @@
 """The reference log-probs that a step's loss reads, window by window.
 
-The first window is scored before the step trains. A reference that moves inside a step (TR-DPO) is scored when a
-window begins: the one model in memory is brought to the window's weights, scores the pairs of that window, and is
-brought back.
+The first window is scored before the step trains. If the reference moves inside the step (TR-DPO), a later window is
+scored when it begins: the model in memory gets the window's weights, scores the pairs of the window, and gets the
+policy's weights back.
 
 Shape suffixes: N pairs of the chunk; columns are the chosen and the rejected response.
 """
@@ -22,7 +22,7 @@ from sdpo.train.probes import Probes
 from sdpo.train.reference_windows import Windows
 from sdpo.train.runner import Runner
 from sdpo.train.step_key import StepSpec
-from sdpo.variants import placebo
+from sdpo.variants import placebo as placebos
 
 Placebo = Callable[[np.ndarray, np.ndarray], np.ndarray]  # positions, the rule's log-probs there -> what the loss reads
 
@@ -30,28 +30,23 @@ Placebo = Callable[[np.ndarray, np.ndarray], np.ndarray]  # positions, the rule'
 class ReferenceLogprobs:
     """The log-probs that a step's loss reads; `logps_N2` holds those of the present window.
 
-    `first_N2` are the first window's log-probs of the whole chunk and `weights_hash` identifies the weights that gave
-    them. `probes` are scored under every later window too. A `placebo` replaces the log-probs of every window.
+    `first_N2` are the log-probs of the whole chunk under the first window's model, whose weights `weights_hash`
+    identifies. A `placebo` replaces the log-probs of every window. `probes` are scored under every later window too.
     """
 
     def __init__(
-        self,
-        windows: list[dict],
-        first_N2: np.ndarray,
-        weights_hash: str | None,
-        probes: Probes,
-        placebo: Placebo = lambda members, rule_N2: rule_N2,
+        self, windows: list[dict], first_N2: np.ndarray, weights_hash: str | None, probes: Probes, placebo: Placebo
     ):
         self.placebo, self.probes = placebo, probes
         self.logps_N2 = placebo(np.arange(len(first_N2)), first_N2).copy()
         ends = np.cumsum([window["num_updates"] for window in windows])
         self.begins = dict(zip(ends.tolist(), windows[1:], strict=False))  # update -> the window that begins there
         self.mixes = any("reference" in window["weights"] for window in windows)
-        self.weights: Weights = {}
-        self.report = [self._describe(0, weights_hash, self.logps_N2)] if windows else []  # per window
+        self.weights: Weights = {}  # the reference's, if later windows are mixed from them
+        self.report = [_describe(0, weights_hash, self.logps_N2)] if windows else []  # per window so far
 
-    def begin(self, engine: Engine) -> None:
-        """Keep the start's weights if later windows are mixed from them."""
+    def keep_start(self, engine: Engine) -> None:
+        """Keep the weights of the step's start if later windows are mixed from them."""
         if self.mixes:
             self.weights = adapter_deltas.as_whole_matrices(engine.scorer, engine.weights(everywhere=True))
 
@@ -62,14 +57,14 @@ class ReferenceLogprobs:
         window = self.begins[update]
         members = np.unique(np.concatenate(spec.plan[update : update + window["num_updates"]]))
         rows = [spec.chunk.rows[i] for i in members]
-        with self._at(window, engine):
+        with self._weights_of(window, engine):
             self.logps_N2[members] = self.placebo(members, score(engine.module, rows, budget))
-            self.probes.look("reference", update, engine, budget)
-        weights_hash = hash_of_weights(engine, self.weights)
-        self.report.append(self._describe(update, weights_hash, self.logps_N2[members]))
+            self.probes.score("reference", update, engine, budget)
+        weights_hash = _hash_of_weights(engine, self.weights)
+        self.report.append(_describe(update, weights_hash, self.logps_N2[members]))
 
-    def _at(self, window: dict, engine: Engine) -> AbstractContextManager:
-        """A context in which the engine has the window's weights."""
+    def _weights_of(self, window: dict, engine: Engine) -> AbstractContextManager:
+        """A context in which the engine has the window's weights. If nothing is mixed, they are the policy's."""
         if not self.mixes:
             return nullcontext()
         trained = engine.weights(everywhere=True)
@@ -77,53 +72,59 @@ class ReferenceLogprobs:
         self.weights = _mix(window["weights"], {"policy": policy, "reference": self.weights})
         return adapter_deltas.at_weights(engine, self.weights, trained)
 
-    def _describe(self, update: int, weights_hash: str | None, logps_N2: np.ndarray) -> dict:
-        """A window's first update, its weights, and the mean reference margin over the window's pairs."""
-        gamma_N = logps_N2[:, 0].astype(np.float64) - logps_N2[:, 1]
-        margins = {"num_pairs": len(gamma_N), "gamma_ref_mean": float(gamma_N.mean())}
-        return {"first_update": update + 1, "weights_hash": weights_hash, **margins}
-
     def state(self) -> Weights:
-        """The tensors that a checkpoint must keep, because the policy that made them is gone."""
-        kept = {"weights": self.weights, "probes": self.probes.looks}
+        """The tensors that a checkpoint must keep, because the policy that made them no longer exists."""
+        kept = {"weights": self.weights, "probes": self.probes.logps}
         named = {f"{part}/{name}": tensor for part, tensors in kept.items() for name, tensor in tensors.items()}
         return {"logps": torch.from_numpy(self.logps_N2)} | named
 
     def restore(self, state: Weights, report: list[dict]) -> None:
-        """Go on from what `state` and `report` held when a checkpoint was written."""
+        """Go on from a checkpoint; the arguments are what `state` and `report` were when it was written."""
         self.report, self.logps_N2 = report, state["logps"].numpy()
-        self.weights, self.probes.looks = (
+        self.weights, self.probes.logps = (
             {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
             for part in ("weights/", "probes/")
         )
 
 
-def score_first_window(spec: StepSpec, windows: Windows, runner: Runner) -> ReferenceLogprobs:
-    """Score the chunk under the first window's model, and audit a sample of it. Zeros if the loss reads none."""
+def score_first_window(spec: StepSpec, windows: Windows, placebo: Placebo, runner: Runner) -> ReferenceLogprobs:
+    """Score the chunk under the first window's model, and audit a sample of it. Zeros if the loss reads no reference.
+
+    The rows that every model of the run scores are scored too, while the model is loaded.
+    """
     model, rows = windows.first, spec.chunk.rows
     probes = Probes(spec.chunk.probes, spec.config.probe.every)
     if model is None:
-        return ReferenceLogprobs(windows.listed, np.zeros((len(rows), 2), dtype=np.float32), None, probes)
+        zeros_N2 = np.zeros((len(rows), 2), dtype=np.float32)
+        return ReferenceLogprobs(windows.listed, zeros_N2, None, probes, placebo)
     first_N2, *_ = runner.logprobs_of(model, [rows, *spec.followed])
     runner.audit(model, rows, first_N2)
-    weights_hash = hash_of_weights(runner.load(model))
-    more = [_bind_placebo(spec, runner)] if spec.placebo != "none" else []
-    return ReferenceLogprobs(windows.listed, first_N2, weights_hash, probes, *more)
+    return ReferenceLogprobs(windows.listed, first_N2, _hash_of_weights(runner.load(model)), probes, placebo)
 
 
-def hash_of_weights(engine: Engine, mixed: Weights | None = None) -> str:
+def bind_placebo(spec: StepSpec, runner: Runner) -> Placebo:
+    """The step's placebo with S's log-probs of the chunk, for which S is loaded unless the store has them."""
+    if spec.placebo == "none":
+        return lambda members, rule_N2: rule_N2
+    transform = bind(placebos, {"name": spec.placebo})
+    initial_N2 = runner.logprobs(spec.history[0], spec.chunk.rows)
+    return lambda members, rule_N2: transform(initial_N2[members], rule_N2, spec.config.seed)
+
+
+def _describe(update: int, weights_hash: str | None, logps_N2: np.ndarray) -> dict:
+    """A window's first update (from 1), its weights, and the mean reference margin over the window's pairs."""
+    gamma_N = logps_N2[:, 0].astype(np.float64) - logps_N2[:, 1]
+    margins = {"num_pairs": len(gamma_N), "gamma_ref_mean": float(gamma_N.mean())}
+    return {"first_update": update + 1, "weights_hash": weights_hash, **margins}
+
+
+def _hash_of_weights(engine: Engine, mixed: Weights | None = None) -> str:
     """The content hash of the trained weights, or of `mixed` ones, in the dtype of the forward pass; on rank 0."""
     weights = {name.removeprefix("model."): tensor for name, tensor in (mixed or engine.weights()).items()}
     return hub.fingerprint_weights(weights, engine.scorer.head.weight.dtype)
 
 
-def _bind_placebo(spec: StepSpec, runner: Runner) -> Placebo:
-    transform = bind(placebo, {"name": spec.placebo})
-    initial_N2 = runner.logprobs(spec.history[0], spec.chunk.rows)
-    return lambda members, rule_N2: transform(initial_N2[members], rule_N2, spec.config.seed)
-
-
 def _mix(coefficients: dict[str, float], sources: dict[str, Weights]) -> Weights:
     """The weighted sum of whole weights, in fp32."""
-    names = next(iter(sources.values()))
-    return {name: sum(c * sources[handle][name] for handle, c in coefficients.items()) for name in names}
+    names, zero = next(iter(sources.values())), torch.zeros(())
+    return {name: sum((c * sources[handle][name] for handle, c in coefficients.items()), zero) for name in names}

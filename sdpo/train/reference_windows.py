@@ -1,4 +1,4 @@
-"""A reference rule's windows, with the artifacts that its handles stand for."""
+"""Resolve a reference rule: its windows, with artifacts in place of the rule's handles."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +16,9 @@ from sdpo.variants import reference as references
 class Windows(NamedTuple):
     """The windows of one step.
 
-    `listed` is JSON: for each window `num_updates`, and `weights` by artifact key. Windows after the first one may also
-    use `policy` and `reference`, which move. `first` is the model of the first window; None if nothing is read.
+    `listed` is JSON: for each window `num_updates`, and its `weights` as coefficients by artifact key. Windows after
+    the first one may also have coefficients of `policy` and `reference`, which move during the step. `first` is the
+    model of the first window; None if there are no windows.
     """
 
     listed: list[dict]
@@ -36,21 +37,21 @@ def resolve(spec: StepSpec, runner: Runner) -> Windows:
         models["external"] = external(settings)
     keys = {handle: model.key for handle, model in models.items()}
     listed = [{"num_updates": windows[0].num_updates, "weights": _by_key(windows[0].weights, keys)}]
-    keys.pop("policy")  # has moved when a later window begins
+    keys.pop("policy")  # after the first window, the policy is no longer the start
     listed += [{"num_updates": w.num_updates, "weights": _by_key(w.weights, keys)} for w in windows[1:]]
     by_key = {model.key: model for model in models.values()}
     return Windows(listed, _mean({key: (c, by_key[key]) for key, c in listed[0]["weights"].items()}, runner))
 
 
 def external(settings: Settings) -> Artifact:
-    """The model at `path`, identified by its content: a folder, or else a repository of the Hub."""
+    """The model at `path`, which is a folder or a repository of the Hub. Its key is the hash of its content."""
     is_folder = Path(settings["path"]).is_dir()
     folder = hub.locate(settings["path"], settings.get("revision"), on_hub=not is_folder)
     return Artifact(hub.fingerprint(folder), folder, reused=True)
 
 
 def _by_key(weights: dict[str, float], keys: dict[str, str]) -> dict[str, float]:
-    """Coefficients by artifact key; handles of the same artifact are added up."""
+    """Coefficients by artifact key. Handles without a key keep their name; those with the same key are added up."""
     total: dict[str, float] = {}
     for handle, coefficient in weights.items():
         name = keys.get(handle, handle)

@@ -1,6 +1,6 @@
 """The one model in memory. Keeps at most one model loaded; unloads it before loading another.
 
-Log-probs are artifacts: what was scored once under some weights is read as numbers from then on.
+Log-probs are artifacts: rows that were scored once under some weights are read from the store from then on.
 
 Shape suffixes: N rows; columns are the chosen and the rejected response.
 """
@@ -41,17 +41,17 @@ class Runner:
     def __init__(self, config: Config, store: Store, tokenizer: PreTrainedTokenizerBase):
         self.config, self.store, self.tokenizer = config, store, tokenizer
         self.device = distributed.device(config.launch.device)
-        self.numerics = Numerics.of(config)
-        self.foreign: dict[str, dict[str, TokenPair]] = {}  # model key -> row id -> the row in that model's own tokens
+        self.numerics = Numerics.from_config(config)
+        self.foreign: dict[str, dict[str, TokenPair]] = {}  # key of a model with another tokenizer -> row id -> its row
         self.scored = np.zeros(2)  # tokens and seconds of all passes for log-probs so far
-        self._told_attention = ""
+        self._reported_backend = ""
         self._engine: Engine | None = None
-        self._held: str | None = None  # the key of the weights in memory
+        self._loaded: str | None = None  # the key of the weights in memory
         self._adapter: adapters.AdapterSpec | None = None  # if one is trained
 
     def load(self, model: Artifact) -> Engine:
-        """An engine at this model, to score with; the one in memory if it is at this model."""
-        if self._engine and self._held == model.key:
+        """An engine that scores with this model; the present engine if it has the model's weights."""
+        if self._engine and self._loaded == model.key:
             return self._engine
         self._start_loading(model)
         return self._open(model, self.load_plain(model).requires_grad_(False), self.config)
@@ -73,11 +73,11 @@ class Runner:
         return adapters.Loading(self.config.model.trust_remote_code, dtype, self.device)
 
     def load_plain(self, model: Artifact) -> PreTrainedModel:
-        """The model in fp32 on the host, beside the engine."""
+        """The model in fp32 on the CPU, without an engine; the present engine stays as it is."""
         return hub.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
 
     def load_verified(self, model: Artifact) -> PreTrainedModel:
-        """As `load_plain`, after a check that the folder still holds the weights that the key names."""
+        """As `load_plain`, but UserError if the folder no longer holds the weights that the key names."""
         verify(model)
         return self.load_plain(model)
 
@@ -92,9 +92,9 @@ class Runner:
         if self.config.launch.compile:
             scorer.compile_decoder()
         self._engine = open_engine(scorer, config.optim, config.precision, config.deepspeed, self.device)
-        self._held = model.key
-        if self._told_attention != scorer.backend:
-            self._told_attention = scorer.backend
+        self._loaded = model.key
+        if self._reported_backend != scorer.backend:
+            self._reported_backend = scorer.backend
             tell(f"attention: {scorer.backend} (launch.attention={self.config.launch.attention})")
         return self._engine
 
@@ -102,39 +102,42 @@ class Runner:
         """Unload the model in memory."""
         if self._engine:
             self._engine.close()
-        self._engine = self._held = self._adapter = None
+        self._engine = self._loaded = self._adapter = None
 
     def find(self, key: str) -> Artifact:
-        """The model of a key: made here, or S from elsewhere. UserError if it is neither."""
-        made, given = next(self.store.root.glob(f"*/{key[:16]}/manifest.json"), None), self.config.model
-        folder = made.parent if made else hub.locate(given.path, given.revision, given.name == "hub")
+        """The model of a key: one from the store, or else the run's own S. UserError if S has another key."""
+        manifest, settings = next(self.store.root.glob(f"*/{key[:16]}/manifest.json"), None), self.config.model
+        if manifest:
+            folder = manifest.parent
+        else:
+            folder = hub.locate(settings.path, settings.revision, settings.name == "hub")
         found = Artifact(key, folder, reused=True)
         verify(found)
         return found
 
-    def save(self, folder: Path, key: str) -> None:
-        """Write the weights in memory as a Hugging Face folder, the model of this key from here on."""
-        assert self._engine is not None
-        model, state = self._engine.scorer.model, self._engine.weights()
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    def save(self, engine: Engine, folder: Path, key: str) -> None:
+        """Write the trained weights as a Hugging Face folder. From here on they are the model of this key."""
+        assert engine is self._engine, "another model was loaded while this one was trained"
+        model = engine.scorer.model
+        state = {name.removeprefix("model."): tensor for name, tensor in engine.weights().items()}
         if distributed.is_main():
             if self._adapter:
                 model = adapters.save_and_merge(self._adapter, state, folder, self.config.model.trust_remote_code)
                 state = dict(model.named_parameters())
             dtype = hub.DTYPES[self.config.save_dtype]
             hub.save(model, {name: tensor.to(dtype) for name, tensor in state.items()}, self.tokenizer, folder)
-        # If weights were rounded or merged on the way to disk, memory holds others.
-        self._held = key if self.config.save_dtype == "fp32" and not self._adapter else None
+        # If the weights were rounded or merged when they were written, those in memory are others.
+        self._loaded = key if self.config.save_dtype == "fp32" and not self._adapter else None
 
     def logprobs_of(self, model: Artifact, tables: list[list[TokenPair]]) -> list[np.ndarray]:
-        """The log-probs of several lists of rows under a model, which is loaded once if any of them is missing."""
+        """The log-probs of several tables of rows under a model. It is loaded once, if the store lacks any of them."""
         return [self.logprobs(model, rows) for rows in tables]
 
     def logprobs(self, model: Artifact, rows: list[TokenPair]) -> np.ndarray:
         """Summed response log-probs [N, 2] (float32, nats) of rows under a model: read, or computed and stored.
 
-        A model that came with a tokenizer of its own reads the same texts in its own tokens. UserError if a stored
-        table was changed.
+        A model with a tokenizer of its own reads the same texts in its own tokens. Raises UserError if a stored table
+        was changed.
         """
         rows = self._as_read_by(model, rows)
 
@@ -148,17 +151,17 @@ class Runner:
             if distributed.is_main():
                 logprob_table.write(folder / "logprobs.parquet", rows, logps_N2)
 
-        artifact = self.store.make("logprobs", self._decide(model, rows), build)
+        artifact = self.store.make("logprobs", self._determinants(model, rows), build)
         logps_N2 = logprob_table.read(artifact.folder / "logprobs.parquet")
         if damaged(artifact):
             self._name_wrong_rows(model, rows, logps_N2, artifact)
         return logps_N2
 
     def has_logprobs(self, model: Artifact, rows: list[TokenPair]) -> bool:
-        """Whether the store holds this table."""
-        return self.store.holds("logprobs", self._decide(model, self._as_read_by(model, rows)))
+        """Whether the store has the log-probs of these rows under this model."""
+        return self.store.holds("logprobs", self._determinants(model, self._as_read_by(model, rows)))
 
-    def _decide(self, model: Artifact, rows: list[TokenPair]) -> dict[str, Any]:
+    def _determinants(self, model: Artifact, rows: list[TokenPair]) -> dict[str, Any]:
         return {"weights": model.key, "rows": content_hash(rows), **self.numerics.of_logprobs()}
 
     def _as_read_by(self, model: Artifact, rows: list[TokenPair]) -> list[TokenPair]:
@@ -166,7 +169,7 @@ class Runner:
         return [foreign[row.id] for row in rows] if foreign else rows
 
     def _name_wrong_rows(self, model: Artifact, rows: list[TokenPair], logps_N2: np.ndarray, found: Artifact) -> None:
-        """Raise a UserError that names the rows whose stored numbers are not the model's."""
+        """Raise a UserError that names the rows whose stored log-probs are not the model's."""
         fresh_N2 = score(self.load(model).module, rows, self.config.launch.tokens_per_pack)
         wrong = [row.id for row, ours, theirs in zip(rows, fresh_N2, logps_N2, strict=True) if (ours != theirs).any()]
         raise UserError(
@@ -177,7 +180,8 @@ class Runner:
     def audit(self, model: Artifact, rows: list[TokenPair], logps_N2: np.ndarray) -> float:
         """Score a fixed sample of rows again with the model's own forward pass, one sequence at a time.
 
-        Returns the largest relative difference to the table. UserError, with the row's id, above the tolerance.
+        Returns the largest relative difference from the table. Raises UserError, with the row's id, if it is above
+        the tolerance.
         """
         rows = self._as_read_by(model, rows)
         sample = np.random.default_rng(len(rows)).choice(len(rows), min(NUM_AUDITED, len(rows)), replace=False)
@@ -185,7 +189,7 @@ class Runner:
         worst = 0.0
         for index in map(int, sample):
             with torch.no_grad():
-                fresh = np.array([float(sum_) for sum_ in naive_logprobs(engine.scorer.model, rows[index])])
+                fresh = np.array([float(logp) for logp in naive_logprobs(engine.scorer.model, rows[index])])
             error = float((np.abs(fresh - logps_N2[index]) / np.maximum(1.0, np.abs(fresh))).max())
             if not error <= TOLERANCE[self.config.precision]:
                 raise UserError(
@@ -197,7 +201,7 @@ class Runner:
 
 
 def verify(model: Artifact) -> None:
-    """UserError unless the folder still holds the weights that the key names."""
+    """Raise UserError unless the folder still holds the weights that the key names."""
     if model.folder.name == model.key[:16]:  # an artifact of the store
         check(model)
     elif hub.fingerprint(model.folder) != model.key:

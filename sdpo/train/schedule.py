@@ -1,4 +1,4 @@
-"""Which pairs each update reads, and the learning rate."""
+"""The pairs that each update reads, and the learning rate."""
 
 import math
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from sdpo.config import Optim
 
 
 def updates(num_pairs: int, optim: Optim, seed: int) -> list[np.ndarray]:
-    """Which pairs each update reads: a fresh permutation every epoch, which depends on the seed alone."""
+    """The pairs of each update, as positions in the chunk. Every epoch has a new permutation, derived from the seed."""
     plan = []
     for epoch in range(optim.epochs):
         order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
@@ -18,14 +18,14 @@ def updates(num_pairs: int, optim: Optim, seed: int) -> list[np.ndarray]:
 
 
 class Span(NamedTuple):
-    """What one schedule spans: the updates before this step's, and all of them."""
+    """The updates that one schedule spans: how many there are, and how many of them come before this step."""
 
     before: int
     total: int
 
 
 def learning_rate(update: int, num_updates: int, optim: Optim) -> float:
-    """Linear warm-up, then the schedule down to 0 after `num_updates` (`update` counts from 0)."""
+    """The rate of an update (counted from 0): a linear warm-up, then the schedule, which reaches 0 after the last."""
     warmup = math.ceil(optim.warmup * num_updates)
     if update < warmup:
         return optim.lr * (update + 1) / warmup

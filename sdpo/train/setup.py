@@ -31,9 +31,13 @@ from sdpo.train.step_key import StepSpec
 from sdpo.types import ChosenRejected, Chunk, TokenPair
 from sdpo.variants import loss as losses
 
+TakeStep = Callable[[StepSpec, Runner], Any]  # returns what has the trained model as `.model`
+
 
 @dataclass(frozen=True)
 class Inputs:
+    """What a run starts from."""
+
     runner: Runner
     initial: Artifact  # S, which is M_0
     train: PairTable
@@ -51,14 +55,17 @@ class Inputs:
         return probes.sample(self.train.ids, indices)
 
     def followed(self, chunks: list[np.ndarray]) -> list[list[TokenPair]]:
-        """The rows that every model of the run scores: the held-out pairs, then the probes of each chunk."""
+        """The rows that every model of the run scores: one table of held-out pairs, then one of probes per chunk."""
         return [self.held_out.rows, *(self.train.take(self.probes(indices)).rows for indices in chunks)]
 
 
-def prepare(config: Config, store: Store, take: Callable = take_step) -> Inputs:
-    """Everything that a run needs before its first step; `take` makes S. UserError for input that cannot be used."""
+def prepare(config: Config, store: Store, take: TakeStep = take_step) -> Inputs:
+    """Everything that a run needs before its first step. `take` trains S, if S is trained here.
+
+    Raises UserError if the data or the model cannot be used.
+    """
     if (config.model.name == "lab") != (config.data.name == "lab"):
-        raise UserError("model=lab and data=lab go together: the laboratory's model speaks nothing else")
+        raise UserError("model=lab and data=lab go together: the laboratory's model knows no other language")
     runner, base = open_runner(config, store)
     initial, exam = base, None
     if config.data.name == "lab":
@@ -79,7 +86,7 @@ def open_runner(config: Config, store: Store) -> tuple[Runner, Artifact]:
 
 
 def _encode(config: Config, runner: Runner, preferences: Preferences) -> tuple[PairTable, PairTable, dict]:
-    """Both sides as tokens, and the data report."""
+    """The training pairs and the held-out pairs as tokens, and the data report."""
     settings = {name: getattr(config.data, name) for name in ("template", "max_tokens", "on_long")}
     tables, reports = [], {}
     for side in ("train", "held_out"):
@@ -87,13 +94,13 @@ def _encode(config: Config, runner: Runner, preferences: Preferences) -> tuple[P
         tables.append(PairTable.join(getattr(preferences, side), rows))
     for reference in external_references(config):
         _refuse_truncated(config, *reports.values())
-        _read_by_external(reference, config, runner, [*tables[0].pairs, *tables[1].pairs])
+        _encode_for_external(reference, config, runner, [*tables[0].pairs, *tables[1].pairs])
     train, held_out = tables
     return train, held_out, preferences.report | {"tokens": reports}
 
 
 def _check_ratings(config: Config, pairs: list[Pair]) -> None:
-    """UserError if the loss reads ratings that a training pair lacks, or that it does not accept."""
+    """Raise UserError if the loss reads ratings, and a training pair has none or has some that the loss refuses."""
     loss = bind(losses, config.loss)
     if "ratings" not in inputs_of(loss):
         return
@@ -107,7 +114,7 @@ def _check_ratings(config: Config, pairs: list[Pair]) -> None:
 
 
 def external_references(config: Config) -> list[Settings]:
-    """The settings of every external reference, of the run and of single steps, each once."""
+    """The settings of every external reference, of the run and of single steps, without duplicates."""
     found: list[Settings] = []
     for t in (0, *config.steps):
         reference = for_step(config, t).reference
@@ -117,15 +124,15 @@ def external_references(config: Config) -> list[Settings]:
 
 
 def _refuse_truncated(config: Config, *reports: dict) -> None:
-    """UserError if a pair was cut in our tokens: an external reference reads whole texts in its own."""
-    if cut := sum(source["truncated"] for report in reports for source in report["sources"].values()):
+    """Raise UserError if our tokenizer truncated a pair, because an external reference reads whole texts."""
+    if truncated := sum(source["truncated"] for report in reports for source in report["sources"].values()):
         raise UserError(
-            f"{cut} pairs are cut by data.on_long={config.data.on_long}, but reference=external reads whole texts, "
-            "so its log-probs would be of other responses; set data.on_long=drop, or raise data.max_tokens"
+            f"{truncated} pairs are truncated by data.on_long={config.data.on_long}, but reference=external reads "
+            "whole texts, so its log-probs would be of other responses; set data.on_long=drop, or raise data.max_tokens"
         )
 
 
-def _read_by_external(reference: Settings, config: Config, runner: Runner, pairs: list[Pair]) -> None:
+def _encode_for_external(reference: Settings, config: Config, runner: Runner, pairs: list[Pair]) -> None:
     """Encode the same texts with an external reference's own tokenizer and template; only sums are compared."""
     model = external(reference)
     tokenizer = hub.load_tokenizer(model.folder)
@@ -135,6 +142,7 @@ def _read_by_external(reference: Settings, config: Config, runner: Runner, pairs
 
 
 def _base_model(config: Config, store: Store) -> tuple[Artifact, PreTrainedTokenizerBase]:
+    """The model that the configuration names, and its tokenizer. The laboratory's is built with random weights."""
     if config.model.name != "lab":
         remote = config.model.trust_remote_code
         folder = hub.locate(config.model.path, config.model.revision, config.model.name == "hub", remote)
@@ -150,10 +158,11 @@ def _base_model(config: Config, store: Store) -> tuple[Artifact, PreTrainedToken
     return store.make("model", determinants, build), tokenizer
 
 
-def fine_tune(config: Config, runner: Runner, base: Artifact, take: Callable) -> Artifact:
+def fine_tune(config: Config, runner: Runner, base: Artifact, take: TakeStep) -> Artifact:
     """S of the laboratory: step 0 of the ordinary loop, supervised fine-tuning on demonstrations."""
+    assert config.model.sft is not None
     rows = lab_pairs.demonstrations(config.data.lab, config.model.seed)
-    settings = replace(
+    training = replace(
         config,
         optim=config.model.sft,
         loss={"name": "sft"},
@@ -162,16 +171,16 @@ def fine_tune(config: Config, runner: Runner, base: Artifact, take: Callable) ->
         seed=config.model.seed,
     )
     unrated_N2 = np.full((len(rows), 2), np.nan, dtype=np.float32)
-    return take(StepSpec(0, settings, base, [base], Chunk(rows, unrated_N2)), runner).model
+    return take(StepSpec(0, training, base, [base], Chunk(rows, unrated_N2)), runner).model
 
 
 def lab_pairs_key(config: Config, initial: Artifact) -> dict[str, Any]:
-    """What the laboratory's pairs depend on: S, because some are made of its own answers, and the settings."""
+    """What the laboratory's pairs depend on: the settings, and S, because some of the pairs are answers of S."""
     return {"initial": initial.key, "settings": asdict(config.data.lab) | {"seed": config.data.seed}}
 
 
 def _lab_pairs(config: Config, runner: Runner, initial: Artifact) -> tuple[Preferences, lab_exam.Exam]:
-    """The laboratory's pairs and questions."""
+    """The laboratory's pairs and questions: from the store, or made."""
 
     def build(folder: Path) -> None:
         if distributed.is_main():
@@ -180,8 +189,8 @@ def _lab_pairs(config: Config, runner: Runner, initial: Artifact) -> tuple[Prefe
             exam = lab_exam.set_exam(config.data.lab, model, runner.tokenizer)
             preference_files.write_jsonl(folder / "train.jsonl", preferences.train)
             preference_files.write_jsonl(folder / "held_out.jsonl", preferences.held_out)
-            kept = {"report": preferences.report, "exam": asdict(exam)}
-            (folder / "rest.json").write_text(json.dumps(kept))
+            rest = {"report": preferences.report, "exam": asdict(exam)}
+            (folder / "rest.json").write_text(json.dumps(rest))
 
     folder = runner.store.make("pairs", lab_pairs_key(config, initial), build).folder
     rest = json.loads((folder / "rest.json").read_text())

@@ -13,19 +13,19 @@ from sdpo.errors import UserError
 from sdpo.model.checkpoint import Checkpoint, load_moments, save_moments
 from sdpo.model.engine import Engine
 from sdpo.store import Artifact, check, key_of
-from sdpo.train import logprob_table, throughput
+from sdpo.train import logprob_table, step_key, throughput
 from sdpo.train.loop import TrainingLoop
-from sdpo.train.reference_logprobs import ReferenceLogprobs, score_first_window
+from sdpo.train.reference_logprobs import ReferenceLogprobs, bind_placebo, score_first_window
 from sdpo.train.reference_windows import Windows, resolve
 from sdpo.train.runner import Runner
-from sdpo.train.step_key import StepSpec, determinants
+from sdpo.train.step_key import StepSpec
 from sdpo.train.throughput import Pace, Speed
 
 Record = Callable[[dict], None]  # takes the log entry of one update
 
 
-class Named(NamedTuple):
-    """A step before it is taken: the key of M_t, and what decides it."""
+class NamedStep(NamedTuple):
+    """What is known of a step before it is trained: the key of M_t, what decides the key, and the windows."""
 
     key: str
     determinants: dict
@@ -33,47 +33,51 @@ class Named(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step was made of and what it made."""
+    """A step that was trained or found in the store: what went into it and what came out."""
 
     spec: StepSpec
     model: Artifact
     reference: Artifact | None  # the first window's model; None if the loss reads no reference
     windows: list[dict]
-    reference_N2: np.ndarray  # the reference log-probs that the loss read last for each pair
+    reference_N2: np.ndarray  # for each pair the reference log-probs that the loss read last
     entries: list[dict]  # one per update
     speed: Speed
 
 
-def name_step(spec: StepSpec, runner: Runner) -> Named:
+def name_step(spec: StepSpec, runner: Runner) -> NamedStep:
     """The key that M_t has or will have; nothing is trained or scored."""
     windows = resolve(spec, runner) if spec.reads_reference else Windows([], None)
     if spec.reads_reference and not windows.listed:
         raise UserError(f"loss={spec.config.loss['name']} reads a reference, which reference=none does not give")
-    decided = determinants(spec, windows.listed)
-    return Named(key_of("step", decided), decided, windows)
+    determinants = step_key.determinants(spec, windows.listed)
+    return NamedStep(key_of("step", determinants), determinants, windows)
 
 
 def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: None) -> Step:
-    """Make M_t, or find it in the store; `record` takes the log entry of every update, as soon as it is known."""
-    key, decided, windows = name_step(spec, runner)
-    _tell_what_is_ignored(spec, windows)
-    model = runner.store.make("step", decided, lambda folder: _train(spec, key, windows, runner, folder, record))
+    """Train M_t, or find it in the store. `record` gets the log entry of every update, as soon as it is known.
+
+    It is called once per update, in the order of updates, also if the step is resumed or found.
+    """
+    named = name_step(spec, runner)
+    _tell_ignored_settings(spec, named.windows)
+    model = runner.store.make("step", named.determinants, lambda folder: _train(spec, named, runner, folder, record))
     check(model, "train.json", "reference.parquet")
     log = json.loads((model.folder / "train.json").read_text())
     if model.reused:
         for entry in log["entries"]:
             record(entry)
     reference_N2 = logprob_table.read(model.folder / "reference.parquet")
-    listed = [window | seen for window, seen in zip(windows.listed, log["windows"], strict=True)]
-    return Step(spec, model, windows.first, listed, reference_N2, log["entries"], Speed(**log["speed"]))
+    windows = [window | report for window, report in zip(named.windows.listed, log["windows"], strict=True)]
+    return Step(spec, model, named.windows.first, windows, reference_N2, log["entries"], Speed(**log["speed"]))
 
 
-def _train(spec: StepSpec, key: str, windows: Windows, runner: Runner, folder: Path, record: Record) -> None:
+def _train(spec: StepSpec, named: NamedStep, runner: Runner, folder: Path, record: Record) -> None:
     """Train the step from its start, or from its last checkpoint, and write the artifact's files into `folder`."""
     config, chunk = spec.config, spec.chunk
-    checkpoint = Checkpoint(runner.store.folder("partial", key), f"step {spec.t}", config.launch.checkpoint_minutes)
+    unfinished = runner.store.folder("partial", named.key)
+    checkpoint = Checkpoint(unfinished, f"step {spec.t}", config.launch.checkpoint_minutes)
     scored_before = runner.scored.copy()
-    engine, reference, start_N2 = _prepare(spec, windows, runner)
+    engine, reference, start_N2 = _prepare(spec, named.windows, runner)
     num_weights = throughput.multiplied(spec.start, engine.scorer.model)
     entries = []
     for entry in TrainingLoop(spec, engine).run(reference, start_N2, checkpoint):
@@ -81,7 +85,7 @@ def _train(spec: StepSpec, key: str, windows: Windows, runner: Runner, folder: P
         record(entry)
     if config.optim.moments == "carry":
         save_moments(engine, folder)
-    runner.save(folder, key)
+    runner.save(engine, folder, named.key)
     if distributed.is_main():
         logprob_table.write(folder / "reference.parquet", chunk.rows, reference.logps_N2)
         reference.probes.write(folder / "probes.parquet", chunk.rows, spec.plan)
@@ -95,25 +99,30 @@ def _train(spec: StepSpec, key: str, windows: Windows, runner: Runner, folder: P
 def _prepare(spec: StepSpec, windows: Windows, runner: Runner) -> tuple[Engine, ReferenceLogprobs, np.ndarray]:
     """The engine that trains, the first window's log-probs, and the start's own log-probs of the first update.
 
-    The engine that trains also scores what the start has to score, so that the start is loaded once. An engine with an
-    adapter does not: tables hold the log-probs of merged weights.
+    Only one model is in memory, so the engine that trains is loaded last, or else only the start is scored after it.
     """
-    whole, engine = spec.config.tune["name"] == "full", None
-    is_start = windows.first is not None and windows.first.key == spec.start.key
-    if whole and (is_start or windows.first is None):
-        engine = runner.load_to_train(spec)
-    reference = score_first_window(spec, windows, runner)
-    if whole and engine is None:
-        engine = runner.load_to_train(spec)
-    start_N2 = _score_start(spec, is_start, runner)
-    engine = engine or runner.load_to_train(spec)
+    placebo = bind_placebo(spec, runner)
+    starts_at_reference = windows.first is not None and windows.first.key == spec.start.key
+
+    def score_reference() -> ReferenceLogprobs:
+        return score_first_window(spec, windows, placebo, runner)
+
+    def score_start() -> np.ndarray:
+        return _score_start(spec, starts_at_reference, runner)
+
+    if spec.config.tune["name"] != "full":  # an engine with an adapter cannot score: tables are of merged weights
+        reference, start_N2, engine = score_reference(), score_start(), runner.load_to_train(spec)
+    elif starts_at_reference or windows.first is None:
+        engine, reference, start_N2 = runner.load_to_train(spec), score_reference(), score_start()
+    else:
+        reference, engine, start_N2 = score_reference(), runner.load_to_train(spec), score_start()
     if spec.config.optim.moments == "carry" and (spec.start.folder / "moments-0.safetensors").is_file():
         load_moments(engine, spec.start.folder)
     return engine, reference, start_N2
 
 
 def _score_start(spec: StepSpec, is_reference: bool, runner: Runner) -> np.ndarray:
-    """The start's log-probs [N, 2] of the whole chunk if it is the reference, else of the first update alone."""
+    """The start's log-probs [N, 2]: of the whole chunk if the start is the reference, else of the first updateonly."""
     rows = spec.chunk.rows
     if is_reference:
         return runner.logprobs(spec.start, rows)
@@ -122,9 +131,9 @@ def _score_start(spec: StepSpec, is_reference: bool, runner: Runner) -> np.ndarr
     return start_N2
 
 
-def _tell_what_is_ignored(spec: StepSpec, windows: Windows) -> None:
+def _tell_ignored_settings(spec: StepSpec, windows: Windows) -> None:
     rule, loss = spec.config.reference, spec.config.loss["name"]
     if not windows.listed and rule["name"] != "none":
-        tell(f"step {spec.t}: loss={loss} reads no reference, so reference={rule['name']} is left out")
+        tell(f"step {spec.t}: loss={loss} reads no reference, so reference={rule['name']} is ignored")
     if len(windows.listed) == 1 and "updates" in rule:
-        tell(f"step {spec.t} has no more updates than reference.updates, so its reference stays where it is")
+        tell(f"step {spec.t} has no more updates than reference.updates, so its reference does not move")

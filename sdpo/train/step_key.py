@@ -1,4 +1,4 @@
-"""What decides a step's key: everything that M_t depends on, and nothing else."""
+"""The description of a step, and what decides its key: everything that M_t depends on, and nothing else."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,15 +19,15 @@ from sdpo.variants import loss as losses
 
 @dataclass(frozen=True)
 class StepSpec:
-    """A step before it is taken. `start` and `history` need not exist yet: their keys name them."""
+    """A step that is not trained yet. `start` and `history` are named by their keys and need not exist yet."""
 
     t: int
     config: Config  # with the overrides of this step
     start: Artifact
     history: list[Artifact]  # M_0 .. M_{t-1}
     chunk: Chunk
-    span: Span | None = None  # None: the schedule is the step's own
-    followed: Sequence[list[TokenPair]] = ()  # the tables that every model of the run is asked for; not in the key
+    span: Span | None = None  # of a schedule over the whole run; None: the step has its own schedule
+    followed: Sequence[list[TokenPair]] = ()  # tables of rows that every model of the run scores; not in the key
 
     @cached_property
     def loss(self) -> partial:
@@ -58,13 +58,13 @@ def determinants(spec: StepSpec, windows: list[dict]) -> dict[str, Any]:
         "tune": config.tune,
         "optim": asdict(config.optim),
         "seed": config.seed,
-        **Numerics.of(config).of_training(),
+        **Numerics.from_config(config).of_training(),
     }
     if "ratings" in inputs_of(spec.loss):
         found["ratings"] = repr(chunk.ratings_N2.tolist())
     if windows and spec.placebo != "none":
         found["placebo"] = {"name": spec.placebo, "initial": spec.history[0].key}
-    if chunk.probes and (config.probe.every or len(windows) > 1):  # the artifact holds the log-probs of these rows
+    if chunk.probes and (config.probe.every or len(windows) > 1):  # then the artifact has log-probs of these rows
         found["probe"] = {"every": config.probe.every, "rows": content_hash(chunk.probes)}
     if spec.span:
         found["span"] = spec.span

@@ -1,8 +1,9 @@
 """How fast a step was, in tokens per second and as a share of the device's peak."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from sdpo import distributed
@@ -10,7 +11,7 @@ from sdpo.config import Config, Settings
 from sdpo.model import hub
 from sdpo.store import Artifact
 
-# Dense bf16 peak, operations per second, by a part of the device's name (the makers' data sheets).
+# Dense bf16 peak in operations per second (the makers' data sheets), by a part of the device's name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
@@ -22,16 +23,17 @@ class Pace(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """How fast a step was; None where that is not known."""
+    """How fast a step was; None if that is not known."""
 
     tokens_per_second: float | None = None  # in its updates
-    utilisation: float | None = None  # useful operations, those of the reference pass included, as a share of the peak
+    utilisation: float | None = None  # useful operations of updates and reference passes, as a share of the peak
 
 
 def speed(config: Config, num_weights: int, trained: Pace, scored: Pace) -> Speed:
-    """That of a step from its updates and the reference passes that were made for it.
+    """The speed of a step from its updates (`trained`) and from the reference passes that were made for it (`scored`).
 
-    What is computed twice earns nothing; of a pass that another step had paid for, neither work nor time counts.
+    Recomputed activations do not count as useful operations. If an earlier step made a reference pass, neither the
+    operations nor the seconds of that pass count here.
     """
     operations = num_weights * (operations_per_weight(config.tune) * trained.tokens + 2 * scored.tokens)
     limit = peak(distributed.device(config.launch.device)) if config.precision == "bf16" else None
@@ -40,18 +42,21 @@ def speed(config: Config, num_weights: int, trained: Pace, scored: Pace) -> Spee
 
 
 def peak(device: torch.device) -> float | None:
-    """Operations per second that a GPU is sold with; None where it is not known."""
+    """The peak of a GPU in operations per second; None if it is not in PEAKS."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for part, flops in PEAKS.items() if part in name), None)
 
 
 def multiplied(start: Artifact, model: PreTrainedModel) -> int:
-    """The weights that a token is multiplied with: all but an embedding table that is not the head as well."""
-    table = model.get_input_embeddings()
+    """The number of weights that every token is multiplied with.
+
+    These are all weights but the embedding table, from which rows are only looked up, unless it is the head as well.
+    """
+    table = cast(nn.Embedding, model.get_input_embeddings())
     tied = table.weight is model.get_output_embeddings().weight
     return hub.count_weights(start.folder) - (0 if tied else table.num_embeddings * table.embedding_dim)
 
 
 def operations_per_weight(tune: Settings) -> int:
-    """Operations per token and weight of a forward and backward pass."""
+    """Operations per token and weight of a forward and backward pass; with adapters, frozen weights get no gradient."""
     return 4 if tune["name"] == "lora" else 6

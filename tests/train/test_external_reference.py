@@ -1,4 +1,4 @@
-"""External references read the same texts as the policy, whole, in their own tokens."""
+"""An external reference reads the same texts as the policy, untruncated and in its own tokens."""
 
 import pytest
 import toys
@@ -17,10 +17,10 @@ def test_the_reference_of_a_single_step_reads_its_own_tokens(toy, tmp_path):
     (foreign,) = inputs.runner.foreign.values()
     assert foreign.keys() == {*inputs.train.ids, *inputs.held_out.ids}
     ours = inputs.train.rows[0]
-    assert len(foreign[ours.id].prompt) > len(ours.prompt)  # alpaca's frame
+    assert len(foreign[ours.id].prompt) > len(ours.prompt)  # the alpaca template adds text
 
 
-def test_pairs_that_are_dropped_are_not_read(toy, tmp_path):
+def test_dropped_pairs_are_not_read(toy, tmp_path):
     _, inputs = toys.prepare(
         toy, tmp_path, "reference=external", f"reference.path={toy / 'model'}", "reference.template=plain",
         "data.max_tokens=40", "data.on_long=drop",
@@ -30,8 +30,8 @@ def test_pairs_that_are_dropped_are_not_read(toy, tmp_path):
     assert sum(source["dropped_long"] for source in inputs.report["tokens"]["train"]["sources"].values())
 
 
-def test_cut_responses_are_refused(toy, tmp_path):
-    with pytest.raises(UserError, match=r"pairs are cut by data.on_long=truncate_response, but .* set data.on_long="):
+def test_truncated_responses_are_refused(toy, tmp_path):
+    with pytest.raises(UserError, match=r"pairs are truncated by data.on_long=truncate_r\S+, but .* set data.on_long="):
         toys.prepare(
             toy, tmp_path, "reference=external", f"reference.path={toy / 'model'}", "reference.template=plain",
             "data.max_tokens=40", "data.on_long=truncate_response",

@@ -1,4 +1,4 @@
-"""lambda by hand, for DPO and for losses whose weight is another."""
+"""lambda worked by hand, for DPO and for other losses."""
 
 import math
 
@@ -28,9 +28,9 @@ def sigmoid(x):
 EXPECTED = {
     "dpo": ({}, [sigmoid(-1), sigmoid(1)]),  # -beta * margin is -1, 1
     "dpo, labels smoothed": ({"name": "dpo", "label_smoothing": 0.1}, [sigmoid(-1) - 0.1, sigmoid(1) - 0.1]),
-    "hinge": ({}, [0, 1]),  # beta * margin is 1 and -1: at the corner there is nothing left to do
-    "rpo": ({"alpha": 1.0}, [sigmoid(-1), sigmoid(1)]),  # the NLL pulls on the chosen response alone
-    "hypo": ({}, [sigmoid(-1), sigmoid(1)]),  # gamma_ref is positive, and so itself
+    "hinge": ({}, [0, 1]),  # beta * margin is 1 and -1: at the corner the slope is 0
+    "rpo": ({"alpha": 1.0}, [sigmoid(-1), sigmoid(1)]),  # the NLL term reads the chosen response only
+    "hypo": ({}, [sigmoid(-1), sigmoid(1)]),  # gamma_ref is positive, so it is not clipped
     "odpo": ({"alpha": 1.0}, [sigmoid(-1 + math.log(2)), sigmoid(1)]),  # rating gaps 2, 1
     "ipo": ({"over_tokens": "sum"}, [2 * (1 - 2) / BETA, 2 * (1 + 2) / BETA]),  # 1 / (2 beta) is 1
 }
