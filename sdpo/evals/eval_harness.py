@@ -1,7 +1,7 @@
 """Benchmarks by lm-eval's own task definitions, on the weights in memory.
 
-Shots and metrics of `h4` are those of the first Open LLM Leaderboard, which the sDPO paper reports. Import this file
-only where a benchmark runs: lm-eval takes seconds to load.
+`h4` has the shots and metrics of the first Open LLM Leaderboard, which the sDPO paper (2403.19270) reports. Import this
+file only to run a benchmark: lm-eval takes seconds to import.
 """
 
 import copy
@@ -32,7 +32,7 @@ from sdpo import distributed, stats
 from sdpo.errors import UserError
 from sdpo.stats import Interval, Measure, Measures
 
-Overrides = dict[str, Any]  # what is to differ from a task's definition
+Overrides = dict[str, Any]  # settings that replace those of a task's definition
 
 H4 = {  # task -> shots, metric
     "arc_challenge": (25, "acc_norm"),
@@ -56,11 +56,12 @@ def h4(
 ) -> Measures:
     """ARC-Challenge (25 shots), HellaSwag (10), MMLU (5), TruthfulQA MC2 (0), and their mean `h4`.
 
-    `local` is a folder with copies of the tasks' data; `limit` keeps so many items per task, of MMLU per subject.
-    Every rank holds the whole model and takes its share of the items. Raises UserError where a local copy is missing.
+    `local` is a folder with copies of the tasks' data. `limit` is the largest number of items per task, and for MMLU
+    per subject. Every rank has the whole model and takes a share of the items. Raises UserError if a local copy is
+    missing.
     """
     tasks = {name: {"num_fewshot": shots} for name, (shots, _) in H4.items()}
-    scores = _evaluate(Ranks(model, tokenizer, batch_size), tasks, _definitions(H4_FOLDERS), local, limit)
+    scores = _evaluate(DistributedHFLM(model, tokenizer, batch_size), tasks, _definitions(H4_FOLDERS), local, limit)
     measures = {f"h4/{name}": scores[name][metric] for name, (_, metric) in H4.items()}
     return {"h4": _mean(list(measures.values()))} | measures
 
@@ -75,22 +76,22 @@ def benchmark(
     batch_size: int = 16,
     limit: int | None = None,
 ) -> Measures:
-    """Any tasks and groups of lm-eval by name, with every metric of each as `task/metric`.
+    """Every metric of any tasks and groups of lm-eval, as `task/metric`.
 
-    `num_fewshot` replaces every task's own number of shots; the other options are those of `h4`. Raises UserError
-    for a name that lm-eval does not know.
+    `num_fewshot` replaces the number of shots of every task. The other options are those of `h4`. Raises UserError if
+    lm-eval does not know a name.
     """
     known = _definitions(ALL_FOLDERS)
     if unknown := set(tasks) - {*known.all_subtasks, *known.all_groups}:
         raise UserError(f"lm-eval has no task {', '.join(sorted(unknown))}; `lm_eval ls tasks` lists what it has")
     overrides = {} if num_fewshot is None else {"num_fewshot": num_fewshot}
-    lm = Ranks(model, tokenizer, batch_size)
+    lm = DistributedHFLM(model, tokenizer, batch_size)
     scores = _evaluate(lm, dict.fromkeys(tasks, overrides), known, local, limit)
     return {f"{task}/{metric}": measure for task in tasks for metric, measure in scores[task].items()}
 
 
 class Definitions(lm_eval.tasks.TaskManager):
-    """lm-eval's tasks and groups, each asked for with its overrides."""
+    """lm-eval's tasks and groups. A task is loaded by its name together with its overrides."""
 
     def _load_spec(self, spec: tuple[str, Overrides]):
         name, overrides = spec
@@ -98,7 +99,7 @@ class Definitions(lm_eval.tasks.TaskManager):
 
 
 class LocalTask(ConfigurableTask):
-    """A task of lm-eval, unchanged but that its rows come from local files."""
+    """A task of lm-eval whose rows come from local files; nothing else is changed."""
 
     def __init__(self, config: Overrides):
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
@@ -107,52 +108,54 @@ class LocalTask(ConfigurableTask):
         self.dataset = _local_splits(Path(dataset_kwargs["folder"]), self.config.task, self.DATASET_NAME)
 
 
-class Ranks(HFLM):
-    """lm-eval's Hugging Face model, held whole by every rank; the ranks share the requests out by item.
+class DistributedHFLM(HFLM):
+    """lm-eval's Hugging Face model. Every rank has the whole model; the requests are divided over the ranks by item.
 
-    lm-eval itself would share out the items, and so draw other shots with every number of ranks. It would also read
-    an item's shots and question anew for every choice; here what several continuations follow is read once.
+    lm-eval itself would divide the items before it draws their shots, so that the shots would depend on the number of
+    ranks. It would also compute the shots and question of an item again for every choice; here a context that several
+    continuations share is computed once.
+
     Shapes: N continuations of one context, R tokens, V vocabulary.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
-        super().__init__(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)  # it sets a pad token
+        super().__init__(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)  # HFLM sets its pad token
 
     def loglikelihood(self, requests: list[Instance], **options) -> list:
-        return _shared(super().loglikelihood, requests)
+        return _answer_divided(super().loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests: list[Instance], **options) -> list:
-        return _shared(super().loglikelihood_rolling, requests)
+        return _answer_divided(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list[Instance], **options) -> list:
-        return _shared(super().generate_until, requests)
+        return _answer_divided(super().generate_until, requests)
 
     def _loglikelihood_tokens(self, requests: list[tuple], **options) -> list[tuple[float, bool]]:
-        """Log-probability of every continuation, and whether it is the greedy one."""
-        groups: dict[tuple, list[int]] = defaultdict(list)
+        """The log-prob of every continuation, and whether it is the greedy one."""
+        by_context: dict[tuple, list[int]] = defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
-            kept = self.max_length + 1 - len(continuation)  # tokens of a context that is cut from the left
-            groups[tuple(context[-kept:])].append(i)
-        alone = [members[0] for members in groups.values() if len(members) == 1]
-        given = super()._loglikelihood_tokens([requests[i] for i in alone], **options)
-        answers = dict(zip(alone, given, strict=True))
-        for context, members in groups.items():
+            kept = self.max_length + 1 - len(continuation)  # a context that is too long is cut on the left
+            by_context[tuple(context[-kept:])].append(i)
+        single = [members[0] for members in by_context.values() if len(members) == 1]
+        scores = dict(zip(single, super()._loglikelihood_tokens([requests[i] for i in single], **options), strict=True))
+        for context, members in by_context.items():
             if len(members) > 1:
-                given = self._continuations(list(context), [requests[i][2] for i in members])
-                answers |= zip(members, given, strict=True)
-        return [answers[i] for i in range(len(requests))]
+                several = self._score_continuations(list(context), [requests[i][2] for i in members])
+                scores |= zip(members, several, strict=True)
+        return [scores[i] for i in range(len(requests))]
 
     @torch.no_grad()
-    def _continuations(self, context: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
+    def _score_continuations(self, context: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
+        """The same for several continuations of one context, which is computed once and kept in a cache."""
         tokens_NR = torch.tensor(list(zip_longest(*continuations, fillvalue=0)), device=self.device).T
         cache = DynamicCache(config=self.model.config)
-        known = signature(self.model.forward).parameters
-        reading = {"cache" if "cache" in known else "past_key_values": cache}  # renamed in transformers 5.24
-        logits_1RV = self.model(torch.tensor([context], device=self.device), logits_to_keep=1, **reading).logits
+        parameters = signature(self.model.forward).parameters
+        caching = {"cache" if "cache" in parameters else "past_key_values": cache}  # renamed in transformers 5.24
+        logits_1RV = self.model(torch.tensor([context], device=self.device), logits_to_keep=1, **caching).logits
         logits_NRV = logits_1RV.expand(len(continuations), -1, -1)
         if tokens_NR.shape[1] > 1:
             cache.batch_repeat_interleave(len(continuations))
-            logits_NRV = torch.cat([logits_NRV, self.model(tokens_NR[:, :-1], **reading).logits], dim=1)
+            logits_NRV = torch.cat([logits_NRV, self.model(tokens_NR[:, :-1], **caching).logits], dim=1)
         logps_NR = logits_NRV.log_softmax(dim=-1).gather(2, tokens_NR[:, :, None])[:, :, 0]
         greedy_NR = logits_NRV.argmax(dim=-1) == tokens_NR
         return [
@@ -161,13 +164,13 @@ class Ranks(HFLM):
         ]
 
 
-def _shared(answer: Callable[[list[Instance]], list], requests: list[Instance]) -> list:
-    """Every request's answer, in order, each given by one rank."""
+def _answer_divided(answer: Callable[[list[Instance]], list], requests: list[Instance]) -> list:
+    """The answers to all requests, in order and on every rank; each rank answers the requests of its own items."""
     ranks = range(distributed.world_size())
     shares = [[i for i, request in enumerate(requests) if request.doc_id % len(ranks) == rank] for rank in ranks]
     answers = distributed.gather(answer([requests[i] for i in shares[distributed.rank()]]))
-    by_index = {i: a for share, given in zip(shares, answers, strict=True) for i, a in zip(share, given, strict=True)}
-    return [by_index[i] for i in range(len(requests))]
+    by_request = {i: a for pair in zip(shares, answers, strict=True) for i, a in zip(*pair, strict=True)}
+    return [by_request[i] for i in range(len(requests))]
 
 
 @cache
@@ -177,19 +180,18 @@ def _definitions(folders: tuple[str, ...]) -> Definitions:
 
 
 def _evaluate(
-    lm: Ranks, tasks: dict[str, Overrides], definitions: Definitions, local: str | None, limit: int | None
+    lm: DistributedHFLM, tasks: dict[str, Overrides], definitions: Definitions, local: str | None, limit: int | None
 ) -> dict[str, Measures]:
     """Measures by task and metric, the same on every rank."""
-    place = {"class": LocalTask, "dataset_kwargs": {"folder": local}} if local else {}
-    quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())  # bars are for a terminal
-    with quiet:
+    data: Overrides = {"class": LocalTask, "dataset_kwargs": {"folder": local}} if local else {}
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # bars are for a terminal
         results = lm_eval.simple_evaluate(
             lm,
-            tasks=[(name, overrides | place) for name, overrides in tasks.items()],
+            tasks=[(name, overrides | data) for name, overrides in tasks.items()],
             task_manager=definitions,
             limit=limit,
             log_samples=False,
-            random_seed=None,  # these three seed the whole process; shots have their own seed
+            random_seed=None,  # these three would seed the whole process; shots have a seed of their own
             numpy_random_seed=None,
             torch_random_seed=None,
         )
@@ -199,7 +201,7 @@ def _evaluate(
 
 
 def _measures(name: str, results: dict) -> Measures:
-    """Every metric of a task: lm-eval's value, and the Student interval of its standard error."""
+    """Every metric of a task: lm-eval's value, with the Student interval from lm-eval's standard error."""
     found, measures = results["results"][name], {}
     for key, value in found.items():
         metric, _, filtering = key.partition(",")
@@ -216,7 +218,7 @@ def _measures(name: str, results: dict) -> Measures:
 
 
 def _mean(measures: list[Measure]) -> Measure:
-    """The mean of independent measures."""
+    """The mean of independent measures, with its interval."""
     value = sum(m["value"] for m in measures) / len(measures)
     halves = [nan if m["high"] is None else m["high"] - m["value"] for m in measures]
     half = sum(h**2 for h in halves) ** 0.5 / len(measures)
@@ -225,14 +227,14 @@ def _mean(measures: list[Measure]) -> Measure:
 
 
 def _local_splits(folder: Path, task: str, part: str | None) -> datasets.DatasetDict:
-    """A task's splits from the files `<name>.<split>.jsonl`, of the longest name that begins the task's own.
+    """A task's splits from the files `<name>.<split>.jsonl`; `name` is the longest that the task's name begins with.
 
-    Rows are as upstream has them. Where they name a `subject` (MMLU), those of the task's part are taken.
+    Rows are as in the original data set. If they have a `subject` (MMLU), only the rows of the task's part are taken.
     """
     names = {path.name.split(".")[0] for path in folder.glob("*.*.jsonl")}
     fitting = [name for name in names if task.startswith(name)]
     if not fitting:
-        raise UserError(f"{folder} has no local copy of {task}: {task}.<split>.jsonl, rows as upstream has them")
+        raise UserError(f"{folder} has no local copy of {task}: {task}.<split>.jsonl, rows as in the original data set")
     splits = {}
     for path in folder.glob(f"{max(fitting, key=len)}.*.jsonl"):
         rows = [row for row in _read(path) if row.get("subject", part) == part]

@@ -1,11 +1,10 @@
-"""What a run learns of S and of every M_t: measures, and statistics of each step's reference."""
+"""Evaluates S and every M_t: runs the suites, and computes statistics of each step's reference."""
 
 from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdpo import distributed
 from sdpo.binding import bind, inputs_of
 from sdpo.config import Config
 from sdpo.data.tokenize import response_lengths
@@ -19,7 +18,7 @@ from sdpo.train.step import Step
 
 REFERENCE_STATISTICS = (
     "gamma_ref_mean",  # mean reference margin of the chunk's pairs
-    "gamma_ref_negative_share",
+    "gamma_ref_negative_share",  # share of the chunk's pairs with a negative reference margin
     "lambda_mean",  # gradient weight of the chunk's probes at the step's end, and its spread
     "lambda_std",
     "reference_leverage",  # mean absolute change of the gradient weight if the reference were S
@@ -30,15 +29,15 @@ class Measured(NamedTuple):
     """A model and what was measured on it."""
 
     model: Artifact
-    step: Step | None  # that made it; None for S
+    step: Step | None  # the step that made it; None for S
     chunk: np.ndarray  # the training pairs of that step
     eval: Measures
-    answers: list[dict]  # what suites report besides numbers: answers, with how they were decoded
+    answers: list[dict]  # what suites reported besides measures: answers to prompts, and how they were decoded
     summary: dict[str, Any]  # the step's entry in summary.json, without its eval
 
 
 class Evaluator:
-    """Measures S and every M_t, and logs what happens to a run; `measured` holds M_0 .. M_t."""
+    """Measures S and every M_t, and logs steps and measures; `measured` holds M_0 .. M_t."""
 
     def __init__(self, inputs: Inputs, config: Config, recorder: Recorder | None):
         """`recorder` is None on all ranks but the first."""
@@ -53,7 +52,6 @@ class Evaluator:
 
     def add(self, step: Step, chunk: np.ndarray, seconds: float) -> None:
         """Log a step that was trained or found, and measure its model. `chunk` are its training pairs."""
-        measures, answers = self._measure(step.model, step.reference)
         curve = [entry["loss"] for entry in step.entries]
         summary = {
             "t": step.spec.t,
@@ -67,21 +65,22 @@ class Evaluator:
             "seconds": seconds,
         }
         self.log("step", step.spec.t, summary)
+        measures, answers = self._measure(step.model, step.reference)
         self._log_evaluation(step.spec.t, measures, answers)
         self.measured.append(Measured(step.model, step, chunk, measures, answers, summary))
 
     def log(self, kind: str, t: int, entry: dict[str, Any]) -> None:
-        """Record an entry of step t."""
-        if self.recorder and distributed.is_main():
+        """Write an entry of step t to metrics.jsonl; ranks without a recorder write nothing."""
+        if self.recorder:
             self.recorder.log({"kind": kind, "t": t} | entry)
 
     def _log_evaluation(self, t: int, measures: Measures, answers: list[dict]) -> None:
         self.log("eval", t, {"eval": measures})
-        for given in answers:
-            self.log("answers", t, given)
+        for entry in answers:
+            self.log("answers", t, entry)
 
     def _measure(self, model: Artifact, reference: Artifact | None) -> tuple[Measures, list[dict]]:
-        """Run every suite on one model; `reference` is its step's. Returns measures, and reported answers."""
+        """Run every suite on one model; `reference` is the reference of its step. Returns measures and answers."""
         runner, held_out, initial = self.inputs.runner, self.inputs.held_out, self.inputs.initial
         answers: list[dict] = []
         data = {
@@ -103,7 +102,7 @@ class Evaluator:
         return measures, answers
 
     def _reference_statistics(self, step: Step, chunk: np.ndarray) -> dict[str, float | None]:
-        """The statistics that the step has, in the order of REFERENCE_STATISTICS; None for others."""
+        """REFERENCE_STATISTICS of the step; those that it does not have are None."""
         values: list[float] = []
         if step.reference:
             gamma_ref_N = step.reference_N2[:, 0].astype(np.float64) - step.reference_N2[:, 1]
@@ -115,13 +114,13 @@ class Evaluator:
         return dict.fromkeys(REFERENCE_STATISTICS) | dict(known)
 
     def _gradient_weights(self, step: Step, chunk: np.ndarray) -> list[np.ndarray | None]:
-        """The gradient weights of the chunk's probes at the step's end, with its reference, and with S in its place."""
+        """Gradient weights of the chunk's probes at the step's end: against the step's reference, and against S."""
         probes = self.inputs.probes(chunk)
-        rows, where = self.inputs.train.take(probes).rows, np.flatnonzero(np.isin(chunk, probes))
-        where = where[np.argsort(chunk[where])]  # probes stand in the order of the training pairs
+        rows, positions = self.inputs.train.take(probes).rows, np.flatnonzero(np.isin(chunk, probes))
+        positions = positions[np.argsort(chunk[positions])]  # rows are in the order of the training pairs
         policy, initial = (self.inputs.runner.logprobs(model, rows) for model in (step.model, self.inputs.initial))
-        rest = {"lengths": response_lengths(rows), "ratings": step.spec.chunk.ratings_N2[where]}
-        references = (step.reference_N2[where], initial)
+        rest = {"lengths": response_lengths(rows), "ratings": step.spec.chunk.ratings_N2[positions]}
+        references = (step.reference_N2[positions], initial)
         return [
             gradient_weight.of_pairs(step.spec.loss, policy=policy, reference=reference, **rest)
             for reference in references

@@ -1,19 +1,20 @@
-"""Answers of a model to prompts, given once and kept; how far from S they were drawn; the formats of benchmarks.
+"""Answers of a model to prompts, how far from S they are, and the formats in which benchmarks read them.
 
 Shapes: B conversations, T tokens.
 """
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, cast
 
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sdpo import distributed
 from sdpo.console import progress
 from sdpo.data.prompts import Prompt
+from sdpo.data.schemas import Message, Turns
 from sdpo.data.templates import ChatFormat
 from sdpo.data.tokenize import prompt_ids
 from sdpo.errors import UserError
@@ -22,12 +23,23 @@ from sdpo.model.attention.interface import own_attention
 from sdpo.store import Artifact, key_of
 from sdpo.train.runner import Runner
 
-Answer = dict  # of one turn: text, prompt_ids, ids (the stop token included), ended (whether there is one)
 LIBRARIES = {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
+class Answer(TypedDict):
+    """A model's answer to one turn of a prompt."""
+
+    text: str
+    prompt_ids: list[int]  # of the whole conversation before the answer
+    ids: list[int]  # with the stop token
+    ended: bool  # whether there is a stop token
+
+
 class Decoding(NamedTuple):
-    """Nothing is cut off: temperature alone changes a model's probabilities. `batch_size` enters, as padding does."""
+    """How answers are generated. No probabilities are cut off (top-k, top-p); only the temperature changes them.
+
+    `batch_size` is part of it because padding changes the last digits.
+    """
 
     temperature: float  # 0: greedy
     max_new_tokens: int
@@ -35,15 +47,15 @@ class Decoding(NamedTuple):
     seed: int
 
 
-def give(model: Artifact, asked: list[Prompt], decoding: Decoding, runner: Runner) -> list[list[Answer]]:
-    """A model's answers to every turn of every prompt: found in the store, or generated, shared out over ranks.
+def answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: Runner) -> list[list[Answer]]:
+    """A model's answers to every turn of every prompt: from the store, or generated, divided over the ranks.
 
-    Raises UserError where a prompt and its answer are longer than the model can read.
+    Raises UserError if a prompt and its answer are longer than the model can read.
     """
     template = runner.config.data.template
     determinants = {
         "weights": model.key,
-        "prompts": asked,
+        "prompts": prompts,
         "template": template,
         "tokenizer": hub.fingerprint_tokenizer(runner.tokenizer),
         "decoding": decoding._asdict(),
@@ -52,56 +64,66 @@ def give(model: Artifact, asked: list[Prompt], decoding: Decoding, runner: Runne
     }
 
     def generate() -> list[list[Answer]]:
-        chat, turns, answers = ChatFormat(runner.tokenizer, template), [[] for _ in asked], [[] for _ in asked]
-        network = _alone(model, runner)
-        for turn in range(max(len(prompt.turns) for prompt in asked)):
-            going = [i for i, prompt in enumerate(asked) if turn < len(prompt.turns)]
-            for i in going:
-                turns[i].append({"role": "user", "content": asked[i].turns[turn]})
-            given = _generate(network, chat, prompt_ids(chat, [turns[i] for i in going]), decoding)
-            for i, answer in zip(going, given, strict=True):
-                turns[i].append({"role": "assistant", "content": answer["text"]})
-                answers[i].append(answer)
-        return answers
+        chat, network = ChatFormat(runner.tokenizer, template), _load_alone(model, runner)
+        conversations: list[Turns] = [() for _ in prompts]
+        answers_of: list[list[Answer]] = [[] for _ in prompts]
+        for turn in range(max(len(prompt.turns) for prompt in prompts)):
+            unfinished = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
+            for i in unfinished:
+                conversations[i] += (Message(role="user", content=prompts[i].turns[turn]),)
+            encoded = prompt_ids(chat, [conversations[i] for i in unfinished])
+            for i, answer in zip(unfinished, _generate(network, chat, encoded, decoding), strict=True):
+                conversations[i] += (Message(role="assistant", content=answer["text"]),)
+                answers_of[i].append(answer)
+        return answers_of
 
-    return runner.store.make_json("answers", determinants, generate)
+    return cast(list[list[Answer]], runner.store.make_json("answers", determinants, generate))
 
 
 def divergence(
-    model: Artifact, initial_model: Artifact, asked: list[Prompt], decoding: Decoding, runner: Runner
+    model: Artifact, initial_model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: Runner
 ) -> list[float]:
-    """KL(M_t, S) in nats per prompt: the exact next-token KL summed over the positions, EOS counted, of an answer
-    that the model gives at temperature 1; over all answers where there are several turns."""
-    drawn = decoding._replace(temperature=1.0)
-    answers = give(model, asked, drawn, runner)
+    """KL(M_t, S) in nats per prompt, on answers that the model gives at temperature 1.
+
+    It is the exact next-token KL summed over the positions of an answer, EOS counted. If a prompt has several turns,
+    its answers are added up.
+    """
+    sampled = answers(model, prompts, decoding._replace(temperature=1.0), runner)
     determinants = {
         "suite": "divergence",
         "weights": model.key,
         "initial": initial_model.key,
-        "answers": key_of("answers", {"answers": answers}),
+        "answers": key_of("answers", {"answers": sampled}),
         **runner.numerics.of_own_forward(),
         **LIBRARIES,
     }
 
     def compute() -> list[float]:
-        with own_attention(_alone(model, runner)) as here, own_attention(_alone(initial_model, runner)) as there:
-            mine = range(distributed.rank(), len(answers), distributed.world_size())
-            shares = distributed.gather({i: sum(_kl(here, there, answer) for answer in answers[i]) for i in mine})
+        policy, initial = (_load_alone(one, runner) for one in (model, initial_model))
+        own = range(distributed.rank(), len(sampled), distributed.world_size())
+        with own_attention(policy), own_attention(initial):
+            shares = distributed.gather({i: sum(_kl(policy, initial, answer) for answer in sampled[i]) for i in own})
         sums = {i: value for share in shares for i, value in share.items()}
-        return [sums[i] for i in range(len(answers))]
+        return [sums[i] for i in range(len(sampled))]
 
-    return runner.store.make_json("evaluation", determinants, compute)
+    return cast(list[float], runner.store.make_json("evaluation", determinants, compute))
+
+
+def transcripts(prompts: list[Prompt], answers_of: list[list[Answer]]) -> list[dict]:
+    """Each prompt as JSON, with the texts of its answers."""
+    texts = [[answer["text"] for answer in turns] for turns in answers_of]
+    return [prompt._asdict() | {"answers": text} for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def write_formats(folder: Path, name: str, answered: list[dict]) -> None:
-    """`<name>.alpaca_eval.json` (first turns) and `<name>.mt_bench.jsonl`, of what `told` says."""
+    """Write `transcripts` as `<name>.alpaca_eval.json` (first turns only) and as `<name>.mt_bench.jsonl`."""
     folder.mkdir(exist_ok=True)
     alpaca = [
         {"instruction": row["turns"][0], "output": row["answers"][0], "generator": name, "dataset": row["dataset"]}
         for row in answered
     ]
     (folder / f"{name}.alpaca_eval.json").write_text(json.dumps(alpaca, indent=1))
-    answers = [
+    mt_bench = [
         {
             "question_id": row["id"],
             "answer_id": f"{name}-{row['id']}",
@@ -110,56 +132,52 @@ def write_formats(folder: Path, name: str, answered: list[dict]) -> None:
         }
         for row in answered
     ]
-    (folder / f"{name}.mt_bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    (folder / f"{name}.mt_bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mt_bench))
 
 
-def told(asked: list[Prompt], answers: list[list[Answer]]) -> list[dict]:
-    """Prompts with the text of their answers."""
-    texts = [[answer["text"] for answer in turns] for turns in answers]
-    return [prompt._asdict() | {"answers": text} for prompt, text in zip(asked, texts, strict=True)]
-
-
-def _alone(model: Artifact, runner: Runner) -> PreTrainedModel:
-    """A copy on this rank's device, in the run's precision, while the workbench holds nothing."""
+def _load_alone(model: Artifact, runner: Runner) -> PreTrainedModel:
+    """The model on this rank's device in the run's precision; the runner's own model is unloaded before."""
     runner.release()
-    return hub.cast(runner.load_verified(model), runner.device, hub.DTYPES[runner.config.precision])
+    network = runner.load_verified(model)
+    hub.cast(network, runner.device, hub.DTYPES[runner.config.precision])
+    return network
 
 
 def _generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int]], decoding: Decoding) -> list[Answer]:
-    """An answer to every prompt. A batch's random numbers follow from the seed and its place, not from its rank."""
+    """An answer to every prompt. A batch's random numbers depend on the seed and its number, not on its rank."""
     longest = max(map(len, prompts)) + decoding.max_new_tokens
-    room = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    if room and longest > room:
+    context_length = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if context_length and longest > context_length:
         raise UserError(
-            f"the model reads {room} tokens, but the longest prompt and its answer may have {longest}; "
+            f"the model reads {context_length} tokens, but the longest prompt and its answer may have {longest}; "
             f"lower max_new_tokens={decoding.max_new_tokens} or shorten the prompt"
         )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[i : i + decoding.batch_size] for i in range(0, len(order), decoding.batch_size)]
     stops = [id for id in dict.fromkeys((chat.stop, chat.tokenizer.eos_token_id)) if id is not None]
-    network.generation_config = _settings(decoding, stops)  # a model's own may cut its probabilities off
-    answers: dict[int, Answer] = {}
+    network.generation_config = _generation_config(decoding, stops)  # the model's own may cut off probabilities
+    own: dict[int, Answer] = {}
     with (
         own_attention(network),
         torch.random.fork_rng(),
         progress(len(prompts), "answers", "prompts", quiet=not distributed.is_main()) as bar,
     ):
-        for place in range(distributed.rank(), len(batches), distributed.world_size()):
-            members = batches[place]
-            torch.manual_seed(decoding.seed * len(batches) + place)
+        for number in range(distributed.rank(), len(batches), distributed.world_size()):
+            members = batches[number]
+            torch.manual_seed(decoding.seed * len(batches) + number)
             for i, ids in zip(members, _continue(network, [prompts[i] for i in members], stops), strict=True):
                 ended = ids[-1] in stops
-                text = chat.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
-                answers[i] = {"text": text, "prompt_ids": prompts[i], "ids": ids, "ended": ended}
+                text = cast(str, chat.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
+                own[i] = {"text": text, "prompt_ids": prompts[i], "ids": ids, "ended": ended}
             bar.advance(len(members))
-    answers = {i: answer for share in distributed.gather(answers) for i, answer in share.items()}
-    return [answers[i] for i in range(len(prompts))]
+    by_prompt = {i: answer for share in distributed.gather(own) for i, answer in share.items()}
+    return [by_prompt[i] for i in range(len(prompts))]
 
 
-def _settings(decoding: Decoding, stops: list[int]) -> GenerationConfig:
-    drawn = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+def _generation_config(decoding: Decoding, stops: list[int]) -> GenerationConfig:
+    sampling_settings = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
-        **(drawn if decoding.temperature else {"do_sample": False}),
+        **(sampling_settings if decoding.temperature else {"do_sample": False}),
         max_new_tokens=decoding.max_new_tokens,
         eos_token_id=stops,
         pad_token_id=stops[0],
@@ -167,17 +185,19 @@ def _settings(decoding: Decoding, stops: list[int]) -> GenerationConfig:
 
 
 def _continue(network: PreTrainedModel, prompts: list[list[int]], stops: list[int]) -> list[list[int]]:
-    """What follows each prompt, up to and including its first stop token."""
+    """What the model writes after each prompt, up to and including the first stop token."""
     width = max(map(len, prompts))
     padded = [[stops[0]] * (width - len(ids)) + ids for ids in prompts]
-    seen = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-    tokens_BT, mask_BT = (torch.tensor(rows, device=network.device) for rows in (padded, seen))
-    responses = network.generate(tokens_BT, attention_mask=mask_BT)[:, width:].tolist()
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+    tokens_BT, mask_BT = (torch.tensor(rows, device=network.device) for rows in (padded, mask))
+    whole_BT = cast(GenerationMixin, network).generate(tokens_BT, attention_mask=mask_BT)
+    responses = whole_BT[:, width:].tolist()
     ends = [next((i + 1 for i, id in enumerate(ids) if id in stops), len(ids)) for ids in responses]
     return [ids[:end] for ids, end in zip(responses, ends, strict=True)]
 
 
-def _kl(here: PreTrainedModel, there: PreTrainedModel, answer: Answer) -> float:
-    prompt_1T, response_1T = (torch.tensor([answer[name]], device=here.device) for name in ("prompt_ids", "ids"))
+def _kl(policy: PreTrainedModel, initial: PreTrainedModel, answer: Answer) -> float:
+    ids = (answer["prompt_ids"], answer["ids"])
+    prompt_1T, response_1T = (torch.tensor([part], device=policy.device) for part in ids)
     whole = sampling.Answers(prompt_1T, response_1T, torch.ones_like(response_1T, dtype=torch.bool), [answer["text"]])
-    return sampling.kl(here, there, whole).item()
+    return sampling.kl(policy, initial, whole).item()

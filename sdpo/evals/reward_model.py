@@ -1,10 +1,10 @@
-"""Models from elsewhere that judge the training pairs: the model before fine-tuning, and reward models.
+"""Other models that score the training pairs: the model before fine-tuning, and reward models.
 
 Shape suffixes: N pairs; columns are the chosen and the rejected response; B sequences of one length, T tokens.
 """
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,9 +25,9 @@ from sdpo.types import TokenPair
 
 
 def base_logps(settings: Settings, rows: list[TokenPair], runner: Runner) -> np.ndarray:
-    """Summed log-probs [N, 2] of the same tokens under the model before fine-tuning, at `path`.
+    """Summed log-probs [N, 2] of the same tokens under the model before fine-tuning, which is at `path`.
 
-    UserError where its tokens are not those of the run's model.
+    Raises UserError if that model has another tokenizer than the run's model.
     """
     base = external(settings)
     theirs, ours = hub.load_tokenizer(base.folder).get_vocab(), runner.tokenizer.get_vocab()
@@ -35,7 +35,7 @@ def base_logps(settings: Settings, rows: list[TokenPair], runner: Runner) -> np.
     differ = sorted(token for token, id in ours.items() if id in ids and theirs.get(token) != id)
     if differ:
         raise UserError(
-            f"score.path: to {settings['path']} {differ[0]!r} is another token than to the run's model; "
+            f"score.path: in {settings['path']} {differ[0]!r} is another token than in the run's model; "
             "an implicit reward compares the same tokens: name the model that S was trained from"
         )
     return runner.logprobs(base, rows)
@@ -44,17 +44,18 @@ def base_logps(settings: Settings, rows: list[TokenPair], runner: Runner) -> np.
 def rewards(settings: Settings, pairs: list[Pair], runner: Runner) -> np.ndarray:
     """Rewards [N, 2] that the sequence classifier at `path` gives to whole conversations in its own tokens.
 
-    Kept in the store. UserError if it is no reward model, or cannot read that much.
+    They are kept in the store. Raises UserError if the model is not a reward model, or a conversation is too long for
+    it.
     """
     model = external(settings)
-    rows = _read(pairs, hub.load_tokenizer(model.folder), settings["template"])
+    rows = _encode(pairs, hub.load_tokenizer(model.folder), settings["template"])
 
     def compute() -> list:
         runner.release()
         sequences = [ids for row in rows for ids in (row.chosen, row.rejected)]
-        return _judge(_load(model, runner), sequences, runner).reshape(-1, 2).tolist()
+        return _classify(_load(model, runner), sequences, runner).reshape(-1, 2).tolist()
 
-    return np.array(runner.store.make_json("score", _decide(model, rows, runner), compute))
+    return np.array(runner.store.make_json("score", _determinants(model, rows, runner), compute))
 
 
 def has_base_logps(settings: Settings, rows: list[TokenPair], runner: Runner) -> bool:
@@ -65,20 +66,20 @@ def has_base_logps(settings: Settings, rows: list[TokenPair], runner: Runner) ->
 def has_rewards(settings: Settings, pairs: list[Pair], runner: Runner) -> bool:
     """Whether the store has what `rewards` reads."""
     model = external(settings)
-    rows = _read(pairs, hub.load_tokenizer(model.folder), settings["template"])
-    return runner.store.holds("score", _decide(model, rows, runner))
+    rows = _encode(pairs, hub.load_tokenizer(model.folder), settings["template"])
+    return runner.store.holds("score", _determinants(model, rows, runner))
 
 
-def _decide(model: Artifact, rows: list[TokenPair], runner: Runner) -> dict[str, Any]:
+def _determinants(model: Artifact, rows: list[TokenPair], runner: Runner) -> dict[str, Any]:
     return {"reward_model": model.key, "rows": content_hash(rows), **runner.numerics.of_own_forward()}
 
 
-def _read(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[TokenPair]:
-    """Both conversations of a pair as whole sequences, as the template ends them, with an empty prompt."""
+def _encode(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[TokenPair]:
+    """Both conversations of a pair as whole sequences, as the template ends them; the prompt is empty."""
     jinja = chat_template(tokenizer, template)
 
     def tokens(pair: Pair, answer: str) -> np.ndarray:
-        turns = [*pair.prompt, {"role": "assistant", "content": answer}]
+        turns = cast(list[dict[str, str]], [*pair.prompt, {"role": "assistant", "content": answer}])
         text = tokenizer.apply_chat_template(turns, chat_template=jinja, tokenize=False)
         # A tokenizer's own template writes its special tokens itself.
         return np.array(tokenizer(text, add_special_tokens=template is not None).input_ids, dtype=np.int32)
@@ -88,24 +89,27 @@ def _read(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, template: str |
 
 
 def _load(model: Artifact, runner: Runner) -> PreTrainedModel:
-    network, loading = AutoModelForSequenceClassification.from_pretrained(
+    network, report = AutoModelForSequenceClassification.from_pretrained(
         model.folder, dtype=hub.DTYPES[runner.config.precision], use_safetensors=True, output_loading_info=True
     )
-    if loading["missing_keys"]:
-        raise UserError(f"{model.folder} is no reward model: it has no {min(loading['missing_keys'])}")
+    if report["missing_keys"]:
+        raise UserError(f"{model.folder} is not a reward model: it has no {min(report['missing_keys'])}")
     if network.config.num_labels != 1:
-        raise UserError(f"{model.folder} has {network.config.num_labels} labels, a reward model has one")
+        raise UserError(f"{model.folder} has {network.config.num_labels} labels, but a reward model has one")
     return network.eval().to(runner.device)
 
 
-def _judge(network: PreTrainedModel, sequences: list[np.ndarray], runner: Runner) -> np.ndarray:
-    """The reward of every sequence, in batches of one length, so that nothing is padded; ranks divide them."""
-    text = network.config.get_text_config()
-    longest, room = max(map(len, sequences)), getattr(text, "max_position_embeddings", None)
-    if room and longest > room:
-        raise UserError(f"the reward model reads {room} tokens, but one conversation has {longest}")
-    if text.pad_token_id is None:
-        text.pad_token_id = -1  # no token is padding, but without one transformers refuses batches
+def _classify(network: PreTrainedModel, sequences: list[np.ndarray], runner: Runner) -> np.ndarray:
+    """The reward of every sequence. Batches hold sequences of one length, so that nothing is padded; ranks divide them.
+
+    Raises UserError if a sequence is longer than the model can read.
+    """
+    text_config = network.config.get_text_config()
+    longest, context_length = max(map(len, sequences)), getattr(text_config, "max_position_embeddings", None)
+    if context_length and longest > context_length:
+        raise UserError(f"the reward model reads {context_length} tokens, but one conversation has {longest}")
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = -1  # no token is padding, but transformers refuses batches if this is not set
     batches = _batches(sequences, runner.config.launch.tokens_per_pack)[distributed.rank() :: distributed.world_size()]
     rewards = torch.zeros(len(sequences), device=runner.device, dtype=network.dtype)
     with torch.no_grad(), progress(len(sequences), "rewards", "answers", quiet=not distributed.is_main()) as bar:
@@ -117,7 +121,7 @@ def _judge(network: PreTrainedModel, sequences: list[np.ndarray], runner: Runner
 
 
 def _batches(sequences: list[np.ndarray], budget: int) -> list[list[int]]:
-    """Indices of sequences of equal length, about `budget` tokens together."""
+    """Batches as indices of sequences of equal length, with at most `budget` tokens unless one sequence has more."""
     by_length = defaultdict(list)
     for i, ids in enumerate(sequences):
         by_length[len(ids)].append(i)

@@ -1,17 +1,18 @@
-"""What is measured on S and after every step: one function per suite, each a dictionary of named measures.
+"""Suites: what is measured on S and after every step. One function per suite; it returns measures by name.
 
-The positional parameters say what a suite reads. Log-probs are [N, 2] in nats: the chosen and the rejected response
-of N held-out pairs. `report` takes what a suite has besides numbers. Measures are those of sdpo.measures.
+The positional parameters of a suite name the data that it reads. Log-probs are [N, 2] in nats: the chosen and the
+rejected response of N held-out pairs. A suite calls `report` with what it has besides measures.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
-from sdpo.data import prompts
+from sdpo.data import prompts as prompt_files
 from sdpo.data.preferences import Pair
 from sdpo.evals import generation, reward_model
 from sdpo.evals.generation import LIBRARIES, Decoding
@@ -28,12 +29,13 @@ def preference(
     reference: np.ndarray | None,
     initial: np.ndarray | None,
     lengths: np.ndarray,
-    sources: list[str],
+    sources: np.ndarray,
 ) -> Measures:
-    """Held-out pairs: what the policy prefers, alone, against the step's reference and against S (one ruler).
+    """What the policy prefers on held-out pairs: alone, against the step's reference, and against S.
 
-    `reference` and `initial` are None where there is none: S has no reference and is not measured against itself.
-    `preference/shorter_accuracy` is the baseline that takes the shorter response (tokens [N, 2]) for the better one.
+    `reference` and `initial` are None for S itself, which has no reference and is not measured against itself.
+    `preference/shorter_accuracy` is a baseline: the accuracy of always preferring the response with fewer tokens
+    (`lengths` [N, 2]).
     """
     gamma = policy[:, 0] - policy[:, 1]
     ratio = None if initial is None else policy - initial
@@ -51,30 +53,31 @@ def preference(
         columns[f"reward_accuracy_{name}"] = None if margin is None else share_above(margin)
         columns[f"margin_{name}"] = margin
     measures = {f"preference/{name}": mean(values) for name, values in columns.items()}
-    names = np.array(sources)
     for source in dict.fromkeys(sources):
         for name in ("ranking_accuracy", "reward_accuracy_initial", "gamma", "shorter_accuracy"):
             values = columns[name]
-            measures[f"preference/{source}/{name}"] = mean(None if values is None else values[names == source])
+            measures[f"preference/{source}/{name}"] = mean(None if values is None else values[sources == source])
     return measures
 
 
 def lab(model: Artifact, initial_model: Artifact, exam: lab_exam.Exam | None, runner: Runner) -> Measures:
-    """The laboratory's exact gold reward, KL to S and multiple-choice accuracy, with the same noise for every model,
-    and of S the gold reward of its best of n; nothing on other data. Kept in the store by model, S and exam."""
+    """The laboratory's measures: exact gold reward, KL to S and multiple-choice accuracy; nothing on other data.
+
+    Every model gets the same random numbers. For S there is also the gold reward of the best of n answers.
+    """
     if exam is None:
         return {}
-    given, host = {"exam": asdict(exam), **LIBRARIES}, runner.load_verified
-    measures = runner.store.make_json(
-        "evaluation",
-        {"suite": "lab", "weights": model.key, "initial": initial_model.key} | given,
-        lambda: lab_measures.measure(host(model), host(initial_model), runner.tokenizer, exam, seed=0),
+    load, determinants = runner.load_verified, {"weights": model.key, "exam": asdict(exam), **LIBRARIES}
+    measures = _stored(
+        runner,
+        {"suite": "lab", "initial": initial_model.key, **determinants},
+        lambda: lab_measures.measure(load(model), load(initial_model), runner.tokenizer, exam, seed=0),
     )
     if model.key == initial_model.key:
-        measures |= runner.store.make_json(
-            "evaluation",
-            {"suite": "best_of_n", "weights": model.key} | given,
-            lambda: lab_measures.best_of_n(host(model), runner.tokenizer, exam, seed=0),
+        measures |= _stored(
+            runner,
+            {"suite": "best_of_n", **determinants},
+            lambda: lab_measures.best_of_n(load(model), runner.tokenizer, exam, seed=0),
         )
     return measures
 
@@ -91,16 +94,17 @@ def generate(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Measures:
-    """Answers to the prompts of a file, which are told, their lengths, and KL(M_t, S) on answers at temperature 1.
+    """Answers to the prompts of a file, which are reported; their lengths; and KL(M_t, S) on answers at temperature 1.
 
-    `generate/ended` is the share of answers that stop before `max_new_tokens`; the KL of longer ones is cut there.
+    `generate/ended` is the share of answers that stop before `max_new_tokens`. Longer answers, and their KL, are cut
+    off there.
     """
-    asked, decoding = prompts.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
-    given = generation.give(model, asked, decoding, runner)
-    report({"decoding": decoding._asdict(), "answers": generation.told(asked, given)})
-    flat = [answer for turns in given for answer in turns]
+    prompts, decoding = prompt_files.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
+    answers = generation.answers(model, prompts, decoding, runner)
+    report({"decoding": decoding._asdict(), "answers": generation.transcripts(prompts, answers)})
+    flat = [answer for turns in answers for answer in turns]
     return {
-        "generate/kl": mean(np.array(generation.divergence(model, initial_model, asked, decoding, runner))),
+        "generate/kl": mean(np.array(generation.divergence(model, initial_model, prompts, decoding, runner))),
         "generate/tokens": mean(np.array([len(answer["ids"]) for answer in flat])),
         "generate/ended": mean(np.array([answer["ended"] for answer in flat])),
     }
@@ -120,18 +124,22 @@ def win_rate(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Measures:
-    """How often the sequence classifier at `path` prefers the model's answer to that of S, as it is and at equal length
-    in characters (`sdpo.measures.length_controlled`); first turns alone. S itself has none."""
+    """How often the reward model at `path` prefers the model's answer to that of S; first turns only.
+
+    The win rate is given as it is, and as it would be at equal length in characters (`sdpo.stats.length_controlled`).
+    S itself has no win rate.
+    """
     names = ("", "/length_controlled", "/reward_gap", "/longer")
     if model.key == initial_model.key:
         return {f"win_rate{name}": mean(None) for name in names}
-    asked, decoding = prompts.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
-    texts = [
-        [turns[0]["text"] for turns in generation.give(m, asked, decoding, runner)] for m in (model, initial_model)
+    prompts, decoding = prompt_files.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
+    first_turns = [
+        [turns[0]["text"] for turns in generation.answers(one, prompts, decoding, runner)]
+        for one in (model, initial_model)
     ]
     pairs = [
         Pair(str(prompt.id), prompt.dataset, ({"role": "user", "content": prompt.turns[0]},), *both)
-        for prompt, *both in zip(asked, *texts, strict=True)
+        for prompt, *both in zip(prompts, *first_turns, strict=True)
     ]
     rewards_N2 = reward_model.rewards({"path": path, "revision": revision, "template": template}, pairs, runner)
     gap = rewards_N2[:, 0] - rewards_N2[:, 1]
@@ -143,11 +151,11 @@ def win_rate(
 def h4(
     model: Artifact, runner: Runner, *, local: str | None = None, batch_size: int = 8, limit: int | None = None
 ) -> Measures:
-    """ARC, HellaSwag, MMLU, TruthfulQA and their mean by lm-eval's own task definitions, with the leaderboard's shots.
+    """ARC, HellaSwag, MMLU, TruthfulQA and their mean: lm-eval's own tasks, with the leaderboard's shots.
 
-    `local` is a folder with copies of the data; `limit` takes only so many items a task.
+    `local` is a folder with copies of the data; `limit` is the largest number of items per task.
     """
-    return _benchmark(model, runner, {"suite": "h4", "local": local, "batch_size": batch_size, "limit": limit})
+    return _benchmark("h4", model, runner, local, batch_size=batch_size, limit=limit)
 
 
 def lm_eval(
@@ -160,29 +168,33 @@ def lm_eval(
     batch_size: int = 8,
     limit: int | None = None,
 ) -> Measures:
-    """Any tasks of lm-eval, by name."""
-    settings = {"tasks": tasks, "num_fewshot": num_fewshot, "local": local, "batch_size": batch_size, "limit": limit}
-    return _benchmark(model, runner, {"suite": "benchmark", **settings})
+    """Any tasks of lm-eval, by name; `num_fewshot` None is each task's own number. The rest is as in `h4`."""
+    options = {"tasks": tasks, "num_fewshot": num_fewshot, "batch_size": batch_size, "limit": limit}
+    return _benchmark("benchmark", model, runner, local, **options)
 
 
-def _benchmark(model: Artifact, runner: Runner, settings: dict) -> Measures:
-    """A suite of sdpo.benchmarks, kept in the store by model, settings, the local data's content and versions."""
-    from sdpo.evals import eval_harness  # lm-eval takes seconds to import
+def _benchmark(name: str, model: Artifact, runner: Runner, local: str | None, **options: Any) -> Measures:
+    """The measures of the function `name` of sdpo.evals.eval_harness, which takes `local` and the options."""
+    from sdpo.evals import eval_harness  # here, because lm-eval takes seconds to import
 
-    call = dict(settings)
-    suite = getattr(eval_harness, call.pop("suite"))
-    folder = Path(settings["local"]) if settings["local"] else None
-    data = hash_files(folder, folder.iterdir()) if folder else None
+    folder = Path(local) if local else None
     determinants = {
+        "suite": name,
         "weights": model.key,
         "tokenizer": hub.fingerprint_tokenizer(runner.tokenizer),
         "lm_eval": version("lm_eval"),
-        **settings,
-        "local": data,  # by content, wherever it lies
+        "local": hash_files(folder, folder.iterdir()) if folder else None,  # the content, wherever it is
+        **options,
     }
 
     def compute() -> Measures:
-        runner.release()  # the engine, which would stand beside it on the device
-        return suite(runner.load_verified(model).to(runner.device), runner.tokenizer, **call)
+        runner.release()  # the engine would take memory on the device
+        network = runner.load_verified(model).to(runner.device)
+        return getattr(eval_harness, name)(network, runner.tokenizer, local=local, **options)
 
-    return runner.store.make_json("evaluation", determinants, compute)
+    return _stored(runner, determinants, compute)
+
+
+def _stored(runner: Runner, determinants: dict[str, Any], compute: Callable[[], Measures]) -> Measures:
+    """Measures from the store, or computed and stored."""
+    return cast(Measures, runner.store.make_json("evaluation", determinants, compute))

@@ -1,4 +1,4 @@
-"""Benchmarks: lm-eval's own numbers, on local copies of the data, with the model in memory."""
+"""Benchmarks give lm-eval's own numbers, on local copies of the data, with the model in memory."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def stories(real_data):
 
 
 def command_line(real_data, task, shots, limit, place):
-    """What `lm_eval` prints for a task whose rows are read by `datasets`, from the same files."""
+    """The results of the `lm_eval` command for a task whose rows `datasets` reads from the same files."""
     definition, splits = SPLITS[task]
     files = {split: str(real_data / "eval" / f"{task}.{split}.jsonl") for split in splits}
     (place / "task.yaml").write_text(
@@ -53,7 +53,7 @@ def command_line(real_data, task, shots, limit, place):
 
 
 def best_ending(model, tokenizer, row, by_length):
-    """The ending of highest log-prob after its context, where `by_length` per character; one forward pass each."""
+    """The ending of highest log-prob (per character if `by_length`) after its context; one forward pass per ending."""
     context = tokenizer(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}").input_ids
     scores = []
     for ending in row["endings"]:
@@ -89,7 +89,7 @@ def test_scores_equal_those_of_naive_log_probs(monkeypatch, tmp_path, tokenizer)
         right = [best_ending(model, tokenizer, row, by_length) == int(row["label"]) for row in rows]
         assert values[metric] == sum(right) / 16
     assert values["acc"] != values["acc_norm"] and 0 not in values.values()
-    assert torch.equal(torch.get_rng_state(), state)  # a benchmark changes nothing of what is trained after it
+    assert torch.equal(torch.get_rng_state(), state)  # a benchmark does not change what is trained after it
 
 
 @pytest.mark.slow
@@ -106,18 +106,18 @@ def test_scores_equal_those_of_the_command_line(stories, real_data, task, tmp_pa
         assert measure["high"] == pytest.approx(measure["value"] + half, rel=1e-12)
 
 
-def test_scores_are_kept_by_model_tokenizer_and_data(toy, tmp_path, real_data):
+def test_stored_scores_depend_on_model_tokenizer_and_data(toy, tmp_path, real_data):
     _, inputs = toys.prepare(toy, tmp_path / "store")
     runner = inputs.runner
 
-    def num_kept(local):
+    def num_stored(local):
         suites.lm_eval(inputs.initial, runner, tasks=["arc_challenge"], num_fewshot=0, local=str(local), limit=2)
         return len(list((tmp_path / "store" / "evaluation").iterdir()))
 
-    assert num_kept(real_data / "eval") == 1
-    assert num_kept(shutil.copytree(real_data / "eval", tmp_path / "elsewhere")) == 1
+    assert num_stored(real_data / "eval") == 1
+    assert num_stored(shutil.copytree(real_data / "eval", tmp_path / "elsewhere")) == 1
     runner.tokenizer.bos_token = runner.tokenizer.eos_token
-    assert num_kept(real_data / "eval") == 2
+    assert num_stored(real_data / "eval") == 2
 
 
 def test_the_paper_s_columns_are_measures_of_h4():
@@ -142,14 +142,16 @@ RANK = """
 import json, sys
 from pathlib import Path
 import torch.distributed
-from sdpo import benchmarks, launch, models
+from sdpo import distributed
+from sdpo.evals import eval_harness
+from sdpo.model import hub
 
 torch.distributed.init_process_group("gloo")
 data = Path(sys.argv[1])
-benchmarks.H4, benchmarks.H4_FOLDERS = {"hellaswag": (1, "acc_norm")}, ("hellaswag",)
+eval_harness.H4, eval_harness.H4_FOLDERS = {"hellaswag": (1, "acc_norm")}, ("hellaswag",)
 folder = data / "model" / "stories260K"
-found = benchmarks.h4(models.load(folder), models.load_tokenizer(folder), local=str(data / "eval"), limit=21)
-Path(sys.argv[2], f"{launch.rank()}.json").write_text(json.dumps(found))
+found = eval_harness.h4(hub.load(folder), hub.load_tokenizer(folder), local=str(data / "eval"), limit=21)
+Path(sys.argv[2], f"{distributed.rank()}.json").write_text(json.dumps(found))
 """
 
 

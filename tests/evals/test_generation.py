@@ -1,4 +1,4 @@
-"""Answers to prompts: those of the model's own forward pass, exact KL, kept, and in the formats of benchmarks."""
+"""Answers to prompts: equal to one prompt at a time, with an exact KL, stored, and in the formats of benchmarks."""
 
 import json
 from types import SimpleNamespace
@@ -31,15 +31,15 @@ def made(toy, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "runner.jsonl"
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "questions.jsonl"
     path.write_text("\n".join(map(json.dumps, ROWS)))
     return prompts.read(str(path))
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    """A model other than S, by name."""
+    """A model other than S."""
     folder = tmp_path_factory.mktemp("other")
     random_model(seed=3).save_pretrained(folder)
     return Artifact(hub.fingerprint(folder), folder, reused=True)
@@ -53,11 +53,11 @@ def argmax_answer(model, prompt_ids, num_tokens, stop):
     return ids
 
 
-def test_greedy_answers_are_those_of_one_prompt_at_a_time(made, asked):
+def test_greedy_answers_are_those_of_one_prompt_at_a_time(made, questions):
     tokenizer, model = byte_tokenizer(), random_model()
-    given = generation.give(made.initial, asked, GREEDY, made.runner)
-    assert [len(turns) for turns in given] == [2, 1, 1]
-    for prompt, turns in zip(asked, given, strict=True):
+    found = generation.answers(made.initial, questions, GREEDY, made.runner)
+    assert [len(turns) for turns in found] == [2, 1, 1]
+    for prompt, turns in zip(questions, found, strict=True):
         text = prompt.turns[0]
         for question, answer in zip(prompt.turns, turns, strict=True):
             text = text if question == prompt.turns[0] else text + turns[0]["text"] + question
@@ -66,10 +66,10 @@ def test_greedy_answers_are_those_of_one_prompt_at_a_time(made, asked):
 
 
 @torch.no_grad()
-def test_divergence_is_exact_and_summed_over_positions(made, asked, other):
+def test_divergence_is_exact_and_summed_over_positions(made, questions, other):
     here, there = random_model(seed=3), random_model()
-    found = generation.divergence(other, made.initial, asked, GREEDY, made.runner)
-    drawn = generation.give(other, asked, GREEDY._replace(temperature=1.0), made.runner)
+    found = generation.divergence(other, made.initial, questions, GREEDY, made.runner)
+    drawn = generation.answers(other, questions, GREEDY._replace(temperature=1.0), made.runner)
     for value, turns in zip(found, drawn, strict=True):
         total = 0.0
         for answer in turns:
@@ -78,7 +78,7 @@ def test_divergence_is_exact_and_summed_over_positions(made, asked, other):
                 p, q = (m(ids).logits[0, -1].double().log_softmax(0) for m in (here, there))
                 total += (p.exp() * (p - q)).sum().item()
         assert value == pytest.approx(total, rel=1e-4) and value > 0.01
-    assert generation.divergence(made.initial, made.initial, asked, GREEDY, made.runner) == [0.0] * 3
+    assert generation.divergence(made.initial, made.initial, questions, GREEDY, made.runner) == [0.0] * 3
 
 
 def test_prompts_are_padded_on_the_left_and_answers_end_with_their_first_stop_token():
@@ -93,29 +93,29 @@ def test_prompts_are_padded_on_the_left_and_answers_end_with_their_first_stop_to
     assert seen == {"tokens": [[2, 3], [1, 3]], "mask": [[0, 1], [1, 1]]}
 
 
-def test_answers_are_given_once_and_anew_for_other_settings(made, asked, monkeypatch):
+def test_answers_are_generated_once_and_again_for_other_settings(made, questions, monkeypatch):
     warm = GREEDY._replace(temperature=1.0, seed=5)
-    first = generation.give(made.initial, asked, warm, made.runner)
-    assert first != generation.give(made.initial, asked, warm._replace(seed=6), made.runner)
+    first = generation.answers(made.initial, questions, warm, made.runner)
+    assert first != generation.answers(made.initial, questions, warm._replace(seed=6), made.runner)
     monkeypatch.setattr(generation, "_generate", lambda *_: pytest.fail("generated again"))
-    assert generation.give(made.initial, asked, warm, made.runner) == first
+    assert generation.answers(made.initial, questions, warm, made.runner) == first
     with pytest.raises(pytest.fail.Exception, match="again"):
-        generation.give(made.initial, asked[:2], warm, made.runner)
+        generation.answers(made.initial, questions[:2], warm, made.runner)
 
 
-def test_a_prompt_without_room_for_its_answer_is_refused(made, asked):
+def test_a_prompt_that_leaves_too_few_tokens_for_its_answer_is_refused(made, questions):
     with pytest.raises(UserError, match="reads 512 tokens, but the longest prompt and its answer may have 52"):
-        generation.give(made.initial, asked, GREEDY._replace(max_new_tokens=500), made.runner)
+        generation.answers(made.initial, questions, GREEDY._replace(max_new_tokens=500), made.runner)
 
 
-def test_formats_of_alpaca_eval_and_mt_bench(tmp_path, asked):
-    texts = [[{"text": f"{prompt.id}/{turn}"} for turn in range(len(prompt.turns))] for prompt in asked]
-    generation.write_formats(tmp_path, "run-M_1", generation.told(asked, texts))
+def test_formats_of_alpaca_eval_and_mt_bench(tmp_path, questions):
+    texts = [[{"text": f"{prompt.id}/{turn}"} for turn in range(len(prompt.turns))] for prompt in questions]
+    generation.write_formats(tmp_path, "run-M_1", generation.transcripts(questions, texts))
     rows = [json.loads(line) for line in (tmp_path / "run-M_1.mt_bench.jsonl").read_text().splitlines()]
     assert [row["question_id"] for row in rows] == [81, 82, 83] and {row["model_id"] for row in rows} == {"run-M_1"}
     assert rows[0]["choices"] == [{"index": 0, "turns": ["81/0", "81/1"]}]
     (first, *_) = json.loads((tmp_path / "run-M_1.alpaca_eval.json").read_text())
-    assert first == {"instruction": "abc", "output": "81/0", "generator": "run-M_1", "dataset": "runner"}
+    assert first == {"instruction": "abc", "output": "81/0", "generator": "run-M_1", "dataset": "questions"}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_bad_prompt_file_is_one_sentence(tmp_path, content, sentence):
         prompts.read(str(tmp_path / "bad.jsonl"))
 
 
-def test_a_run_tells_its_answers(run, tmp_path):
+def test_a_run_reports_its_answers(run, tmp_path):
     (tmp_path / "ask.txt").write_text("abc\nde\n")
     judge = reward_model(tmp_path / "judge", "{% for turn in messages %}{{ turn['content'] }}{% endfor %}</s>")
     settings = [f"{key}.file={tmp_path / 'ask.txt'}" for key in ("evaluate.generate", "evaluate.win_rate")]
@@ -164,18 +164,18 @@ def test_a_run_tells_its_answers(run, tmp_path):
     assert start["win_rate"]["value"] is None and end["win_rate"]["value"] in (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def test_win_rate_counts_what_the_reward_model_prefers(made, asked, other, tmp_path, monkeypatch):
+def test_win_rate_counts_what_the_reward_model_prefers(made, questions, other, tmp_path, monkeypatch):
     path = tmp_path / "ask.jsonl"
     path.write_text("\n".join(map(json.dumps, ROWS)))
     rewards_N2 = np.array([[2.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
-    asked_of = []
-    monkeypatch.setattr(judge, "rewards", lambda settings, pairs, runner: asked_of.extend(pairs) or rewards_N2)
+    judged = []
+    monkeypatch.setattr(judge, "rewards", lambda settings, pairs, runner: judged.extend(pairs) or rewards_N2)
     settings = {"file": str(path), "path": "rm", "max_new_tokens": 6, "batch_size": 2}
     found = suites.win_rate(other, made.initial, made.runner, **settings)
     assert found["win_rate"]["value"] == 0.5 and found["win_rate/reward_gap"]["value"] == 0.0
-    ours, theirs = (generation.give(model, asked, GREEDY, made.runner) for model in (other, made.initial))
+    ours, theirs = (generation.answers(model, questions, GREEDY, made.runner) for model in (other, made.initial))
     expected = [(a[0]["text"], b[0]["text"]) for a, b in zip(ours, theirs, strict=True)]
-    assert [(pair.chosen, pair.rejected) for pair in asked_of] == expected
+    assert [(pair.chosen, pair.rejected) for pair in judged] == expected
     longer = np.mean([len(a) - len(b) for a, b in expected])
     assert found["win_rate/longer"]["value"] == longer
     of_initial = suites.win_rate(made.initial, made.initial, made.runner, **settings)

@@ -1,4 +1,4 @@
-"""Reward models and base models as judges, against the obvious way to ask them."""
+"""Reward models and base models, against running them on one sequence at a time."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification
 
 from sdpo.curriculum import score_inputs
 from sdpo.errors import UserError
-from sdpo.evals import reward_model as judging
+from sdpo.evals import reward_model as judge
 from sdpo.model.logprobs import naive_logprobs
 from sdpo.variants import score as scores
 
@@ -22,16 +22,16 @@ def made(toy, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory):
+def classifier(tmp_path_factory):
     return reward_model(tmp_path_factory.mktemp("rewards"), CHAT)
 
 
-def test_rewards_are_those_of_one_conversation_at_a_time(made, judge):
+def test_rewards_are_those_of_one_conversation_at_a_time(made, classifier):
     _, inputs = made
     pairs = inputs.train.pairs[:9]
-    settings = {"path": str(judge), "revision": None, "template": None}
-    rewards = judging.rewards(settings, pairs, inputs.runner)
-    network, tokenizer = AutoModelForSequenceClassification.from_pretrained(judge), byte_tokenizer()
+    settings = {"path": str(classifier), "revision": None, "template": None}
+    rewards = judge.rewards(settings, pairs, inputs.runner)
+    network, tokenizer = AutoModelForSequenceClassification.from_pretrained(classifier), byte_tokenizer()
     for pair, ours in zip(pairs, rewards, strict=True):
         for answer, reward in zip((pair.chosen, pair.rejected), ours, strict=True):
             text = f"<s>user: {pair.prompt[0]['content']}</s><s>assistant: {answer}</s>"
@@ -41,25 +41,25 @@ def test_rewards_are_those_of_one_conversation_at_a_time(made, judge):
     assert np.ptp(rewards) > 1e-3
 
 
-def test_rewards_are_kept(made, judge, monkeypatch):
+def test_rewards_are_stored(made, classifier, monkeypatch):
     _, inputs = made
     pairs = inputs.train.pairs[:5]
-    settings = {"path": str(judge), "revision": None, "template": "chatml"}
-    first = judging.rewards(settings, pairs, inputs.runner)
-    monkeypatch.setattr(judging, "_load", lambda *_: pytest.fail("run again"))
-    assert np.array_equal(judging.rewards(settings, pairs, inputs.runner), first)
+    settings = {"path": str(classifier), "revision": None, "template": "chatml"}
+    first = judge.rewards(settings, pairs, inputs.runner)
+    monkeypatch.setattr(judge, "_load", lambda *_: pytest.fail("run again"))
+    assert np.array_equal(judge.rewards(settings, pairs, inputs.runner), first)
 
 
-def test_a_language_model_is_no_reward_model(made, toy):
+def test_a_language_model_is_not_a_reward_model(made, toy):
     _, inputs = made
     settings = {"path": str(toy / "model"), "revision": None, "template": "plain"}
-    with pytest.raises(UserError, match="is no reward model: it has no score.weight"):
-        judging.rewards(settings, inputs.train.pairs[:2], inputs.runner)
+    with pytest.raises(UserError, match="is not a reward model: it has no score.weight"):
+        judge.rewards(settings, inputs.train.pairs[:2], inputs.runner)
 
 
 def test_batches_hold_equal_lengths_within_the_budget():
     sequences = [np.zeros(n) for n in (3, 5, 3, 3, 9)]
-    assert judging._batches(sequences, 6) == [[0, 2], [3], [1], [4]]
+    assert judge._batches(sequences, 6) == [[0, 2], [3], [1], [4]]
 
 
 def test_implicit_reward_reads_the_same_tokens_under_the_base(made, tmp_path):
@@ -68,7 +68,7 @@ def test_implicit_reward_reads_the_same_tokens_under_the_base(made, tmp_path):
     base.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     rows = inputs.train.rows[:6]
-    values = judging.base_logps({"path": str(tmp_path), "revision": None}, rows, inputs.runner)
+    values = judge.base_logps({"path": str(tmp_path), "revision": None}, rows, inputs.runner)
     with torch.no_grad():
         expected = [naive_logprobs(base, row) for row in rows]
     np.testing.assert_allclose(values, expected, rtol=1e-4)
@@ -80,11 +80,11 @@ def test_a_base_with_other_tokens_is_refused(made, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     text = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(text.replace('"a": ', '"other": '))
-    with pytest.raises(UserError, match="is another token than to the run's model"):
-        judging.base_logps({"path": str(tmp_path), "revision": None}, inputs.train.rows, inputs.runner)
+    with pytest.raises(UserError, match="is another token than in the run's model"):
+        judge.base_logps({"path": str(tmp_path), "revision": None}, inputs.train.rows, inputs.runner)
 
 
-def test_a_score_that_is_no_number_names_its_pair(made):
+def test_a_score_that_is_not_finite_names_its_pair(made):
     settings, inputs = made
 
     def broken(lengths):
