@@ -1,1 +1,0 @@
-"""From run folders to tables, figures and report pages; reads what runs wrote and changes nothing."""
