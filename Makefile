@@ -1,4 +1,4 @@
-# `make demo` runs the main job, `make test` passes the tests; both set up what they need, once.
+# `make demo` runs the demo, `make test` checks lint, types and tests. Both install what they need, once.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -15,6 +15,7 @@ test-all: lint
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
