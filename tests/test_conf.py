@@ -22,7 +22,7 @@ from sdpo.run import folder as run_folder
 
 CONF = str(CHECKOUT / "conf")
 REAL = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]
-ROOMS = {
+MODULES = {
     "split": "variants.split",
     "score": "variants.score",
     "reference": "variants.reference",
@@ -85,11 +85,16 @@ def test_every_run_of_every_experiment_composes_and_binds(experiment):
     assert {arm for pair in contrasts.values() for arm in pair} <= set(run_folder.labels(asked)) and len(contrasts) <= 8
 
 
-@pytest.mark.parametrize("axis", ROOMS)
+def test_an_arm_is_known_by_its_name_without_its_folder():
+    names = [option.rpartition("/")[2] for option in help.options("arm")]
+    assert len(set(names)) == len(names) > 0
+
+
+@pytest.mark.parametrize("axis", MODULES)
 def test_every_variant_has_a_file_with_its_keywords(axis):
-    room = importlib.import_module(f"sdpo.{ROOMS[axis]}")
-    assert sorted(variants(room)) == help.options(axis)
-    for name, function in variants(room).items():
+    module = importlib.import_module(f"sdpo.{MODULES[axis]}")
+    assert sorted(variants(module)) == help.options(axis)
+    for name, function in variants(module).items():
         written = OmegaConf.load(CHECKOUT / "conf" / axis / f"{name}.yaml")
         written = written[name] if axis == "evaluate" else written
         keywords = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}

@@ -1,4 +1,4 @@
-"""The README's `python -m` commands, run on a sweep and a real run where it says they lie (others: test_conf.py)."""
+"""The README's `python -m` commands, run on a sweep and a real run (others: test_conf.py), and what texts name."""
 
 import importlib
 import re
@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import CHECKOUT
 from runs import make_sweep
 
-README = (CHECKOUT / "README.md").read_text()
+from sdpo.run import model_card
+
+README, CONTRIBUTING = ((CHECKOUT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+CODE = ("sdpo", "analysis", "hydra_plugins")
 
 
 def commands():
@@ -56,3 +60,28 @@ def test_the_benchmark_s_command_is_understood(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         importlib.import_module(f"{command[0]}.__main__").main([*command[1:], "--help"])
     assert "ultrafeedback" in capsys.readouterr().out
+
+
+def test_the_tree_of_contributing_names_every_file_of_the_code():
+    listed, folders = [], []
+    for line in CONTRIBUTING.split("```")[1].strip().splitlines():
+        name, _, phrase = line.strip().partition(" ")
+        folders[(len(line) - len(line.lstrip())) // 2 :] = [name]
+        if not name.endswith("/"):
+            assert phrase.strip(), name
+            listed.append("".join(folders))
+    files = [file for folder in CODE for file in (CHECKOUT / folder).rglob("*.py") if file.name != "__init__.py"]
+    assert sorted(listed) == sorted(["train.py", *(str(file.relative_to(CHECKOUT)) for file in files)])
+
+
+def test_every_file_that_a_text_names_exists():
+    texts = [README, CONTRIBUTING, *(file.read_text() for file in (CHECKOUT / "conf").rglob("*.yaml"))]
+    named = {name for text in texts for name in re.findall(r"\b(?:sdpo|analysis|tests)/[\w/]+\.\w+", text)}
+    assert len(named) > 20 and {name for name in named if not (CHECKOUT / name).is_file()} == set()
+
+
+def test_the_paper_s_authors_are_cited_alike():
+    paper = yaml.safe_load((CHECKOUT / "CITATION.cff").read_text())["preferred-citation"]
+    authors = " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"])
+    card = " ".join(model_card.CITATION.split())
+    assert authors in card and f"{paper['start']}--{paper['end']}" in card
