@@ -113,6 +113,7 @@ class Data:
     source_from: str = one_of("file", "row")
     on_bad_row: str = one_of("error", "skip")
     template: str | None = one_of(*TEMPLATES)
+    template_date: str = "2024-07-26"  # ISO: the day on which templates that read the clock are rendered
     max_tokens: int = at_least(2, 1024)
     on_long: str = one_of("error", "drop", "truncate_prompt", "truncate_response")
     seed: int = at_least(0, 0)  # of the held-out share and the laboratory's pairs

@@ -44,7 +44,7 @@ def export_pairs(run: Path, t: int, file: Path) -> Path:
     that its loss read). A DPOTrainer with this data set uses the log-probs after `trainer.precompute_ref_logps = True`
     (TRL 1.16). Raises UserError if the step had more or fewer references than one, and if the run's pairs have changed.
     """
-    from sdpo.data.templates import ChatFormat
+    from sdpo.data.chat_format import ChatFormat
     from sdpo.data.tokenize import content_hash
     from sdpo.train.setup import prepare
 
@@ -61,8 +61,8 @@ def export_pairs(run: Path, t: int, file: Path) -> Path:
         raise UserError(
             f"the pairs of {run} have changed since step {t} was trained; restore the files that its config.yaml names"
         )
-    chat = ChatFormat(inputs.runner.tokenizer, config.data.template)
-    texts = pd.DataFrame(map(chat.texts, chunk.pairs))
+    chat = ChatFormat(inputs.runner.tokenizer, config.data.template, config.data.template_date)
+    texts = pd.DataFrame(map(chat.texts, chunk.pairs))[["prompt", "chosen", "rejected"]]
     ids = pd.DataFrame(chunk.rows)[["prompt", "chosen", "rejected"]].add_suffix("_ids")
     logps = reference[["chosen", "rejected"]].add_prefix("ref_").add_suffix("_logps")
     pd.concat([reference["id"], texts, ids, logps], axis=1).to_parquet(file, index=False)

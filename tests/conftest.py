@@ -47,6 +47,15 @@ def real_data():
     return REAL_DATA
 
 
+@pytest.fixture(scope="session")
+def real_model():
+    """The folder of SmolLM2-135M-Instruct, a chat model whose BOS token also opens every turn."""
+    folder = os.environ.get("SDPO_REAL_MODEL")
+    if not folder:
+        pytest.skip("no real chat model; set SDPO_REAL_MODEL to the folder of SmolLM2-135M-Instruct")
+    return Path(folder)
+
+
 def byte_tokenizer():
     """A byte-level tokenizer (pad 0, bos 1, eos 2, then the 256 bytes) that needs no download."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -189,11 +189,11 @@ config.yaml
     T data data.columns data.held_out data.held_out_share data.lab data.lab.num_demonstrations data.lab.num_held_out
     data.lab.num_items data.lab.num_prompts data.lab.num_samples data.lab.prompts data.lab.sources data.max_tokens
     data.name data.nominal data.on_bad_row data.on_long data.revisions data.seed data.source_from data.template
-    data.train deepspeed deepspeed.offload deepspeed.stage evaluate evaluate.generate evaluate.generate.batch_size
-    evaluate.generate.file evaluate.generate.max_new_tokens evaluate.generate.name evaluate.generate.seed
-    evaluate.generate.temperature evaluate.preference evaluate.preference.name launch launch.attention
-    launch.checkpoint_minutes launch.compile launch.device launch.ranks launch.recompute_activations launch.threads
-    launch.tokens_per_pack loss loss.beta loss.label_smoothing loss.name model model.lab model.lab.heads
+    data.template_date data.train deepspeed deepspeed.offload deepspeed.stage evaluate evaluate.generate
+    evaluate.generate.batch_size evaluate.generate.file evaluate.generate.max_new_tokens evaluate.generate.name
+    evaluate.generate.seed evaluate.generate.temperature evaluate.preference evaluate.preference.name launch
+    launch.attention launch.checkpoint_minutes launch.compile launch.device launch.ranks launch.recompute_activations
+    launch.threads launch.tokens_per_pack loss loss.beta loss.label_smoothing loss.name model model.lab model.lab.heads
     model.lab.layers model.lab.width model.lr model.name model.parameters model.path model.revision model.seed model.sft
     model.template model.trust_remote_code optim optim.betas optim.clip optim.epochs optim.lr optim.moments
     optim.pairs_per_update optim.schedule optim.schedule_over optim.warmup optim.weight_decay plan precision probe
@@ -226,20 +226,23 @@ data_report.json
     sources.held_out.*.rejected_chars sources.train sources.train.* sources.train.*.chosen_chars
     sources.train.*.chosen_longer sources.train.*.duplicates sources.train.*.pairs sources.train.*.prompt_chars
     sources.train.*.prompts sources.train.*.rated sources.train.*.rejected_chars tokens tokens.held_out
-    tokens.held_out.bos tokens.held_out.max_tokens tokens.held_out.on_long tokens.held_out.sources
-    tokens.held_out.sources.* tokens.held_out.sources.*.boundary_mismatches tokens.held_out.sources.*.chosen_tokens
+    tokens.held_out.bos tokens.held_out.max_tokens tokens.held_out.notes tokens.held_out.on_long tokens.held_out.sources
+    tokens.held_out.sources.* tokens.held_out.sources.*.answers_behind_prompt tokens.held_out.sources.*.answers_cut
+    tokens.held_out.sources.*.boundary_mismatches tokens.held_out.sources.*.chosen_tokens
     tokens.held_out.sources.*.dropped_empty tokens.held_out.sources.*.dropped_identical
-    tokens.held_out.sources.*.dropped_long tokens.held_out.sources.*.kept tokens.held_out.sources.*.long
-    tokens.held_out.sources.*.pairs tokens.held_out.sources.*.prompt_tokens tokens.held_out.sources.*.prompts_with_bos
-    tokens.held_out.sources.*.rejected_tokens tokens.held_out.sources.*.responses_with_stop
-    tokens.held_out.sources.*.specials_removed tokens.held_out.sources.*.truncated tokens.held_out.stop
-    tokens.held_out.template tokens.train tokens.train.bos tokens.train.max_tokens tokens.train.on_long
-    tokens.train.sources tokens.train.sources.* tokens.train.sources.*.boundary_mismatches
-    tokens.train.sources.*.chosen_tokens tokens.train.sources.*.dropped_empty tokens.train.sources.*.dropped_identical
-    tokens.train.sources.*.dropped_long tokens.train.sources.*.kept tokens.train.sources.*.long
-    tokens.train.sources.*.pairs tokens.train.sources.*.prompt_tokens tokens.train.sources.*.prompts_with_bos
-    tokens.train.sources.*.rejected_tokens tokens.train.sources.*.responses_with_stop
-    tokens.train.sources.*.specials_removed tokens.train.sources.*.truncated tokens.train.stop tokens.train.template
+    tokens.held_out.sources.*.dropped_long tokens.held_out.sources.*.dropped_template tokens.held_out.sources.*.kept
+    tokens.held_out.sources.*.long tokens.held_out.sources.*.pairs tokens.held_out.sources.*.prompt_tokens
+    tokens.held_out.sources.*.prompts_with_bos tokens.held_out.sources.*.rejected_tokens
+    tokens.held_out.sources.*.responses_with_stop tokens.held_out.sources.*.specials_removed
+    tokens.held_out.sources.*.truncated tokens.held_out.stop tokens.held_out.template tokens.held_out.template_date
+    tokens.train tokens.train.bos tokens.train.max_tokens tokens.train.notes tokens.train.on_long tokens.train.sources
+    tokens.train.sources.* tokens.train.sources.*.answers_behind_prompt tokens.train.sources.*.answers_cut
+    tokens.train.sources.*.boundary_mismatches tokens.train.sources.*.chosen_tokens tokens.train.sources.*.dropped_empty
+    tokens.train.sources.*.dropped_identical tokens.train.sources.*.dropped_long tokens.train.sources.*.dropped_template
+    tokens.train.sources.*.kept tokens.train.sources.*.long tokens.train.sources.*.pairs
+    tokens.train.sources.*.prompt_tokens tokens.train.sources.*.prompts_with_bos tokens.train.sources.*.rejected_tokens
+    tokens.train.sources.*.responses_with_stop tokens.train.sources.*.specials_removed tokens.train.sources.*.truncated
+    tokens.train.stop tokens.train.template tokens.train.template_date
 summary.json
     headline headline.n headline.name headline.value initial initial.eval initial.eval.* initial.eval.*.high
     initial.eval.*.low initial.eval.*.n initial.eval.*.value reused_steps seconds steps steps.eval steps.eval.*

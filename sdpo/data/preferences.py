@@ -87,7 +87,7 @@ def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], li
 def describe(pairs: list[Pair]) -> dict[str, dict[str, Any]]:
     """Per source: counts, repeated pairs, mean lengths in characters, how often chosen is longer."""
     sources, contents = defaultdict(list), set()
-    duplicates = Counter()
+    duplicates: Counter[str] = Counter()
     for pair in pairs:
         content = (prompt_key(pair.prompt), pair.chosen, pair.rejected)
         duplicates[pair.source] += content in contents
@@ -144,7 +144,8 @@ class _Intake:
         return pairs
 
     def _read_table(self, side: str, table: Table, reserved: Mapping[str, str]) -> list[Pair]:
-        pairs, dropped, layouts = [], [], Counter()
+        pairs, dropped = [], []
+        layouts: Counter[str] = Counter()
         for number, row in table.rows:
             try:
                 pair, layout = self._pair(table, number, row, reserved)
@@ -201,7 +202,7 @@ class _Intake:
         return f"{source}-{digest}" + (f"-{repeat}" if repeat > 1 else "")
 
     def _drop(self, name: str, number: int, bad: BadRow) -> dict[str, Any]:
-        field = self.settings.columns.get(bad.field, bad.field)
+        field = bad.field and self.settings.columns.get(bad.field, bad.field)
         problem = f"field '{field}' {bad.problem}" if field else bad.problem
         if self.settings.on_bad_row == "error":
             raise UserError(f"{name}, row {number}: {problem}; repair it or set data.on_bad_row=skip") from bad

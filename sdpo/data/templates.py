@@ -1,12 +1,17 @@
-"""Chat templates: pairs -> the text of the prompt and of each answer, and the token at which an answer stops."""
+"""Chat templates: how a tokenizer and a template write a conversation as text."""
 
-from typing import NamedTuple
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from os.path import commonprefix
+from types import MappingProxyType
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from sdpo.data.preferences import Pair
-from sdpo.data.schemas import Turns
+from sdpo.config import Data
+from sdpo.data.schemas import Message
 from sdpo.errors import UserError
 
 TEMPLATES = {
@@ -31,75 +36,139 @@ TEMPLATES = {
     ),
     "plain": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
 }
+REASONING = ("<think>", "</think>")  # part of an answer if the template reads or writes them
+MARK = re.compile(r"[<\[{].*[>\]}]", re.DOTALL)  # how the marks of templates look: <|im_end|>, </s>, [INST]
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+# What a Jinja template raises on messages that it does not expect.
+FAILURES = (TemplateError, LookupError, TypeError, ValueError, AttributeError)
+QUESTION = Message(role="user", content="What is asked here?")
+ANSWERS = ("First this.", "another, second!")  # without a common beginning or end
+NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
 
 
-class Texts(NamedTuple):
-    prompt: str  # with what invites the assistant to answer
-    chosen: str  # without the stop token and what follows it
-    rejected: str  # "" in a demonstration
+def chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None, tools: list | None = None) -> str:
+    """The Jinja text of a named template; for None of the tokenizer's own, which may have one more for tools.
 
-
-def chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
-    """The Jinja text of a named template, or of the tokenizer's own for None. Raises UserError."""
+    Raises UserError if there is no such template.
+    """
     names = ", ".join(TEMPLATES)
     if name is None and not tokenizer.chat_template:
         raise UserError(f"the tokenizer has no chat template; set data.template to one of {names}")
     if name is not None and name not in TEMPLATES:
         raise UserError(f"data.template={name} is none of {names}")
-    return tokenizer.get_chat_template() if name is None else TEMPLATES[name]
+    return tokenizer.get_chat_template(tools=tools) if name is None else TEMPLATES[name]
 
 
-class ChatFormat:
-    """How one tokenizer and template write conversations. Raises UserError for a template that cannot be used.
+class Writer:
+    """Writes conversations as text, and makes the marks in their words harmless first.
 
-    `bos` (id or None) begins a prompt if the text begins with it or `adds_bos` is set: a tokenizer's own template
-    writes BOS itself where the model wants one, the named ones leave it to the tokenizer. `stop` ends an answer.
+    `date` (ISO) is what templates are told to be the day on which they are rendered, so that the same conversation
+    has the same tokens tomorrow. `ending` is what the template writes behind a last answer. Raises UserError for a
+    template that does not exist or leaves words out, and for an invalid date.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, date: str = Data.template_date):
         self.tokenizer = tokenizer
-        self.template = chat_template(tokenizer, template)
-        self.bos = tokenizer.bos_token_id
-        self.adds_bos = template is not None and tokenizer("").input_ids[:1] == [self.bos]
-        self.stop, self.ending = self._find_ending()
-
-    def texts(self, pair: Pair) -> Texts:
-        """The pair written down. Raises UserError, naming the pair, where the template fails on it."""
+        self._named = template
+        source = chat_template(tokenizer, template)
         try:
-            prompt = self.prompt(pair.prompt)
-            answers = (self._answer(pair, prompt, answer) for answer in (pair.chosen, pair.rejected))
-            return Texts(prompt, *answers)
-        except (TemplateError, ValueError, UserError) as error:
-            raise UserError(f"pair {pair.id} of source {pair.source}: the chat template fails ({error})") from error
+            self._now = datetime.fromisoformat(date)
+        except ValueError as error:
+            raise UserError(f"data.template_date={date} is not a date; write it as {Data.template_date}") from error
+        first, second = (self._try_on_text(answer) for answer in ANSWERS)
+        self.ending = commonprefix([first[::-1], second[::-1]])[::-1]
+        self._set_marks(source, first)
 
-    def prompt(self, turns: Turns) -> str:
-        """A conversation in which the assistant is to speak next."""
-        return self._render(turns, invite=True)
+    def write(self, turns: Iterable[Mapping], invite: bool = False, inputs: Mapping[str, Any] = NO_INPUTS) -> str:
+        """The conversation as the template writes it, followed by the invitation to answer if `invite`.
 
-    def _answer(self, pair: Pair, prompt: str, answer: str) -> str:
-        if not answer:
-            return ""
-        text = self._render((*pair.prompt, {"role": "assistant", "content": answer}))
-        if not text.startswith(prompt) or not text.endswith(self.ending):
-            raise UserError("the prompt alone is not how the conversation begins; set data.template")
-        return text.removeprefix(prompt).removesuffix(self.ending)
+        `inputs` are what the template reads beside the turns: tools, and switches such as enable_thinking.
+        Raises UserError if the template fails.
+        """
+        try:
+            template = chat_template(self.tokenizer, self._named, inputs.get("tools"))
+            text = self.tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns],
+                chat_template=CLOCK.sub(self._stop_clock, template),
+                tokenize=False,
+                add_generation_prompt=invite,
+                **inputs,
+            )
+        except FAILURES as error:
+            raise UserError(f"the chat template fails ({error})") from error
+        return cast(str, text)
 
-    def _render(self, turns: Turns, invite: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(turns), chat_template=self.template, tokenize=False, add_generation_prompt=invite
-        )
+    def _stop_clock(self, reading: re.Match) -> str:
+        """What stands in the template instead of a reading of the clock: transformers takes no clock from outside."""
+        return repr(self._now.strftime(reading[2]))
 
-    def _find_ending(self) -> tuple[int, str]:
-        """The stop token, and the text from there on: the first special token after an answer, else EOS."""
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        _, found, ending = self._render(turns).rpartition("answer")
-        if not found:
-            raise UserError("the chat template leaves the assistant's answers out; set data.template")
-        special = {id: token.content for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        special.pop(self.tokenizer.unk_token_id, None)
-        for id in self.tokenizer(ending, add_special_tokens=False).input_ids:
-            if id in special:
-                return id, ending[ending.index(special[id]) :]
-        if self.tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no EOS token and its template ends an answer with no special token")
-        return self.tokenizer.eos_token_id, ending
+    def writes_system(self) -> bool:
+        """Whether the template writes a system turn."""
+        rules = "Rules, to be kept."
+        try:
+            return rules in self.write([Message(role="system", content=rules), QUESTION])
+        except UserError:
+            return False
+
+    def harmless(self, value: Any) -> tuple[Any, int]:
+        """Text, or lists and dictionaries of text, without special tokens, and how many were removed."""
+        if isinstance(value, str):
+            return self._without_marks(value)
+        if isinstance(value, Mapping):
+            inner, removed = self.harmless(list(value.values()))
+            return dict(zip(value, inner, strict=True)), removed
+        if isinstance(value, list | tuple):
+            parts = [self.harmless(part) for part in value]
+            return [part for part, _ in parts], sum(removed for _, removed in parts)
+        return value, 0
+
+    def _try_on_text(self, answer: str) -> str:
+        """A conversation of one turn. Raises UserError if the template leaves a part of it out."""
+        try:
+            text = self.write([QUESTION, Message(role="assistant", content=answer)])
+            if answer in text and QUESTION["content"] in text:
+                return text
+            problem = "the chat template leaves out what the user or the assistant says"
+        except UserError as error:
+            problem = str(error)
+        if self._reads_parts():
+            problem = "the chat template reads messages as lists of pictures and text, not as text"
+        raise UserError(f"{problem}; set data.template to one of {', '.join(TEMPLATES)}")
+
+    def _reads_parts(self) -> bool:
+        """Whether the template is one of a model that sees: it reads a message as a list of its parts."""
+        words = QUESTION["content"]
+        try:
+            text = self.write([{"role": "user", "content": [{"type": "text", "text": words}]}])
+        except UserError:
+            return False
+        return words in text and "'type'" not in text
+
+    def _set_marks(self, source: str, example: str) -> None:
+        """The marks are all special tokens, and the added tokens with which the template divides a conversation."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        dividing = {token.content for token in added if MARK.fullmatch(token.content) and token.content in example}
+        marks = (special | dividing) - {mark for mark in REASONING if mark in source}
+        self._marks = {mark for mark in marks if mark.strip()}
+        self._lengths = sorted({len(mark) for mark in self._marks}, reverse=True)
+        self._first = re.compile("|".join(re.escape(first) for first in {mark[0] for mark in self._marks}) or r"(?!)")
+
+    def _without_marks(self, text: str) -> tuple[str, int]:
+        """What is removed may leave another mark behind, <|im_<s>end|>, so this goes on until nothing is found."""
+        removed = 0
+        while spans := list(self._spans(text)):
+            removed += len(spans)
+            begins, ends = [*(begin for begin, _ in spans), None], [0, *(end for _, end in spans)]
+            text = "".join(text[end:begin] for end, begin in zip(ends, begins, strict=True))
+        return text, removed
+
+    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where marks stand in the text, the longest one at every place: begin and end."""
+        end = 0
+        for found in self._first.finditer(text):
+            begin = found.start()
+            length = next((n for n in self._lengths if text[begin : begin + n] in self._marks), 0)
+            if length and begin >= end:
+                end = begin + length
+                yield begin, end

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sdpo.config import Data
+from sdpo.data.chat_format import ChatFormat, Texts
 from sdpo.data.preferences import Pair
-from sdpo.data.schemas import Turns
-from sdpo.data.templates import ChatFormat
+from sdpo.data.schemas import BadRow, Turns
 from sdpo.errors import UserError
 from sdpo.types import TokenPair
 
@@ -19,9 +20,17 @@ Ids = list[int]
 ON_LONG = ("error", "drop", "truncate_prompt", "truncate_response")
 BATCH = 1000  # pairs tokenised at a time, because Python's lists of ids are large
 COUNTS = (
-    *("pairs", "kept", "long", "truncated", "dropped_long", "dropped_empty", "dropped_identical"),
-    *("boundary_mismatches", "specials_removed", "prompts_with_bos", "responses_with_stop"),
+    *("pairs", "kept", "long", "truncated", "dropped_long", "dropped_empty", "dropped_identical", "dropped_template"),
+    *("boundary_mismatches", "specials_removed", "answers_behind_prompt", "answers_cut"),
+    *("prompts_with_bos", "responses_with_stop"),
 )
+NOTES = {  # of what is worth saying to a person: the count, and what it counts
+    "answers_behind_prompt": (
+        "answers follow their prompt directly, because the template begins the whole conversation in another way"
+    ),
+    "answers_cut": "answers are trained without what the chat template leaves out of them",
+    "specials_removed": "special tokens were removed from the words of rows",
+}
 LENGTHS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
 
 
@@ -32,43 +41,52 @@ def encode(
     template: str | None,
     max_tokens: int,
     on_long: str,
+    template_date: str = Data.template_date,
+    on_bad_row: str = "error",
+    side: str = "train",
 ) -> tuple[dict[str, TokenPair], dict[str, Any]]:
     """Token ids by pair id, in the order of `pairs` less the dropped ones, and a report of counts per source.
 
-    Prompt ids are the prompt tokenised alone, the same for both responses. Response ids are what follows them in
-    the joint tokenisation; where that does not begin with the prompt's ids (a boundary mismatch, which is counted)
-    they are the response tokenised alone. `max_tokens` bounds prompt + chosen and prompt + rejected. Truncation
-    keeps the end of a prompt behind its BOS, or the beginning of a response, which then has no stop token: its
-    text goes on. A pair with nothing left of a prompt or response, or with equal responses, is dropped and counted.
+    Prompt ids are those of the prompt alone, the same for both responses. Response ids are what follows them in the
+    tokens of prompt and response together, up to the stop token. If these do not begin with the prompt's ids (a
+    boundary mismatch, which is counted), the response is tokenised alone. `max_tokens` bounds prompt + chosen and
+    prompt + rejected. Truncation keeps the end of a prompt behind its BOS, or the beginning of a response, which
+    then has no stop token: its text goes on. A pair is dropped and counted if a cut leaves nothing of a part, if the
+    responses are equal, or with `on_bad_row="skip"` if the template cannot write it.
 
-    Raises UserError for a template that is missing or fails, and for a pair over the limit if `on_long="error"`.
+    Raises UserError for a template that is missing or fails, for a pair that the template cannot write, and for a
+    pair over the limit if `on_long="error"`.
     """
     if on_long not in ON_LONG:
         raise UserError(f"data.on_long={on_long} is none of {', '.join(ON_LONG)}")
-    chat = ChatFormat(tokenizer, template)
+    chat = ChatFormat(tokenizer, template, template_date)
     rows: dict[str, TokenPair] = {}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for start in range(0, len(pairs), BATCH):
-        batch = pairs[start : start + BATCH]
-        for pair, row in zip(batch, _tokenise(batch, chat, counts), strict=True):
+        written = list(_write(pairs[start : start + BATCH], chat, on_bad_row, counts))
+        for (pair, _), row in zip(written, _tokenise(written, chat, counts), strict=True):
             tally = counts[pair.source]
+            kept: TokenPair | None = row
             if _num_tokens(row) > max_tokens:
                 tally["long"] += 1
-                row = _shorten(row, max_tokens, on_long, num_bos=int(chat.bos in row.prompt[:1]))
-                tally["truncated" if row else "dropped_long"] += 1
-            if row and (flaw := _flaw(row, demonstration=not pair.rejected)):
+                kept = _shorten(row, max_tokens, on_long, num_bos=int(chat.bos in row.prompt[:1]))
+                tally["truncated" if kept else "dropped_long"] += 1
+            if kept and (flaw := _flaw(kept, demonstration=not pair.rejected)):
                 tally[flaw] += 1
-            elif row:
-                rows[pair.id] = row
-                _receipt(row, chat, tally)
+            elif kept:
+                rows[pair.id] = kept
+                _receipt(kept, chat, tally)
+    whole = sum(counts.values(), Counter())
     if pairs and not rows:
-        raise UserError(f"no pair is left after tokenisation; raise data.max_tokens={max_tokens}")
+        raise UserError(_explain_none_left(whole, side, max_tokens))
     report = {
         "template": template or "tokenizer",
+        "template_date": template_date,
         "bos": tokenizer.bos_token,
         "stop": tokenizer.convert_ids_to_tokens(chat.stop),
         "max_tokens": max_tokens,
         "on_long": on_long,
+        "notes": [f"{whole[name]} {sentence}" for name, sentence in NOTES.items() if whole[name]],
         "sources": {source: _summary(tally) for source, tally in counts.items()},
     }
     return rows, report
@@ -76,8 +94,7 @@ def encode(
 
 def prompt_ids(chat: ChatFormat, conversations: list[Turns]) -> list[Ids]:
     """The ids of conversations in which the assistant is to speak next, as `encode` has a pair's prompt."""
-    texts = [chat.prompt(turns) for turns in conversations]
-    return [_with_bos(ids, chat, Counter()) for ids in _ids(chat, texts)]
+    return [_with_bos(ids, chat) for ids in _ids(chat, [chat.prompt(turns) for turns in conversations])]
 
 
 def response_lengths(rows: Iterable[TokenPair]) -> np.ndarray:
@@ -95,16 +112,36 @@ def content_hash(rows: Iterable[TokenPair]) -> str:
     return digest.hexdigest()
 
 
-def _tokenise(pairs: list[Pair], chat: ChatFormat, counts: dict[str, Counter[str]]) -> Iterator[TokenPair]:
-    texts = [chat.texts(pair) for pair in pairs]
+def _write(
+    pairs: list[Pair], chat: ChatFormat, on_bad_row: str, counts: dict[str, Counter[str]]
+) -> Iterator[tuple[Pair, Texts]]:
+    """The pairs that the template can write, with their texts."""
+    for pair in pairs:
+        tally = counts[pair.source]
+        tally["pairs"] += 1
+        try:
+            texts = chat.texts(pair)
+        except BadRow as bad:
+            if on_bad_row == "error":
+                raise UserError(
+                    f"pair {pair.id} of source {pair.source}: {bad}; repair it or set data.on_bad_row=skip"
+                ) from bad
+            tally[f"dropped_{bad.reason}"] += 1
+        else:
+            tally.update(texts.counts)
+            yield pair, texts
+
+
+def _tokenise(
+    written: list[tuple[Pair, Texts]], chat: ChatFormat, counts: dict[str, Counter[str]]
+) -> Iterator[TokenPair]:
+    texts = [texts for _, texts in written]
     prompts = _ids(chat, [text.prompt for text in texts])
     chosen = _responses(chat, prompts, [(text.prompt, text.chosen) for text in texts])
     rejected = _responses(chat, prompts, [(text.prompt, text.rejected) for text in texts])
-    for pair, prompt, *responses in zip(pairs, prompts, chosen, rejected, strict=True):
-        tally = counts[pair.source]
-        tally["pairs"] += 1
-        tally["boundary_mismatches"] += sum(mismatch for _, mismatch in responses)
-        row = _with_bos(prompt, chat, tally), *(_with_stop(ids, chat, tally) for ids, _ in responses)
+    for (pair, _), prompt, *responses in zip(written, prompts, chosen, rejected, strict=True):
+        counts[pair.source]["boundary_mismatches"] += sum(mismatch for _, mismatch in responses)
+        row = _with_bos(prompt, chat), *(ids for ids, _ in responses)
         yield TokenPair(pair.id, *(np.array(ids, dtype=np.int32) for ids in row))
 
 
@@ -115,36 +152,32 @@ def _ids(chat: ChatFormat, texts: list[str]) -> list[Ids]:
 
 
 def _responses(chat: ChatFormat, prompts: list[Ids], texts: list[tuple[str, str]]) -> list[tuple[Ids, bool]]:
-    """Each response's ids, and whether prompt and response tokenise differently together."""
-    joint = _ids(chat, [prompt + response for prompt, response in texts])
+    """Each response's ids with the stop token, and whether prompt and response tokenise differently together."""
+    ended = [(prompt, response and response + chat.stop_text) for prompt, response in texts]
+    joint = _ids(chat, [prompt + response for prompt, response in ended])
     mismatch = [ids[: len(prompt)] != prompt for prompt, ids in zip(prompts, joint, strict=True)]
-    alone = iter(_ids(chat, [texts[i][1] for i, differs in enumerate(mismatch) if differs]))
-    return [
-        (next(alone), True) if differs else (ids[len(prompt) :], False)
+    alone = iter(_ids(chat, [response for (_, response), differs in zip(ended, mismatch, strict=True) if differs]))
+    found = [
+        next(alone) if differs else ids[len(prompt) :]
         for prompt, ids, differs in zip(prompts, joint, mismatch, strict=True)
     ]
+    # If the template does not write the stop token, it stands in no text.
+    stop = [] if chat.stop_text else [chat.stop]
+    return [(ids and [*ids, *stop], differs) for ids, differs in zip(found, mismatch, strict=True)]
 
 
-def _with_bos(prompt: Ids, chat: ChatFormat, tally: Counter[str]) -> Ids:
-    """The prompt with BOS first, where there is one, and nowhere else (unless BOS also ends turns, as GPT-2's)."""
-    if chat.adds_bos and prompt[:1] != [chat.bos]:
-        prompt = [chat.bos, *prompt]
-    strays = {chat.bos} - {chat.stop, chat.tokenizer.eos_token_id}
-    return prompt[:1] + _without(prompt[1:], strays, tally)
+def _with_bos(prompt: Ids, chat: ChatFormat) -> Ids:
+    """The prompt, with BOS first if the tokenizer adds it to a named template."""
+    return [chat.bos, *prompt] if chat.adds_bos and prompt[:1] != [chat.bos] else prompt
 
 
-def _with_stop(response: Ids, chat: ChatFormat, tally: Counter[str]) -> Ids:
-    """The response with one stop token, at its end; one that says nothing stays, or becomes, empty."""
-    response = _without(response, {chat.bos, chat.stop, chat.tokenizer.eos_token_id}, tally)
-    return response and [*response, chat.stop]
-
-
-def _without(ids: Ids, strays: set[int | None], tally: Counter[str]) -> Ids:
-    if strays.isdisjoint(ids):
-        return ids
-    kept = [id for id in ids if id not in strays]
-    tally["specials_removed"] += len(ids) - len(kept)
-    return kept
+def _explain_none_left(counts: Counter[str], side: str, max_tokens: int) -> str:
+    reasons = [f"{n} {name.removeprefix('dropped_')}" for name, n in counts.items() if n and name.startswith("dropped")]
+    advice = (
+        f"raise data.max_tokens={max_tokens}" if counts["dropped_long"] else "repair the rows, or set data.template"
+    )
+    named = {"train": "training", "held_out": "held-out"}[side]
+    return f"no {named} pair of {counts['pairs']} is left after tokenisation ({', '.join(reasons)}); {advice}"
 
 
 def _num_tokens(row: TokenPair) -> int:

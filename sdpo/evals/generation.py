@@ -13,9 +13,9 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sdpo import distributed
 from sdpo.console import progress
+from sdpo.data.chat_format import ChatFormat
 from sdpo.data.prompts import Prompt
 from sdpo.data.schemas import Message, Turns
-from sdpo.data.templates import ChatFormat
 from sdpo.data.tokenize import prompt_ids
 from sdpo.errors import UserError
 from sdpo.model import hub, sampling
@@ -53,10 +53,13 @@ def answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: 
     Raises UserError if a prompt and its answer are longer than the model can read.
     """
     template = runner.config.data.template
+    chat = ChatFormat(runner.tokenizer, template, runner.config.data.template_date)
+    first_turns = prompt_ids(chat, [({"role": "user", "content": prompt.turns[0]},) for prompt in prompts])
     determinants = {
         "weights": model.key,
         "prompts": prompts,
-        "template": template,
+        # A tokenizer's own template may read the clock.
+        "template": template or key_of("prompts", {"ids": first_turns}),
         "tokenizer": hub.fingerprint_tokenizer(runner.tokenizer),
         "decoding": decoding._asdict(),
         **runner.numerics.of_own_forward(),
@@ -64,7 +67,7 @@ def answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: 
     }
 
     def generate() -> list[list[Answer]]:
-        chat, network = ChatFormat(runner.tokenizer, template), _load_alone(model, runner)
+        network = _load_alone(model, runner)
         conversations: list[Turns] = [() for _ in prompts]
         answers_of: list[list[Answer]] = [[] for _ in prompts]
         for turn in range(max(len(prompt.turns) for prompt in prompts)):

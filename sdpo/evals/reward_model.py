@@ -4,17 +4,17 @@ Shape suffixes: N pairs; columns are the chosen and the rejected response; B seq
 """
 
 from collections import defaultdict
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from sdpo import distributed
 from sdpo.config import Settings
 from sdpo.console import progress
 from sdpo.data.preferences import Pair
-from sdpo.data.templates import chat_template
+from sdpo.data.templates import Writer
 from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
 from sdpo.model import hub
@@ -48,7 +48,7 @@ def rewards(settings: Settings, pairs: list[Pair], runner: Runner) -> np.ndarray
     it.
     """
     model = external(settings)
-    rows = _encode(pairs, hub.load_tokenizer(model.folder), settings["template"])
+    rows = _encode(pairs, model, settings, runner)
 
     def compute() -> list:
         runner.release()
@@ -66,7 +66,7 @@ def has_base_logps(settings: Settings, rows: list[TokenPair], runner: Runner) ->
 def has_rewards(settings: Settings, pairs: list[Pair], runner: Runner) -> bool:
     """Whether the store has what `rewards` reads."""
     model = external(settings)
-    rows = _encode(pairs, hub.load_tokenizer(model.folder), settings["template"])
+    rows = _encode(pairs, model, settings, runner)
     return runner.store.holds("score", _determinants(model, rows, runner))
 
 
@@ -74,13 +74,13 @@ def _determinants(model: Artifact, rows: list[TokenPair], runner: Runner) -> dic
     return {"reward_model": model.key, "rows": content_hash(rows), **runner.numerics.of_own_forward()}
 
 
-def _encode(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[TokenPair]:
+def _encode(pairs: list[Pair], model: Artifact, settings: Settings, runner: Runner) -> list[TokenPair]:
     """Both conversations of a pair as whole sequences, as the template ends them; the prompt is empty."""
-    jinja = chat_template(tokenizer, template)
+    tokenizer, template = hub.load_tokenizer(model.folder), settings["template"]
+    writer = Writer(tokenizer, template, runner.config.data.template_date)
 
     def tokens(pair: Pair, answer: str) -> np.ndarray:
-        turns = cast(list[dict[str, str]], [*pair.prompt, {"role": "assistant", "content": answer}])
-        text = tokenizer.apply_chat_template(turns, chat_template=jinja, tokenize=False)
+        text = writer.write(writer.harmless([*pair.prompt, {"role": "assistant", "content": answer}])[0])
         # A tokenizer's own template writes its special tokens itself.
         return np.array(tokenizer(text, add_special_tokens=template is not None).input_ids, dtype=np.int32)
 

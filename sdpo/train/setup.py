@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from sdpo import distributed
 from sdpo.binding import bind, inputs_of
 from sdpo.config import Config, Settings, for_step
+from sdpo.console import tell
 from sdpo.data import preferences as preference_files
 from sdpo.data.pair_table import PairTable
 from sdpo.data.preferences import Pair, Preferences
@@ -87,10 +88,13 @@ def open_runner(config: Config, store: Store) -> tuple[Runner, Artifact]:
 
 def _encode(config: Config, runner: Runner, preferences: Preferences) -> tuple[PairTable, PairTable, dict]:
     """The training pairs and the held-out pairs as tokens, and the data report."""
-    settings = {name: getattr(config.data, name) for name in ("template", "max_tokens", "on_long")}
+    names = ("template", "template_date", "max_tokens", "on_long", "on_bad_row")
+    settings = {name: getattr(config.data, name) for name in names}
     tables, reports = [], {}
     for side in ("train", "held_out"):
-        rows, reports[side] = encode(getattr(preferences, side), runner.tokenizer, **settings)
+        rows, reports[side] = encode(getattr(preferences, side), runner.tokenizer, side=side, **settings)
+        for note in reports[side]["notes"]:
+            tell(f"{side}: {note}")
         tables.append(PairTable.join(getattr(preferences, side), rows))
     for reference in external_references(config):
         _refuse_truncated(config, *reports.values())
@@ -137,8 +141,8 @@ def _encode_for_external(reference: Settings, config: Config, runner: Runner, pa
     model = external(reference)
     tokenizer = hub.load_tokenizer(model.folder)
     longest = max(tokenizer.model_max_length, config.data.max_tokens)
-    template = reference.get("template")
-    runner.foreign[model.key], _ = encode(pairs, tokenizer, template=template, max_tokens=longest, on_long="error")
+    settings = {"template": reference.get("template"), "template_date": config.data.template_date}
+    runner.foreign[model.key], _ = encode(pairs, tokenizer, **settings, max_tokens=longest, on_long="error")
 
 
 def _base_model(config: Config, store: Store) -> tuple[Artifact, PreTrainedTokenizerBase]:

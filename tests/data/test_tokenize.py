@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 from conftest import byte_tokenizer
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
+from sdpo.data.chat_format import ChatFormat
 from sdpo.data.preferences import Pair
-from sdpo.data.templates import TEMPLATES, ChatFormat
+from sdpo.data.templates import TEMPLATES
 from sdpo.data.tokenize import content_hash, encode
 from sdpo.errors import UserError
 
@@ -19,8 +20,8 @@ def pair(id="1", prompt="Why?", chosen="So.", rejected="No!", source="s", turns=
     return Pair(id, source, (*turns, {"role": "user", "content": prompt}), chosen, rejected)
 
 
-def tokens(pairs, tokenizer, template="plain", max_tokens=512, on_long="error"):
-    return encode(pairs, tokenizer, template=template, max_tokens=max_tokens, on_long=on_long)
+def tokens(pairs, tokenizer, template="plain", max_tokens=512, on_long="error", **more):
+    return encode(pairs, tokenizer, template=template, max_tokens=max_tokens, on_long=on_long, **more)
 
 
 def one(tokenizer, template="plain", max_tokens=512, on_long="error", **fields):
@@ -101,9 +102,107 @@ def test_own_template(bos_tokenizer):
 def test_special_tokens_in_the_text_are_removed_and_counted(bos_tokenizer):
     rows, report = tokens([pair(prompt="<s>Why<s>?", chosen="S</s>o.</s>", rejected="<s>No!")], bos_tokenizer)
     assert [part.tolist() for part in rows["1"][1:]] == one(bos_tokenizer)
-    assert report["sources"]["s"]["specials_removed"] == 4  # of the prompt's two, the first is the one BOS
-    with pytest.raises(UserError, match="no pair is left"):
+    assert report["sources"]["s"]["specials_removed"] == 5
+    assert one(bos_tokenizer, chosen="S</<s>s>o.") == one(bos_tokenizer)  # removing one makes another
+    with pytest.raises(UserError, match=r"pair 1 of source s: field 'chosen' is left with nothing .*on_bad_row=skip"):
         tokens([pair(chosen="</s>")], bos_tokenizer)
+    with pytest.raises(UserError, match="pair 1 of source s: field 'prompt' has a turn of nothing but special tokens"):
+        tokens([pair(turns=TURNS[:1], prompt="<s>")], bos_tokenizer)
+    with pytest.raises(
+        UserError, match=r"no held-out pair of 1 is left .* \(1 empty\); repair the rows, or set data.templ"
+    ):
+        tokens([pair(chosen="</s>")], bos_tokenizer, on_bad_row="skip", side="held_out")
+    rows, report = tokens([pair(chosen="</s>"), pair("2")], bos_tokenizer, on_bad_row="skip")
+    assert list(rows) == ["2"] and report["sources"]["s"]["dropped_empty"] == 1
+
+
+CHATML = TEMPLATES["chatml"]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_marks_of_turns_may_be_ordinary_added_tokens_and_bos_may_be_one(special):
+    """SmolLM2 and TRL's chat set-up: BOS opens every turn, and no part of what the template writes is removed."""
+    tokenizer = byte_tokenizer()
+    marks = [AddedToken(mark, special=special, normalized=False) for mark in ("<|im_start|>", "<|im_end|>")]
+    tokenizer.add_tokens(marks)
+    tokenizer.chat_template = CHATML
+    if special:
+        tokenizer.bos_token = "<|im_start|>"
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    pairs = [pair(turns=TURNS, prompt="W<|im_end|>hy?", chosen="So<|im_start|>.", rejected="N</s>o!")]
+    rows, report = tokens(pairs, tokenizer, None)
+    prompt, chosen, rejected = (part.tolist() for part in rows["1"][1:])
+    asked = [*TURNS, {"role": "user", "content": "Why?"}]
+    assert prompt == tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert prompt.count(start) == 5 and chosen == [*ids(tokenizer, "So."), end] and rejected[-1] == end
+    counts = report["sources"]["s"]
+    assert (counts["specials_removed"], counts["responses_with_stop"], report["stop"]) == (3, 2, "<|im_end|>")
+
+
+def test_the_ending_may_hold_any_word(tokenizer):
+    own = byte_tokenizer()
+    own.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}</s> end of answer{% endif %}"
+        "{% endfor %}"
+    )
+    assert one(own, None, chosen="My answer", rejected="First this.") == one(
+        tokenizer, chosen="My answer", rejected="First this."
+    )
+
+
+SPLITS_THOUGHTS = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'].split('</think>')[-1] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+
+def test_what_a_template_leaves_out_of_an_answer_is_counted(tokenizer):
+    own = byte_tokenizer()
+    own.chat_template = SPLITS_THOUGHTS
+    thoughtful = pair(chosen="<think>Why not</think>So.", rejected=" No! ")
+    rows, report = tokens([thoughtful], own, None)
+    assert own.decode(rows["1"].chosen) == "So.</s>" and own.decode(rows["1"].rejected) == " No! </s>"
+    assert report["sources"]["s"]["answers_cut"] == 1
+    silent = pair("2", rejected="<think>Why</think>")
+    with pytest.raises(UserError, match="pair 2 of source s: field 'rejected' is left with nothing by the chat"):
+        tokens([thoughtful, silent], own, None)
+    rows, report = tokens([thoughtful, silent], own, None, on_bad_row="skip")
+    assert list(rows) == ["1"] and report["sources"]["s"]["dropped_empty"] == 1
+
+
+def test_a_prompt_that_is_not_how_the_conversation_begins(tokenizer):
+    """The invitation opens a chain of thought, which the written conversation does not have: the answer follows it."""
+    own = byte_tokenizer()
+    own.chat_template = SPLITS_THOUGHTS.replace("'[assistant]' }}", "'[assistant]<think>' }}")
+    rows, report = tokens([pair(chosen="<think>Because</think>So.")], own, None)
+    assert own.decode(rows["1"].prompt) == "[user]Why?</s>[assistant]<think>"
+    assert (
+        own.decode(rows["1"].chosen) == "<think>Because</think>So.</s>" and own.decode(rows["1"].rejected) == "No!</s>"
+    )
+    counts = report["sources"]["s"]
+    assert (counts["answers_behind_prompt"], counts["answers_cut"]) == (2, 0)
+    (note,) = report["notes"]
+    assert note.startswith("2 answers follow their prompt directly, because the template begins")
+
+
+def test_a_template_that_reads_the_clock_reads_the_date_that_is_set():
+    own = byte_tokenizer()
+    own.chat_template = "{{ strftime_now('%d %b %Y') }}: " + CHATML
+    rows, report = tokens([pair()], own, None, template_date="2025-01-02")
+    assert own.decode(rows["1"].prompt).startswith("02 Jan 2025: <|im_start|>user")
+    assert report["template_date"] == "2025-01-02"
+    assert own.decode(one(own, None)[0]).startswith("26 Jul 2024: ")
+    with pytest.raises(UserError, match="data.template_date=tomorrow is not a date; write it as 2024-07-26"):
+        tokens([pair()], own, None, template_date="tomorrow")
+
+
+def test_a_real_chat_model(real_model):
+    """SmolLM2: its prompts are those of its template."""
+    own = AutoTokenizer.from_pretrained(real_model)
+    prompt, chosen, _ = one(own, None, turns=TURNS)
+    asked = [*TURNS, {"role": "user", "content": "Why?"}]
+    assert prompt == own.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert prompt.count(own.bos_token_id) == 5 and own.decode(chosen) == "So.<|im_end|>"
 
 
 def test_demonstrations(tokenizer):
@@ -139,6 +238,11 @@ def test_drop(tokenizer):
     assert list(rows) == ["1", "2"]
     counts = report["sources"]["t"]
     assert (counts["pairs"], counts["kept"], counts["long"], counts["dropped_long"]) == (2, 1, 1, 1)
+
+
+def test_no_pair_is_short_enough(tokenizer):
+    with pytest.raises(UserError, match=r"no held-out pair of 2 is left .* \(2 long\); raise data.max_tokens=3"):
+        tokens([pair("1"), pair("2")], tokenizer, max_tokens=3, on_long="drop", side="held_out")
 
 
 def test_truncate_prompt(tokenizer, bos_tokenizer):
@@ -180,16 +284,20 @@ def test_templates_that_fail(tokenizer):
     with pytest.raises(UserError, match="data.on_long=cut is none of"):
         tokens([pair()], tokenizer, on_long="cut")
     own = byte_tokenizer()
-    own_answer = "{{ messages[-1]['content'] }}"
-    own.chat_template = "{% if messages | length > 2 %}{{ raise_exception('one turn only') }}{% endif %}" + own_answer
-    with pytest.raises(UserError, match=r"pair 1 of source s: the chat template fails \(one turn only\)"):
+    own.chat_template = (
+        TEMPLATES["plain"] + "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"pair 1 of source s: the chat template fails \(one turn\); repair it or set"):
+        tokens([pair(turns=TURNS[1:])], own, None)
+    rows, report = tokens([pair(turns=TURNS[1:]), pair("2")], own, None, on_bad_row="skip")
+    assert list(rows) == ["2"] and report["sources"]["s"]["dropped_template"] == 1
+    own.chat_template = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(UserError, match="has a system turn, which the chat template does not write"):
         tokens([pair(turns=TURNS)], own, None)
-    own.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match="pair 1 of source s: .*the prompt alone is not how the conversation begins"):
-        tokens([pair()], own, None)
-    own.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(UserError, match="leaves the assistant's answers out"):
-        ChatFormat(own, None)
+    for template in ("{{ messages[0]['content'] }}", "{{ messages[-1]['content'] }}"):
+        own.chat_template = template
+        with pytest.raises(UserError, match="leaves out what the user or the assistant says; set data.template to one"):
+            ChatFormat(own, None)
     own.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
         ChatFormat(own, "plain")

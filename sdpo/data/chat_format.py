@@ -1,0 +1,107 @@
+"""Where a prompt ends and where an answer stops in the text that a chat template writes."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from sdpo.config import Data
+from sdpo.data.preferences import Pair
+from sdpo.data.schemas import BadRow, Message, Turns
+from sdpo.data.templates import ANSWERS, MARK, QUESTION, REASONING, Writer
+from sdpo.errors import UserError
+
+
+class Texts(NamedTuple):
+    prompt: str  # with what invites the assistant to answer
+    chosen: str  # what follows the prompt, up to the stop token
+    rejected: str  # "" in a demonstration
+    counts: Counter[str]  # of specials_removed, answers_behind_prompt and answers_cut
+
+
+class ChatFormat:
+    """How one tokenizer and template write a prompt and its answer. Raises UserError for an unusable template.
+
+    `bos` (id or None) begins a prompt if the text begins with it or `adds_bos` is set: a tokenizer's own template
+    writes BOS itself if the model wants one, the named ones leave it to the tokenizer. `stop` is the id that ends an
+    answer, the first special token behind it, else EOS; `stop_text` is "" if the template does not write it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, date: str = Data.template_date):
+        self.tokenizer = tokenizer
+        self.writer = Writer(tokenizer, template, date)
+        self.bos = tokenizer.bos_token_id
+        self.adds_bos = template is not None and tokenizer("").input_ids[:1] == [self.bos]
+        self.stop, self.stop_text = self._find_stop()
+        self._ending = self.writer.ending[self.writer.ending.index(self.stop_text) if self.stop_text else 0 :]
+        body = self._body((QUESTION,), self.prompt((QUESTION,)), ANSWERS[0], Counter())
+        self._around_answer = _words(body).replace(_words(ANSWERS[0]), "")
+        self._writes_system = self.writer.writes_system()
+
+    def prompt(self, turns: Iterable[Message]) -> str:
+        """A conversation in which the assistant is to speak next. Raises UserError if the template fails."""
+        return self.writer.write(self.writer.harmless(tuple(turns))[0], invite=True)
+
+    def texts(self, pair: Pair) -> Texts:
+        """The pair as text. Raises BadRow if the template cannot write it, or nothing is left of a turn."""
+        counts: Counter[str] = Counter()
+        turns, *answers = (self._harmless(part, counts) for part in (pair.prompt, pair.chosen, pair.rejected))
+        if not self._writes_system and any(turn["role"] == "system" for turn in turns):
+            raise BadRow("template", "prompt", "has a system turn, which the chat template does not write")
+        if not all(turn["content"].strip() for turn in turns):
+            raise BadRow("empty", "prompt", "has a turn of nothing but special tokens")
+        try:
+            prompt = self.writer.write(turns, invite=True)
+            chosen, rejected = (self._body(turns, prompt, answer, counts) for answer in answers)
+        except UserError as error:
+            raise BadRow("template", None, str(error)) from error
+        for field, body in (("chosen", chosen), ("rejected", rejected)):
+            if getattr(pair, field) and _words(body) in ("", self._around_answer):
+                raise BadRow("empty", field, "is left with nothing by the chat template and without special tokens")
+        return Texts(prompt, chosen, rejected, counts)
+
+    def _harmless(self, value: Any, counts: Counter[str]) -> Any:
+        value, removed = self.writer.harmless(value)
+        counts["specials_removed"] += removed
+        return value
+
+    def _body(self, turns: Turns, prompt: str, answer: str, counts: Counter[str]) -> str:
+        """What follows the prompt up to the stop token, as the template writes it.
+
+        A template may begin the whole conversation in another way than the prompt, for example if its invitation
+        opens a chain of thought. Then the body is the answer itself.
+        """
+        if not answer:
+            return ""
+        whole = self.writer.write([*turns, Message(role="assistant", content=answer)])
+        body = whole.removeprefix(prompt).removesuffix(self._ending)
+        if prompt + body + self._ending != whole:
+            counts["answers_behind_prompt"] += 1
+            return answer
+        counts["answers_cut"] += _words(answer) not in _words(body)
+        return body
+
+    def _find_stop(self) -> tuple[int, str]:
+        """The stop token and its text."""
+        unknown, eos = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
+        marks = {
+            token.content: id
+            for id, token in self.tokenizer.added_tokens_decoder.items()
+            if id != unknown and (token.special or MARK.fullmatch(token.content))
+        }
+        longest_first = sorted(filter(str.strip, marks), key=len, reverse=True)
+        found = longest_first and re.search("|".join(map(re.escape, longest_first)), self.writer.ending)
+        if found:
+            return marks[found[0]], found[0]
+        if eos is None:
+            raise UserError("the tokenizer has no EOS token and its template ends an answer with no special token")
+        return eos, ""
+
+
+def _words(text: str) -> str:
+    """The text without white space and marks of reasoning, which templates move."""
+    for mark in REASONING:
+        text = text.replace(mark, "")
+    return "".join(text.split())
