@@ -9,8 +9,9 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from sdpo.data import tokenizer_check
 from sdpo.errors import Unreachable, UserError
 from sdpo.store import hash_files, key_of
 
@@ -134,7 +135,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     """
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder} holds no tokenizer; save one there with tokenizer.save_pretrained")
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return tokenizer_check.load(folder, trust_remote_code)
 
 
 def save(
