@@ -184,7 +184,7 @@ run
 store
     answers evaluation locks logprobs score step
 steps/1
-    manifest.json model.safetensors probes.parquet reference.parquet train.json
+    chat_template.jinja manifest.json model.safetensors probes.parquet reference.parquet train.json
 config.yaml
     T data data.columns data.held_out data.held_out_share data.lab data.lab.num_demonstrations data.lab.num_held_out
     data.lab.num_items data.lab.num_prompts data.lab.num_samples data.lab.prompts data.lab.sources data.max_tokens

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from sdpo.config import Data
 from sdpo.data.preferences import Pair
 from sdpo.data.schemas import BadRow, Message, Turns
-from sdpo.data.templates import ANSWERS, MARK, QUESTION, REASONING, Writer
+from sdpo.data.templates import ANSWERS, MARK, QUESTION, REASONING, TEMPLATES, Writer, chat_template
 from sdpo.errors import UserError
 
 
@@ -39,6 +40,11 @@ class ChatFormat:
         body = self._body((QUESTION,), self.prompt((QUESTION,)), ANSWERS[0], Counter())
         self._around_answer = _words(body).replace(_words(ANSWERS[0]), "")
         self._writes_system = self.writer.writes_system()
+
+    @property
+    def stops(self) -> list[int]:
+        """The ids at which the model is to stop: the stop token and EOS."""
+        return [id for id in dict.fromkeys((self.stop, self.tokenizer.eos_token_id)) if id is not None]
 
     def prompt(self, turns: Iterable[Message]) -> str:
         """A conversation in which the assistant is to speak next. Raises UserError if the template fails."""
@@ -98,6 +104,21 @@ class ChatFormat:
         if eos is None:
             raise UserError("the tokenizer has no EOS token and its template ends an answer with no special token")
         return eos, ""
+
+
+def as_trained(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """A tokenizer that carries how a model was trained to talk, and the ids at which the model is to stop.
+
+    Its own chat template writes prompts with the ids of the training, BOS included, and its EOS is the stop token
+    (unless the template reads the EOS token, which is another one then).
+    """
+    chat, carrying = ChatFormat(tokenizer, template), deepcopy(tokenizer)
+    if template is not None:
+        begins_with_bos = chat.adds_bos and not chat.prompt((QUESTION,)).startswith(tokenizer.bos_token)
+        carrying.chat_template = "{{ bos_token }}" * begins_with_bos + TEMPLATES[template]
+    if chat.stop_text and "eos_token" not in chat_template(carrying, None):
+        carrying.eos_token = chat.stop_text
+    return carrying, chat.stops
 
 
 def _words(text: str) -> str:

@@ -157,8 +157,7 @@ def _generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int
         )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[i : i + decoding.batch_size] for i in range(0, len(order), decoding.batch_size)]
-    stops = [id for id in dict.fromkeys((chat.stop, chat.tokenizer.eos_token_id)) if id is not None]
-    network.generation_config = _generation_config(decoding, stops)  # the model's own may cut off probabilities
+    network.generation_config = _generation_config(decoding, chat.stops)  # the model's own may cut off probabilities
     own: dict[int, Answer] = {}
     with (
         own_attention(network),
@@ -168,8 +167,8 @@ def _generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int
         for number in range(distributed.rank(), len(batches), distributed.world_size()):
             members = batches[number]
             torch.manual_seed(decoding.seed * len(batches) + number)
-            for i, ids in zip(members, _continue(network, [prompts[i] for i in members], stops), strict=True):
-                ended = ids[-1] in stops
+            for i, ids in zip(members, _continue(network, [prompts[i] for i in members], chat.stops), strict=True):
+                ended = ids[-1] in chat.stops
                 text = cast(str, chat.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
                 own[i] = {"text": text, "prompt_ids": prompts[i], "ids": ids, "ended": ended}
             bar.advance(len(members))

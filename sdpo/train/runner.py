@@ -17,6 +17,7 @@ from sdpo import distributed
 from sdpo.binding import bind
 from sdpo.config import Config
 from sdpo.console import progress, tell
+from sdpo.data.chat_format import as_trained
 from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
 from sdpo.model import adapters, hub
@@ -125,7 +126,8 @@ class Runner:
                 model = adapters.save_and_merge(self._adapter, state, folder, self.config.model.trust_remote_code)
                 state = dict(model.named_parameters())
             dtype = hub.DTYPES[self.config.save_dtype]
-            hub.save(model, {name: tensor.to(dtype) for name, tensor in state.items()}, self.tokenizer, folder)
+            tokenizer, model.generation_config.eos_token_id = as_trained(self.tokenizer, self.config.data.template)
+            hub.save(model, {name: tensor.to(dtype) for name, tensor in state.items()}, tokenizer, folder)
         # If the weights were rounded or merged when they were written, those in memory are others.
         self._loaded = key if self.config.save_dtype == "fp32" and not self._adapter else None
 

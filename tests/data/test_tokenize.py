@@ -7,7 +7,7 @@ import pytest
 from conftest import byte_tokenizer
 from transformers import AddedToken, AutoTokenizer
 
-from sdpo.data.chat_format import ChatFormat
+from sdpo.data.chat_format import ChatFormat, as_trained
 from sdpo.data.preferences import Pair
 from sdpo.data.templates import TEMPLATES
 from sdpo.data.tokenize import content_hash, encode
@@ -194,6 +194,23 @@ def test_a_template_that_reads_the_clock_reads_the_date_that_is_set():
     assert own.decode(one(own, None)[0]).startswith("26 Jul 2024: ")
     with pytest.raises(UserError, match="data.template_date=tomorrow is not a date; write it as 2024-07-26"):
         tokens([pair()], own, None, template_date="tomorrow")
+
+
+@pytest.mark.parametrize("template", [None, *TEMPLATES])
+@pytest.mark.parametrize("marks", [[], ["<|im_start|>", "<|im_end|>"]])
+def test_a_trained_tokenizer_has_the_ids_of_the_training_in_its_own_template(bos_tokenizer, template, marks, tmp_path):
+    bos_tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
+    bos_tokenizer.chat_template = SPLITS_THOUGHTS
+    carrying, stops = as_trained(bos_tokenizer, template)
+    carrying.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    asked = [pair(turns=TURNS), pair("2")]
+    rows, report = tokens(asked, bos_tokenizer, template)
+    again, _ = tokens(asked, loaded, None)
+    assert content_hash(again.values()) == content_hash(rows.values())
+    assert rows["1"].chosen[-1] == stops[0] and EOS in stops
+    assert loaded.eos_token == report["stop"]
+    assert loaded(loaded.decode(rows["1"].chosen), add_special_tokens=False).input_ids == rows["1"].chosen.tolist()
 
 
 def test_a_real_chat_model(real_model):

@@ -1,0 +1,29 @@
+"""An exported model carries how it was trained to talk."""
+
+import torch
+from conftest import byte_tokenizer, random_model
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
+
+from sdpo import export
+from sdpo.data.chat_format import ChatFormat
+from sdpo.data.tokenize import prompt_ids
+
+ASKED = [{"role": "user", "content": "Why?"}]
+
+
+def test_a_model_trained_with_chatml_answers_in_chatml(run, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.save_pretrained(tmp_path / "model")
+    random_model().save_pretrained(tmp_path / "model")
+    folder = run(f"model.path={tmp_path / 'model'}", "data.template=chatml", "split=all_at_once", "evaluate=[]")
+    exported = export.export(folder, 1, tmp_path / "M_1")
+    model, own = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    assert own.eos_token == "<|im_end|>" and model.generation_config.eos_token_id == [own.eos_token_id, 2]
+    asked = own.apply_chat_template(ASKED, add_generation_prompt=True, return_tensors="pt")
+    assert asked["input_ids"].tolist() == prompt_ids(ChatFormat(tokenizer, "chatml"), [tuple(ASKED)])
+    # The model is made to end its turn: generation stops there, and the answer is empty once decoded.
+    with torch.no_grad():
+        model.lm_head.weight[own.eos_token_id] = 10 * model(**asked, output_hidden_states=True).hidden_states[-1][0, -1]
+    answer = model.generate(**asked, max_new_tokens=9, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert answer.tolist() == [own.eos_token_id] and own.decode(answer, skip_special_tokens=True) == ""
