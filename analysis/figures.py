@@ -236,7 +236,8 @@ def sweep_cost(steps: pd.DataFrame, train: pd.DataFrame) -> Figure:
 def _line(axes: Axes, summary: pd.DataFrame, x: str, label: str, look: dict) -> None:
     """A line with its band, from a table made by `collect.by_arm`."""
     axes.plot(summary[x], summary["value"], label=label, **look)
-    axes.fill_between(summary[x], summary["low"], summary["high"], color=look["color"], alpha=0.15, linewidth=0)
+    if not summary.empty:
+        axes.fill_between(summary[x], summary["low"], summary["high"], color=look["color"], alpha=0.15, linewidth=0)
 
 
 def _frame_points(axes: Axes) -> None:

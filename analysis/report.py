@@ -94,11 +94,12 @@ def _drawn(folder: Path, measures: pd.DataFrame, steps: pd.DataFrame, references
 
     train, trajectory = collect.train(folder), collect.trajectory(folder)
     drawn = [("Loss", figures.loss_curves, (train,))]
-    if {"lab/gold", "lab/kl"} <= set(measures["measure"]):
+    measured = set(measures.loc[measures["value"].notna(), "measure"])
+    if {"lab/gold", "lab/kl"} <= measured:
         drawn.append(("Reward against KL", figures.frontier, (measures,)))
     if steps["gamma_ref_mean"].notna().any():
         drawn.append(("The bound of every step", figures.reference_gammas, (steps, references)))
-    if "preference/ranking_accuracy" in set(measures["measure"]):
+    if "preference/ranking_accuracy" in measured:
         drawn.append(("Accuracy by source", figures.accuracy_by_source, (measures,)))
         drawn.append(("Displacement", figures.displacement, (measures,)))
     drawn.append(("Memorisation", figures.memorisation, (trajectory,)))
