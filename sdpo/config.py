@@ -67,6 +67,7 @@ class Model:
     template: str | None = one_of(*TEMPLATES)  # default of data.template
     parameters: float | None = None  # their number, for a plan without the model's files
     lr: float = at_least(0, 5e-7)  # default of optim.lr
+    device: str = one_of("auto", "cpu", "cuda")  # default of launch.device
     seed: int = at_least(0, 0)  # of the laboratory's S
     lab: LabModel = field(default_factory=LabModel)
     sft: Optim | None = None  # if set, S is trained first, as step 0

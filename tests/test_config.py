@@ -1,9 +1,11 @@
 """The typed configuration: which values are refused with which message, and what a run folder keeps."""
 
 import pytest
+import torch
+from conftest import compose
 from omegaconf import OmegaConf
 
-from sdpo import config
+from sdpo import config, distributed
 from sdpo.errors import UserError
 
 
@@ -65,3 +67,10 @@ def test_a_step_sees_its_own_overrides_and_no_other():
     second = config.for_step(whole, 2)
     assert (second.optim.lr, second.loss) == (0.5, {"name": "dpo", "beta": 0.2})
     assert (whole.optim.lr, whole.loss) == (5e-7, {"name": "dpo", "beta": 0.1})
+
+
+def test_the_laboratory_chooses_the_cpu_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    real = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]
+    found = [distributed.device(compose(*chosen).launch.device).type for chosen in ([], real, ["launch.device=cuda"])]
+    assert found == ["cpu", "cuda", "cuda"]

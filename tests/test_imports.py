@@ -26,7 +26,7 @@ NOTHING_ELSE = {  # all that a package may import of sdpo
     "sdpo.variants": ["sdpo.types", "sdpo.errors"],
     "analysis": ["sdpo.stats", "sdpo.metrics", "sdpo.errors"],
 }
-ONLY_IN = {"wandb": ["sdpo.wandb_mirror", "analysis.from_wandb"], "deepspeed": ["sdpo.model.engine"]}
+ONLY_IN = {"wandb": ["sdpo.wandb_mirror", "analysis.from_wandb"], "deepspeed": ["sdpo.model.zero"]}
 UNSEEN = ["importlib", "importlib.import_module"]  # import what no reader of the source finds
 ABOVE = ["analysis", "hydra_plugins", "tests", "train"]  # what imports sdpo
 
@@ -50,7 +50,7 @@ ALLOWED = [
     ("sdpo.stepwise", "from sdpo.run.results import write"),
     ("sdpo.variants.loss", "from sdpo.types import Window"),
     ("sdpo.variants.loss", "import torch.nn.functional as F"),
-    ("sdpo.model.engine", "from deepspeed import comm"),
+    ("sdpo.model.zero", "from deepspeed import comm"),
     ("analysis.report", "from sdpo import stats"),
     ("analysis.report", "from analysis import figures"),
     ("analysis.from_wandb", "import wandb"),
