@@ -1,11 +1,11 @@
-"""Cross-fitted DPO models: how well a pair is learned from other pairs (Selective DPO, 2502.09650).
+"""Cross-fitted DPO models: how well a pair is predicted by models trained on other pairs (Selective DPO, 2502.09650).
 
 Shape suffixes: N pairs, R repeats.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,18 +19,18 @@ from sdpo.variants import split as splits
 
 
 class Half(NamedTuple):
-    """One cross-fitted model: its training step, and the pairs that it scores, which it was not trained on."""
+    """One cross-fitted model: its training step, and the pairs that it scores."""
 
     repeat: int
     spec: StepSpec
-    unseen: np.ndarray  # indices of training pairs
+    unseen: np.ndarray  # the training pairs that it is not trained on, as indices
 
 
 def margins(inputs: Inputs, config: Config, *, repeats: int, beta: float, seed: int) -> np.ndarray:
-    """Margins [N, R] of every training pair under models that DPO trained from S on the half without its prompt.
+    """Margins [N, R] of every training pair, each under a model that DPO trained from S on the half without its prompt.
 
-    Each repeat halves the data anew. The models are ordinary steps with the run's optimiser settings, so every other
-    run that asks for them finds them in the store.
+    Each repeat halves the data in another way. The models are ordinary steps with the run's optimiser settings, so
+    other runs with the same settings find them in the store. Their training is not logged.
     """
     initial_N = scores.gamma(inputs.runner.logprobs(inputs.initial, inputs.train.rows))
     margins_NR = np.empty((len(inputs.train), repeats))
@@ -41,7 +41,7 @@ def margins(inputs: Inputs, config: Config, *, repeats: int, beta: float, seed: 
     return margins_NR
 
 
-def has_margins(inputs: Inputs, config: Config, **settings) -> bool:
+def has_margins(inputs: Inputs, config: Config, **settings: Any) -> bool:
     """Whether the store has all models and log-probs that `margins` reads."""
     runner = inputs.runner
     for half in halves(inputs, config, **settings):
@@ -53,12 +53,12 @@ def has_margins(inputs: Inputs, config: Config, **settings) -> bool:
 
 
 def halves(inputs: Inputs, config: Config, *, repeats: int, beta: float, seed: int) -> Iterator[Half]:
-    """The models in the order in which they are trained, two per repeat."""
+    """The models in training order, two per repeat."""
     training = replace(
         config,
         loss={"name": "dpo", "beta": beta, "label_smoothing": 0.0},
         reference={"name": "initial", "placebo": "none"},
-        optim=replace(config.optim, moments="reset", schedule_over="step"),  # whatever the run's own steps carry over
+        optim=replace(config.optim, moments="reset", schedule_over="step"),  # as if it were the only step
         probe=Probe(),
         seed=seed,
     )

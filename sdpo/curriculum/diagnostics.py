@@ -1,7 +1,7 @@
-"""What a split did, in numbers, and whether its order can be believed.
+"""Receipts of the chunks that a split made, and reasons to doubt the order of its sources.
 
-Summed log-probs mostly measure length, so the order of sources by difficulty is compared with the orders that length
-alone and a randomly initialised model give.
+Summed log-probs mostly measure length, so the order of sources by difficulty is compared with the orders by length
+alone and by a randomly initialised model.
 
 Shape suffixes: N pairs.
 """
@@ -34,14 +34,14 @@ from sdpo.types import TokenPair
 from sdpo.variants import score as scores
 from sdpo.variants.split import Level
 
-NUM_SAMPLED = 200  # pairs of each source that a model scores for its accuracy alone
+NUM_SAMPLED = 200  # pairs of each source that a model scores only for the baselines
 BASELINES: dict[str, Callable] = {
     "gamma": scores.gamma,
     "gamma_per_token": scores.gamma_per_token,
     "shorter": scores.length_gap,
 }
 
-Accuracies = dict[str, dict[str, Measure]]  # source -> ruler -> share of pairs above 0
+Accuracies = dict[str, dict[str, Measure]]  # source -> name of a score -> share of its pairs with a score above 0
 
 
 def chunk_receipts(chunks: Sequence[np.ndarray], table: PairTable, score_N: np.ndarray | None) -> list[dict]:
@@ -66,38 +66,38 @@ def chunk_receipts(chunks: Sequence[np.ndarray], table: PairTable, score_N: np.n
 
 
 def accuracies(inputs: Inputs, config: Config, used: Score, score_N: np.ndarray, kept: np.ndarray) -> Accuracies:
-    """Per source the accuracy of the pairs that are kept: by the score that was used, by S's gamma, by gamma per
-    token, by "shorter is better", and by a randomly initialised model.
+    """The accuracy of each source's kept pairs by several scores: the score that was used (`score`), and baselines.
 
-    What needs a model that the score did not run is measured on a sample of each source.
+    The baselines are S's gamma, its gamma per token, "shorter is better", and a randomly initialised model. What needs
+    passes of a model that the score did not need is measured on a sample of each source.
     """
     sampled = _sample(inputs.train, kept)
-    asked = _asked(inputs, used, sampled)
-    rulers = {"score": score_N}
-    for name, ruler in BASELINES.items():
-        values_N = score_inputs.scores(inputs, config, ruler, inputs.initial, inputs.train.take(asked))
-        rulers[name] = _spread(values_N, asked, len(inputs.train))
-    rulers["random_model"] = _spread(_random_gamma(inputs, sampled), sampled, len(inputs.train))
-    return source_accuracies(inputs.train.sources[kept], {name: ruler_N[kept] for name, ruler_N in rulers.items()})
+    scored = _scored_by_initial(inputs, used, sampled)
+    scores_N = {"score": score_N}
+    for name, function in BASELINES.items():
+        values_N = score_inputs.scores(inputs, config, function, inputs.initial, inputs.train.take(scored))
+        scores_N[name] = _at(scored, values_N, len(inputs.train))
+    scores_N["random_model"] = _at(sampled, _random_gamma(inputs, sampled), len(inputs.train))
+    return source_accuracies(inputs.train.sources[kept], {name: values_N[kept] for name, values_N in scores_N.items()})
 
 
 def has_accuracies(inputs: Inputs, used: Score, kept: np.ndarray) -> bool:
     """Whether the store has all that `accuracies` reads."""
     sampled = _sample(inputs.train, kept)
-    asked, random_model = inputs.train.take(_asked(inputs, used, sampled)), _random_model(inputs, sampled)
-    return inputs.runner.has_logprobs(inputs.initial, asked.rows) and inputs.runner.store.holds("score", random_model)
+    scored, random_model = inputs.train.take(_scored_by_initial(inputs, used, sampled)), _random_model(inputs, sampled)
+    return inputs.runner.has_logprobs(inputs.initial, scored.rows) and inputs.runner.store.holds("score", random_model)
 
 
-def source_accuracies(source_N: np.ndarray, rulers: dict[str, np.ndarray]) -> Accuracies:
-    """{source: {ruler: share of pairs above 0}} with 95 % intervals; the ruler `score` is also given as its mean.
+def source_accuracies(source_N: np.ndarray, scores_N: dict[str, np.ndarray]) -> Accuracies:
+    """For each source the share of pairs with a score above 0, by each score, with 95 % intervals.
 
-    A ruler is [N], nan where it was not measured.
+    Scores are [N], nan if a pair has none. The mean of the one called `score` is also given, as `score_mean`.
     """
     found: Accuracies = {}
     for source in dict.fromkeys(source_N):
-        values = {name: ruler_N[source_N == source] for name, ruler_N in rulers.items()}
-        known = {name: value_N[~np.isnan(value_N)] for name, value_N in values.items()}
-        found[source] = {name: as_measure(stats.wilson(value_N)) for name, value_N in known.items()}
+        values = {name: values_N[source_N == source] for name, values_N in scores_N.items()}
+        known = {name: values_N[~np.isnan(values_N)] for name, values_N in values.items()}
+        found[source] = {name: as_measure(stats.wilson(values_N)) for name, values_N in known.items()}
         found[source]["score_mean"] = as_measure(stats.student(values["score"]))
     return found
 
@@ -110,56 +110,60 @@ def warnings(split: Split, used: Score, found: Accuracies) -> list[str]:
     return order_warnings(found, used.name, by_mean=settings["measure"] == "mean")
 
 
-def order_warnings(found: Accuracies, name: str, by_mean: bool = False) -> list[str]:
-    """Reasons to doubt the order of sources by the accuracy, or mean, of the score called `name`: length alone or
-    random weights give the same order, or neighbours cannot be told apart.
+def order_warnings(found: Accuracies, score_name: str, by_mean: bool = False) -> list[str]:
+    """Reasons to doubt the order of sources by the accuracy of a score, or by its mean.
+
+    Length alone or random weights give the same order, or the intervals of neighbours overlap.
     """
-    measure, what = ("score_mean", f"mean {name}") if by_mean else ("score", name)
+    measure, label = ("score_mean", f"mean {score_name}") if by_mean else ("score", score_name)
 
-    def order(ruler: str) -> list[str]:
-        return sorted(found, key=lambda s: (-found[s][ruler]["value"], -found[s]["score_mean"]["value"], s))
+    def order(name: str) -> list[str]:
+        return sorted(found, key=lambda s: (-found[s][name]["value"], -found[s]["score_mean"]["value"], s))
 
-    ranked, doubts = order(measure), []
+    ranked = order(measure)
     if len(ranked) < 2:
-        return doubts
-    for other, why in (("shorter", "length alone"), ("random_model", "a randomly initialised model")):
-        if order(other) == ranked:
-            doubts.append(f"the order by {what} ({', '.join(ranked)}) is also what {why} gives")
+        return []
+    baselines = {"shorter": "length alone", "random_model": "a randomly initialised model"}
+    doubts = [
+        f"the order by {label} ({', '.join(ranked)}) is also the order by {baseline}"
+        for name, baseline in baselines.items()
+        if order(name) == ranked
+    ]
     for easier, harder in pairwise(ranked):
         if found[easier][measure]["low"] <= found[harder][measure]["high"]:
-            doubts.append(f"the intervals of {easier} and {harder} overlap: their order by {what} may be chance")
+            doubts.append(f"the intervals of {easier} and {harder} overlap: their order by {label} may be chance")
     return doubts
 
 
-def _asked(inputs: Inputs, used: Score, sampled: np.ndarray) -> np.ndarray:
-    """The pairs that S scores: all if the score that was used had S score them, else the sample."""
+def _scored_by_initial(inputs: Inputs, used: Score, sampled: np.ndarray) -> np.ndarray:
+    """The pairs that S scores for the baselines: all of them if S scored them for `used` already, else the sample."""
     return np.arange(len(inputs.train)) if "logps" in inputs_of(used.function) else sampled
 
 
 def _sample(table: PairTable, kept: np.ndarray) -> np.ndarray:
-    """At most NUM_SAMPLED of the kept pairs of each source, in order; the sample depends on the ids alone."""
+    """At most NUM_SAMPLED of the kept pairs of each source, as sorted indices; the sample depends on the ids alone."""
     by_source: dict[str, list[int]] = {}
     for i in sorted(kept.tolist(), key=lambda i: hashlib.sha256(table.ids[i].encode()).digest()):
         by_source.setdefault(table.sources[i], []).append(i)
     return np.array(sorted(i for members in by_source.values() for i in members[:NUM_SAMPLED]), dtype=int)
 
 
-def _spread(values_N: np.ndarray, indices: np.ndarray, num_pairs: int) -> np.ndarray:
-    """Values at these indices, and nan at all others."""
-    spread_N = np.full(num_pairs, np.nan)
-    spread_N[indices] = values_N
-    return spread_N
+def _at(indices: np.ndarray, values: np.ndarray, num_pairs: int) -> np.ndarray:
+    """An array [N] with these values at these indices, and nan at all others."""
+    values_N = np.full(num_pairs, np.nan)
+    values_N[indices] = values
+    return values_N
 
 
 def _random_model(inputs: Inputs, sampled: np.ndarray) -> dict[str, Any]:
-    """What the gamma of a randomly initialised model depends on."""
+    """The determinants of `_random_gamma`."""
     shape = json.loads((inputs.initial.folder / "config.json").read_text())
     rows = inputs.train.take(sampled).rows
     return {"random_model": shape, "rows": content_hash(rows), **inputs.runner.numerics.of_packs()}
 
 
 def _random_gamma(inputs: Inputs, sampled: np.ndarray) -> np.ndarray:
-    """gamma [N] under a model of S's shape with random weights: what an untrained network makes of lengths."""
+    """gamma of the sampled pairs under a model of S's shape with random weights, which can only tell lengths apart."""
     compute = partial(_score_with_random_weights, inputs, inputs.train.take(sampled).rows)
     return np.array(inputs.runner.store.make_json("score", _random_model(inputs, sampled), compute))
 

@@ -1,4 +1,4 @@
-"""Scores of pairs: what a score reads is computed only if it reads it; models run once and their numbers are stored."""
+"""Scores of pairs. What a score reads is computed only if it reads it; models run once and their numbers are stored."""
 
 from collections.abc import Callable
 
@@ -16,9 +16,9 @@ from sdpo.train.setup import Inputs
 
 
 def scores(inputs: Inputs, config: Config, function: Callable, model: Artifact, table: PairTable) -> np.ndarray:
-    """The scores [N] of some training pairs; `model` is the one whose log-probs are read, if any are.
+    """The scores [N] of some training pairs. If the score reads log-probs, they are those of `model`.
 
-    UserError if a score is not a finite number.
+    Raises UserError if a score is not a finite number.
     """
     runner, settings = inputs.runner, getattr(function, "keywords", {})
     data = {
@@ -32,8 +32,8 @@ def scores(inputs: Inputs, config: Config, function: Callable, model: Artifact, 
     }
     score_N = np.asarray(function(*(data[name]() for name in inputs_of(function))), dtype=np.float64)
     if not np.isfinite(score_N).all():
-        where = table.ids[int(np.argmin(np.isfinite(score_N)))]
-        raise UserError(f"the score of training pair {where} is not a finite number: repair the score or the pair")
+        id = table.ids[int(np.argmin(np.isfinite(score_N)))]
+        raise UserError(f"the score of training pair {id} is not a finite number: repair the score or the pair")
     return score_N
 
 

@@ -1,4 +1,4 @@
-"""Chunks by score from end to end: what is computed, what is written, what is told."""
+"""Chunks by score, end to end: what is computed, written and printed."""
 
 import json
 
@@ -15,7 +15,7 @@ from sdpo.errors import UserError
 from sdpo.model.logprobs import naive_logprobs
 from sdpo.stats import as_measure, wilson
 from sdpo.store import Store
-from sdpo.train import setup as starts
+from sdpo.train import setup
 
 EASY = ["split=easy_to_hard", "split.level=pair", "split.num_chunks=3"]
 
@@ -34,12 +34,12 @@ def naive_gamma(folder, rows):
         return [float(both.chosen - both.rejected) for both in (naive_logprobs(model, row) for row in rows)]
 
 
-def test_sources_go_from_easy_to_hard_and_the_split_says_why(run, toy, tmp_path, capsys):
+def test_sources_go_from_easy_to_hard_and_split_json_says_why(run, toy, tmp_path, capsys):
     folder = run("split=easy_to_hard")
     split, pairs = read(folder)
     trained = pairs[~pairs["held_out"]]
     accuracy = {source: as_measure(wilson(group["score"].to_numpy())) for source, group in trained.groupby("source")}
-    assert {source: rulers["score"] for source, rulers in split["sources"].items()} == accuracy
+    assert {source: by_score["score"] for source, by_score in split["sources"].items()} == accuracy
     first = [pairs.loc[ids[0], "source"] for ids in split["chunks"]]
     assert [accuracy[source]["value"] for source in first] == sorted(
         (interval["value"] for interval in accuracy.values()), reverse=True
@@ -50,9 +50,9 @@ def test_sources_go_from_easy_to_hard_and_the_split_says_why(run, toy, tmp_path,
     assert split["dropped"] == [] and [receipt["num_pairs"] for receipt in split["receipts"]] == [
         len(ids) for ids in split["chunks"]
     ]
-    assert split["warnings"]  # 22 pairs a source under random weights say nothing
-    told = capsys.readouterr().err
-    assert [told.count(f"warning: {warning}\n") for warning in split["warnings"]] == [1] * len(split["warnings"])
+    assert split["warnings"]  # 22 pairs a source under random weights tell nothing apart
+    printed = capsys.readouterr().err
+    assert [printed.count(f"warning: {warning}\n") for warning in split["warnings"]] == [1] * len(split["warnings"])
 
     assert pairs["score"][pairs["held_out"]].isna().all()
     _, inputs = prepare(toy, tmp_path / "other")
@@ -72,7 +72,7 @@ def test_a_replayed_split_is_the_same_run(run, tmp_path):
     assert replayed["score"] is None and pairs["score"].isna().all()
 
 
-def test_a_split_without_scores_pays_for_none(run, monkeypatch):
+def test_a_split_without_scores_computes_none(run, monkeypatch):
     monkeypatch.setattr(score_inputs, "scores", lambda *_: pytest.fail("scored"))
     monkeypatch.setattr(diagnostics, "accuracies", lambda *_: pytest.fail("measured"))
     split, _ = read(run("split=all_at_once"))
@@ -80,11 +80,12 @@ def test_a_split_without_scores_pays_for_none(run, monkeypatch):
     assert split["receipts"][0]["mean_score"] is None
 
 
-def test_what_remains_is_scored_anew_with_the_newest_model(run, toy, tmp_path, capsys):
+def test_the_remaining_pairs_are_scored_again_by_the_newest_model(run, toy, tmp_path, capsys):
     folder = run(*EASY, "split.keep=0.5", "score.model=current", "optim.epochs=2")
     split, pairs = read(folder)
-    first = capsys.readouterr().err.count("score.model=current scores what remains before each of 3 steps: about")
-    assert first == 1 and len(split["score"]["weights"]) == 3
+    printed = capsys.readouterr().err
+    assert printed.count("score.model=current scores the remaining pairs before each of 3 steps: about") == 1
+    assert len(split["score"]["weights"]) == 3
 
     _, inputs = prepare(toy, tmp_path / "other")
     chunk = {t: pairs[pairs["chunk"] == t] for t in (1, 2, 3)}
@@ -93,14 +94,14 @@ def test_what_remains_is_scored_anew_with_the_newest_model(run, toy, tmp_path, c
         return naive_gamma(folder, [row for row in inputs.train.rows if row.id in set(ids)])
 
     kept = pairs.index[~pairs["held_out"]]
-    assert (len(kept), len(split["dropped"])) == (33, 32)  # S drops the hardest half, once
+    assert (len(kept), len(split["dropped"])) == (33, 32)  # S's scores drop the hardest half, once
     assert min(gammas(toy / "model", kept)) > max(gammas(toy / "model", split["dropped"]))
     second = gammas(folder / "steps" / "1", chunk[2].index)
     assert sorted(chunk[2]["score"]) == pytest.approx(sorted(second), abs=1e-3)
-    assert min(second) > max(gammas(folder / "steps" / "1", chunk[3].index))  # M_1 takes the easiest of what remains
+    assert min(second) > max(gammas(folder / "steps" / "1", chunk[3].index))  # chunk 2 is easier
 
 
-def test_scores_that_read_no_model_of_the_run(toy, tmp_path):
+def test_a_score_that_reads_no_model(toy, tmp_path):
     settings, inputs = prepare(toy, tmp_path, *EASY, "score=length_gap")
     curriculum = build.build(inputs, settings, inputs.initial)
     gap = np.array([len(row.rejected) - len(row.chosen) for row in inputs.train.rows])
@@ -121,14 +122,14 @@ def test_three_real_sources_by_a_real_model(real_data, tmp_path):
     model, files = real_data / "model" / "stories260K", ",".join(str(tmp_path / f"{name}.jsonl") for name in names)
     base = ["model=local", f"model.path={model}", "data=local", f"data.train=[{files}]", "data.template=plain"]
     settings = compose(*base, "split=easy_to_hard")
-    inputs = starts.prepare(settings, Store(tmp_path / "store"))
+    inputs = setup.prepare(settings, Store(tmp_path / "store"))
     curriculum = build.build(inputs, settings, inputs.initial)
     split, order = curriculum.describe(), [inputs.train.sources[chunk[0]] for chunk in curriculum.chunks]
     accuracy = [split["sources"][source]["score"]["value"] for source in order]
     assert sorted(order) == sorted(names) and accuracy == sorted(accuracy, reverse=True)
-    for rulers in split["sources"].values():
-        assert set(rulers) == {"score", "score_mean", "gamma", "gamma_per_token", "shorter", "random_model"}
-        assert rulers["score"] == rulers["gamma"] and rulers["gamma"]["n"] > 50
-        # Summed log-probs mostly measure length: where gamma says yes, so does "shorter is better".
-        assert rulers["gamma"]["value"] == pytest.approx(rulers["shorter"]["value"], abs=0.1)
-    assert any("is also what length alone gives" in warning for warning in split["warnings"])
+    for by_score in split["sources"].values():
+        assert set(by_score) == {"score", "score_mean", "gamma", "gamma_per_token", "shorter", "random_model"}
+        assert by_score["score"] == by_score["gamma"] and by_score["gamma"]["n"] > 50
+        # Summed log-probs mostly measure length, so gamma agrees with "shorter is better".
+        assert by_score["gamma"]["value"] == pytest.approx(by_score["shorter"]["value"], abs=0.1)
+    assert any("is also the order by length alone" in warning for warning in split["warnings"])

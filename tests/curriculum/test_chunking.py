@@ -1,4 +1,4 @@
-"""The settings that all splits share, and the checks on what a split returns."""
+"""The settings that all splits share, and the checks on the chunks that a split returns."""
 
 import json
 from functools import partial
@@ -28,12 +28,12 @@ def test_keep_takes_the_easiest_share():
     assert chunking.divide(split, ROWS, SCORES, 0) == [["a", "d"]]
 
 
-def test_scores_are_asked_for_only_where_they_are_read():
+def test_only_splits_that_read_scores_need_them():
     assert chunking.bind_split(BY_PAIR).needs_scores
     assert not chunking.bind_split({"name": "random", "num_chunks": 2}).needs_scores
 
 
-def test_the_rest_is_cut_into_the_chunks_that_remain():
+def test_the_remaining_rows_are_cut_into_the_missing_chunks():
     split = chunking.bind_split(BY_PAIR | {"keep": 0.75})
     assert chunking.divide(split.for_rest(2), ROWS[2:], SCORES, 0) == [["d"], ["c"]]
 
@@ -48,7 +48,7 @@ def test_the_rest_is_cut_into_the_chunks_that_remain():
         ({"chunks": 2}, "unknown key chunks"),
     ],
 )
-def test_wrong_settings_are_refused_before_data_is_seen(settings, message):
+def test_wrong_settings_are_refused_before_data_is_read(settings, message):
     with pytest.raises(UserError, match=message):
         chunking.bind_split(BY_PAIR | settings)
 
@@ -64,12 +64,12 @@ def test_wrong_settings_are_refused_before_data_is_seen(settings, message):
         (CURRENT, {"name": "random", "num_chunks": 2, "keep": 0.5}, "split=random does not take one chunk after"),
     ],
 )
-def test_scores_that_do_not_fit_are_refused_before_data_is_seen(score, split, message):
+def test_scores_that_do_not_go_with_the_split_are_refused_before_data_is_read(score, split, message):
     with pytest.raises(UserError, match=message):
         chunking.bind_score(score, chunking.bind_split(split))
 
 
-def test_a_score_that_no_split_reads_is_never_in_the_way():
+def test_a_score_that_the_split_does_not_read_is_not_checked_against_it():
     chunking.bind_score(CURRENT, chunking.bind_split({"name": "by_source"}))
 
 
@@ -83,7 +83,7 @@ def test_a_score_that_no_split_reads_is_never_in_the_way():
         ([["a", "c"], ["b", "d"]], "one prompt into two chunks"),
     ],
 )
-def test_a_split_that_breaks_its_contract(made, message):
+def test_a_split_with_wrong_chunks_is_refused(made, message):
     def broken(rows):
         return made
 

@@ -1,4 +1,4 @@
-"""Cross-fitted models: who scores what, against steps taken by hand."""
+"""Cross-fitted models, against steps that the test takes itself."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def margins(made):
     return crossfit.margins(inputs, settings, **SETTINGS)
 
 
-def test_every_pair_is_judged_by_the_model_of_the_other_half(made, margins):
+def test_every_pair_is_scored_by_the_model_of_the_other_half(made, margins):
     settings, inputs = made
     # The second repeat of seed 3.
     trained, unseen = map(inputs.train.indices, random(split_rows(inputs.train), 3001, num_chunks=2))

@@ -1,4 +1,4 @@
-"""Receipts of a split by hand."""
+"""Receipts of chunks, and reasons to doubt an order, worked by hand."""
 
 import hashlib
 
@@ -40,7 +40,7 @@ def test_accuracies_by_source():
         np.array(["s", "s", "u"]),
         {"score": np.array([4.0, -1.0, 0.0]), "shorter": np.array([2.0, np.nan, -1.0])},
     )
-    values = {source: {k: (v["value"], v["n"]) for k, v in rulers.items()} for source, rulers in accuracies.items()}
+    values = {source: {k: (v["value"], v["n"]) for k, v in by_score.items()} for source, by_score in accuracies.items()}
     assert values == {
         "s": {"score": (0.5, 2), "score_mean": (1.5, 2), "shorter": (1.0, 1)},
         "u": {"score": (0.5, 1), "score_mean": (0.0, 1), "shorter": (0.0, 1)},
@@ -50,49 +50,49 @@ def test_accuracies_by_source():
 
 
 def source(score, shorter, random_model, mean=0.0, n=1000):
-    def ruler(share):
+    def accuracy(share):
         right = round(share * n)
         return as_measure(wilson(np.array([1] * right + [-1] * (n - right))))
 
     mean = {"value": mean, "low": mean - 1, "high": mean + 1, "n": n}
-    rulers = {"score": score, "shorter": shorter, "random_model": random_model}
-    return {name: ruler(share) for name, share in rulers.items()} | {"score_mean": mean}
+    shares = {"score": score, "shorter": shorter, "random_model": random_model}
+    return {name: accuracy(share) for name, share in shares.items()} | {"score_mean": mean}
 
 
-def test_an_order_that_length_gives_too_is_doubted():
+def test_an_order_that_is_also_the_order_by_length_is_doubted():
     accuracies = {"hard": source(0.4, 0.35, 0.5), "easy": source(0.6, 0.55, 0.4)}
     assert diagnostics.order_warnings(accuracies, "gamma") == [
-        "the order by gamma (easy, hard) is also what length alone gives"
+        "the order by gamma (easy, hard) is also the order by length alone"
     ]
 
 
-def test_an_order_that_random_weights_give_too_is_doubted():
+def test_an_order_that_is_also_the_order_by_random_weights_is_doubted():
     accuracies = {"hard": source(0.4, 0.55, 0.4), "easy": source(0.6, 0.35, 0.5)}
     assert diagnostics.order_warnings(accuracies, "gamma") == [
-        "the order by gamma (easy, hard) is also what a randomly initialised model gives"
+        "the order by gamma (easy, hard) is also the order by a randomly initialised model"
     ]
 
 
-def test_an_order_within_the_noise_is_doubted():
+def test_an_order_with_overlapping_intervals_is_doubted():
     accuracies = {"a": source(0.51, 0.3, 0.3), "b": source(0.52, 0.1, 0.1)}
     assert diagnostics.order_warnings(accuracies, "gamma") == [
         "the intervals of b and a overlap: their order by gamma may be chance"
     ]
 
 
-def test_an_order_of_its_own_is_not_doubted():
+def test_another_order_than_the_baselines_is_not_doubted():
     accuracies = {"a": source(0.7, 0.3, 0.4, mean=-9), "b": source(0.5, 0.4, 0.5, mean=9)}
     assert diagnostics.order_warnings(accuracies, "gamma") == []
     assert diagnostics.order_warnings({"a": accuracies["a"]}, "gamma") == []
     by_mean = diagnostics.order_warnings(accuracies, "gamma", by_mean=True)
     assert by_mean == [
-        "the order by mean gamma (b, a) is also what length alone gives",
-        "the order by mean gamma (b, a) is also what a randomly initialised model gives",
+        "the order by mean gamma (b, a) is also the order by length alone",
+        "the order by mean gamma (b, a) is also the order by a randomly initialised model",
     ]
 
 
-def test_sources_of_equal_accuracy_are_told_apart_by_the_mean():
+def test_sources_of_equal_accuracy_are_ordered_by_the_mean():
     accuracies = {"a": source(0.0, 0.3, 0.6, mean=-5), "b": source(0.0, 0.4, 0.5, mean=-3)}
     first, second = diagnostics.order_warnings(accuracies, "prompt_length")
-    assert first == "the order by prompt_length (b, a) is also what length alone gives"
+    assert first == "the order by prompt_length (b, a) is also the order by length alone"
     assert second.startswith("the intervals of b and a overlap")
