@@ -1,10 +1,8 @@
-"""Answers of a model to prompts, how far from S they are, and the formats in which benchmarks read them.
+"""Answers of a model to prompts, generated once and kept.
 
 Shapes: B conversations, T tokens.
 """
 
-import json
-from pathlib import Path
 from typing import NamedTuple, TypedDict, cast
 
 import torch
@@ -18,7 +16,7 @@ from sdpo.data.prompts import Prompt
 from sdpo.data.schemas import Message, Turns
 from sdpo.data.tokenize import prompt_ids
 from sdpo.errors import UserError
-from sdpo.model import hub, sampling
+from sdpo.model import hub
 from sdpo.model.attention.interface import own_attention
 from sdpo.store import Artifact, key_of
 from sdpo.train.runner import Runner
@@ -67,7 +65,7 @@ def answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: 
     }
 
     def generate() -> list[list[Answer]]:
-        network = _load_alone(model, runner)
+        network = load_alone(model, runner)
         conversations: list[Turns] = [() for _ in prompts]
         answers_of: list[list[Answer]] = [[] for _ in prompts]
         for turn in range(max(len(prompt.turns) for prompt in prompts)):
@@ -83,62 +81,7 @@ def answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: 
     return cast(list[list[Answer]], runner.store.make_json("answers", determinants, generate))
 
 
-def divergence(
-    model: Artifact, initial_model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: Runner
-) -> list[float]:
-    """KL(M_t, S) in nats per prompt, on answers that the model gives at temperature 1.
-
-    It is the exact next-token KL summed over the positions of an answer, EOS counted. If a prompt has several turns,
-    its answers are added up.
-    """
-    sampled = answers(model, prompts, decoding._replace(temperature=1.0), runner)
-    determinants = {
-        "suite": "divergence",
-        "weights": model.key,
-        "initial": initial_model.key,
-        "answers": key_of("answers", {"answers": sampled}),
-        **runner.numerics.of_own_forward(),
-        **LIBRARIES,
-    }
-
-    def compute() -> list[float]:
-        policy, initial = (_load_alone(one, runner) for one in (model, initial_model))
-        own = range(distributed.rank(), len(sampled), distributed.world_size())
-        with own_attention(policy), own_attention(initial):
-            shares = distributed.gather({i: sum(_kl(policy, initial, answer) for answer in sampled[i]) for i in own})
-        sums = {i: value for share in shares for i, value in share.items()}
-        return [sums[i] for i in range(len(sampled))]
-
-    return cast(list[float], runner.store.make_json("evaluation", determinants, compute))
-
-
-def transcripts(prompts: list[Prompt], answers_of: list[list[Answer]]) -> list[dict]:
-    """Each prompt as JSON, with the texts of its answers."""
-    texts = [[answer["text"] for answer in turns] for turns in answers_of]
-    return [prompt._asdict() | {"answers": text} for prompt, text in zip(prompts, texts, strict=True)]
-
-
-def write_formats(folder: Path, name: str, answered: list[dict]) -> None:
-    """Write `transcripts` as `<name>.alpaca_eval.json` (first turns only) and as `<name>.mt_bench.jsonl`."""
-    folder.mkdir(exist_ok=True)
-    alpaca = [
-        {"instruction": row["turns"][0], "output": row["answers"][0], "generator": name, "dataset": row["dataset"]}
-        for row in answered
-    ]
-    (folder / f"{name}.alpaca_eval.json").write_text(json.dumps(alpaca, indent=1))
-    mt_bench = [
-        {
-            "question_id": row["id"],
-            "answer_id": f"{name}-{row['id']}",
-            "model_id": name,
-            "choices": [{"index": 0, "turns": row["answers"]}],
-        }
-        for row in answered
-    ]
-    (folder / f"{name}.mt_bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mt_bench))
-
-
-def _load_alone(model: Artifact, runner: Runner) -> PreTrainedModel:
+def load_alone(model: Artifact, runner: Runner) -> PreTrainedModel:
     """The model on this rank's device in the run's precision; the runner's own model is unloaded before."""
     runner.release()
     network = runner.load_verified(model)
@@ -196,10 +139,3 @@ def _continue(network: PreTrainedModel, prompts: list[list[int]], stops: list[in
     responses = whole_BT[:, width:].tolist()
     ends = [next((i + 1 for i, id in enumerate(ids) if id in stops), len(ids)) for ids in responses]
     return [ids[:end] for ids, end in zip(responses, ends, strict=True)]
-
-
-def _kl(policy: PreTrainedModel, initial: PreTrainedModel, answer: Answer) -> float:
-    ids = (answer["prompt_ids"], answer["ids"])
-    prompt_1T, response_1T = (torch.tensor([part], device=policy.device) for part in ids)
-    whole = sampling.Answers(prompt_1T, response_1T, torch.ones_like(response_1T, dtype=torch.bool), [answer["text"]])
-    return sampling.kl(policy, initial, whole).item()

@@ -14,7 +14,7 @@ import numpy as np
 
 from sdpo.data import prompts as prompt_files
 from sdpo.data.preferences import Pair
-from sdpo.evals import generation, reward_model
+from sdpo.evals import answer_formats, generation, kl, reward_model
 from sdpo.evals.generation import LIBRARIES, Decoding
 from sdpo.lab import exam as lab_exam
 from sdpo.lab import measures as lab_measures
@@ -101,10 +101,10 @@ def generate(
     """
     prompts, decoding = prompt_files.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
     answers = generation.answers(model, prompts, decoding, runner)
-    report({"decoding": decoding._asdict(), "answers": generation.transcripts(prompts, answers)})
+    report({"decoding": decoding._asdict(), "answers": answer_formats.transcripts(prompts, answers)})
     flat = [answer for turns in answers for answer in turns]
     return {
-        "generate/kl": mean(np.array(generation.divergence(model, initial_model, prompts, decoding, runner))),
+        "generate/kl": mean(np.array(kl.kl_to_initial(model, initial_model, prompts, decoding, runner))),
         "generate/tokens": mean(np.array([len(answer["ids"]) for answer in flat])),
         "generate/ended": mean(np.array([answer["ended"] for answer in flat])),
     }

@@ -10,8 +10,8 @@ import pandas as pd
 from sdpo import distributed
 from sdpo.curriculum.build import Curriculum
 from sdpo.data.pair_table import PairTable
+from sdpo.evals.answer_formats import write_formats
 from sdpo.evals.evaluator import Evaluator
-from sdpo.evals.generation import write_formats
 from sdpo.run import trajectory
 from sdpo.run.folder import write_json
 from sdpo.run.provenance import environment

@@ -11,7 +11,7 @@ from toys import prepare, reward_model
 
 from sdpo.data import prompts
 from sdpo.errors import UserError
-from sdpo.evals import generation, suites
+from sdpo.evals import answer_formats, generation, kl, suites
 from sdpo.evals import reward_model as judge
 from sdpo.evals.generation import Decoding
 from sdpo.model import hub
@@ -68,7 +68,7 @@ def test_greedy_answers_are_those_of_one_prompt_at_a_time(made, questions):
 @torch.no_grad()
 def test_divergence_is_exact_and_summed_over_positions(made, questions, other):
     here, there = random_model(seed=3), random_model()
-    found = generation.divergence(other, made.initial, questions, GREEDY, made.runner)
+    found = kl.kl_to_initial(other, made.initial, questions, GREEDY, made.runner)
     drawn = generation.answers(other, questions, GREEDY._replace(temperature=1.0), made.runner)
     for value, turns in zip(found, drawn, strict=True):
         total = 0.0
@@ -78,7 +78,7 @@ def test_divergence_is_exact_and_summed_over_positions(made, questions, other):
                 p, q = (m(ids).logits[0, -1].double().log_softmax(0) for m in (here, there))
                 total += (p.exp() * (p - q)).sum().item()
         assert value == pytest.approx(total, rel=1e-4) and value > 0.01
-    assert generation.divergence(made.initial, made.initial, questions, GREEDY, made.runner) == [0.0] * 3
+    assert kl.kl_to_initial(made.initial, made.initial, questions, GREEDY, made.runner) == [0.0] * 3
 
 
 def test_prompts_are_padded_on_the_left_and_answers_end_with_their_first_stop_token():
@@ -110,7 +110,7 @@ def test_a_prompt_that_leaves_too_few_tokens_for_its_answer_is_refused(made, que
 
 def test_formats_of_alpaca_eval_and_mt_bench(tmp_path, questions):
     texts = [[{"text": f"{prompt.id}/{turn}"} for turn in range(len(prompt.turns))] for prompt in questions]
-    generation.write_formats(tmp_path, "run-M_1", generation.transcripts(questions, texts))
+    answer_formats.write_formats(tmp_path, "run-M_1", answer_formats.transcripts(questions, texts))
     rows = [json.loads(line) for line in (tmp_path / "run-M_1.mt_bench.jsonl").read_text().splitlines()]
     assert [row["question_id"] for row in rows] == [81, 82, 83] and {row["model_id"] for row in rows} == {"run-M_1"}
     assert rows[0]["choices"] == [{"index": 0, "turns": ["81/0", "81/1"]}]
