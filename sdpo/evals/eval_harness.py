@@ -29,7 +29,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo import distributed, stats
-from sdpo.errors import UserError
+from sdpo.errors import UserError, one_line
 from sdpo.stats import Interval, Measure, Measures
 
 Overrides = dict[str, Any]  # settings that replace those of a task's definition
@@ -182,19 +182,18 @@ def _definitions(folders: tuple[str, ...]) -> Definitions:
 def _evaluate(
     lm: DistributedHFLM, tasks: dict[str, Overrides], definitions: Definitions, local: str | None, limit: int | None
 ) -> dict[str, Measures]:
-    """Measures by task and metric, the same on every rank."""
+    """Measures by task and metric, the same on every rank. Raises UserError if the Hub cannot be reached."""
     data: Overrides = {"class": LocalTask, "dataset_kwargs": {"folder": local}} if local else {}
-    with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # bars are for a terminal
-        results = lm_eval.simple_evaluate(
-            lm,
-            tasks=[(name, overrides | data) for name, overrides in tasks.items()],
-            task_manager=definitions,
-            limit=limit,
-            log_samples=False,
-            random_seed=None,  # these three would seed the whole process; shots have a seed of their own
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        )
+    options = {"task_manager": definitions, "limit": limit, "log_samples": False}
+    # Otherwise lm-eval would seed the whole process; shots have a seed of their own.
+    options |= dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
+    try:
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # bars are for a terminal
+            asked = [(name, overrides | data) for name, overrides in tasks.items()]
+            results = lm_eval.simple_evaluate(lm, tasks=asked, **options)
+    except ConnectionError as error:
+        reason = f"the data of {', '.join(tasks)} cannot be loaded ({one_line(error)})"
+        raise UserError(f"{reason}; `local` names a folder with copies of it") from error
     if distributed.is_main():
         scores = {name: _measures(name, results) for name in tasks}
     return distributed.broadcast(scores if distributed.is_main() else None)

@@ -14,6 +14,7 @@ import numpy as np
 
 from sdpo.data import prompts as prompt_files
 from sdpo.data.preferences import Pair
+from sdpo.errors import UserError
 from sdpo.evals import answer_formats, generation, kl, reward_model
 from sdpo.evals.generation import LIBRARIES, Decoding
 from sdpo.lab import exam as lab_exam
@@ -174,10 +175,15 @@ def lm_eval(
 
 
 def _benchmark(name: str, model: Artifact, runner: Runner, local: str | None, **options: Any) -> Measures:
-    """The measures of the function `name` of sdpo.evals.eval_harness, which takes `local` and the options."""
+    """The measures of the function `name` of sdpo.evals.eval_harness, which takes `local` and the options.
+
+    Raises UserError if `local` is not a folder.
+    """
     from sdpo.evals import eval_harness  # here, because lm-eval takes seconds to import
 
     folder = Path(local) if local else None
+    if folder and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; `local` names one with copies of the benchmarks' data")
     determinants = {
         "suite": name,
         "weights": model.key,

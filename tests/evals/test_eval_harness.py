@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import toys
@@ -182,3 +183,16 @@ def test_a_subject_reads_its_own_rows_and_a_missing_copy_is_named(tmp_path, toke
         eval_harness._local_splits(tmp_path, "mmlu_marketing", "marketing")
     with pytest.raises(UserError, match="no local copy of hellaswag: hellaswag.<split>.jsonl"):
         eval_harness._local_splits(tmp_path, "hellaswag", None)
+
+
+def test_data_that_cannot_be_reached_is_one_sentence(toy, tmp_path, monkeypatch, tiny_model, tokenizer):
+    _, inputs = toys.prepare(toy, tmp_path / "store")
+    with pytest.raises(UserError, match=r"^nowhere is not a folder; `local` names one"):
+        suites.h4(inputs.initial, inputs.runner, local="nowhere")
+
+    def refuse(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=r"^the data of arc_challenge cannot be loaded \(Couldn't reach the Hub\); "):
+        eval_harness.benchmark(tiny_model, tokenizer, tasks=["arc_challenge"])
