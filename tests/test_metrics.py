@@ -16,7 +16,7 @@ TRAIN = {"kind": "train", "t": 1, "update": 3, "loss": 0.1 + 0.2, "pairs": 32}
 EVAL = {"kind": "eval", "t": 1, "eval": {"lab/gold": {"value": 0.5, "low": None, "high": 0.75, "n": 4}}}
 
 
-def test_metrics_are_readable_at_once_and_begin_empty(tmp_path):
+def test_metrics_can_be_read_at_once_and_start_empty(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"of": "an earlier attempt"}\n')
     with Recorder(tmp_path) as recorder:
         recorder.log(TRAIN)
@@ -26,7 +26,7 @@ def test_metrics_are_readable_at_once_and_begin_empty(tmp_path):
     assert not (tmp_path / "wandb").exists()
 
 
-def test_a_number_that_is_not_finite_is_refused_by_name(tmp_path):
+def test_an_error_names_a_number_that_is_not_finite(tmp_path):
     with Recorder(tmp_path) as recorder:
         with pytest.raises(UserError, match="step 1, update 3: train/loss is not finite"):
             recorder.log(TRAIN | {"loss": math.nan})
@@ -34,7 +34,7 @@ def test_a_number_that_is_not_finite_is_refused_by_name(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
 
 
-def test_flat_names():
+def test_names_of_flat_entries():
     assert flatten(TRAIN) == {"train/loss": 0.1 + 0.2, "train/pairs": 32}
     assert flatten(EVAL) == {
         "eval/lab/gold": 0.5,

@@ -1,4 +1,4 @@
-"""Means with their intervals, and the win rate at equal length, by hand."""
+"""Means with their intervals and the length-controlled win rate, by hand."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from sdpo.stats import length_controlled, mean, share_above, wilson
 
 
 def test_mean_and_its_interval():
-    # sd 1, so 1/sqrt(3) to a side, times the 97.5 % quantile of Student's t with 2 degrees of freedom
+    # 1/sqrt(3), the standard error, times the 97.5 % quantile of Student's t with 2 degrees of freedom
     found = mean(np.array([1, 2, 3], dtype=np.float32))
     assert (found["value"], found["n"]) == (2.0, 3)
     assert found["high"] - 2 == 2 - found["low"] == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
@@ -32,26 +32,26 @@ def test_ties_are_half():
 
 
 def grouped(*groups):
-    """Wins and lengths of (number, wins, longer) groups."""
+    """Wins and length differences of groups (number of answers, number of wins, length difference)."""
     wins = np.concatenate([np.arange(n) < won for n, won, _ in groups]).astype(float)
     return wins, np.concatenate([np.full(n, longer) for n, _, longer in groups])
 
 
-def test_a_gain_by_length_alone_vanishes_at_equal_length():
-    # 80 % won where longer by one, 20 % where shorter by one: logits +-ln 4, so at 0 the logit is 0
+def test_a_gain_only_by_length_disappears_at_equal_length():
+    # 80 % wins if longer by one, 20 % if shorter by one: logits +-ln 4, so the logit at equal length is 0
     wins, longer = grouped((300, 240, 1), (100, 20, -1))
     assert wins.mean() == 0.65
     assert length_controlled(wins, longer)["value"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_a_gain_at_every_length_stays():
-    # logits ln 9 and ln 3/2 at +-1, so at 0 their mean: odds sqrt(9 * 3/2), and a win rate of .786
+    # Logits ln 9 and ln 3/2 at +-1; at equal length their mean: odds sqrt(9 * 3/2), a win rate of .786
     wins, longer = grouped((200, 180, 1), (200, 120, -1))
     assert length_controlled(wins, longer)["value"] == pytest.approx(13.5**0.5 / (1 + 13.5**0.5), abs=1e-3)
 
 
 def test_equal_lengths_and_one_sided_wins():
-    # without lengths a Wald interval of a logit: sd 1 / sqrt(n p (1 - p)) = 1 / sqrt(18.75)
+    # Without length differences it is a Wald interval of a logit: sd 1 / sqrt(n p (1 - p)) = 1 / sqrt(18.75)
     found = length_controlled(*grouped((100, 75, 0)))
     assert found["value"] == pytest.approx(0.75, abs=1e-3)
     odds = 3 * np.exp(1.96 / 18.75**0.5)

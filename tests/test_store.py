@@ -1,4 +1,4 @@
-"""Artifacts: named by what determines them, made once, never half there, never served when damaged."""
+"""Artifacts: their keys, that each is made once and whole, and that a damaged one is refused."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     assert not store.make("step", {}, build_text("whole")).reused
 
 
-def test_a_changed_file_is_never_served(tmp_path):
+def test_a_changed_file_is_refused(tmp_path):
     artifact = Store(tmp_path).make("step", {}, build_text("right"))
     check(artifact)
     (artifact.folder / "text").write_text("wrong")
@@ -78,7 +78,7 @@ def test_concurrent_runs_wait_for_the_one_that_builds(tmp_path):
     assert int((artifact.folder / "text").read_text()) in children
 
 
-def test_another_run_takes_over_from_a_dead_maker(tmp_path):
+def test_another_run_makes_the_artifact_of_a_killed_one(tmp_path):
     def hang(folder: Path):
         (folder / "half").write_text("half")
         (tmp_path / "started").touch()
@@ -93,10 +93,10 @@ def test_another_run_takes_over_from_a_dead_maker(tmp_path):
     assert [path.name for path in sorted(artifact.folder.iterdir())] == ["manifest.json", "text"]
 
 
-def test_a_model_made_elsewhere_is_known_by_weights_configuration_and_code(tmp_path):
+def test_the_fingerprint_of_a_model_depends_on_weights_configuration_and_code(tmp_path):
     random_model().save_pretrained(tmp_path)
-    known = fingerprint(tmp_path)
-    (tmp_path / "moments-0.safetensors").write_bytes(b"of an optimiser, beside a finished step")
-    assert fingerprint(tmp_path) == known
+    before = fingerprint(tmp_path)
+    (tmp_path / "moments-0.safetensors").write_bytes(b"of an optimiser")
+    assert fingerprint(tmp_path) == before
     (tmp_path / "modeling_own.py").write_text("# runs where trust_remote_code is set")
-    assert fingerprint(tmp_path) != known
+    assert fingerprint(tmp_path) != before

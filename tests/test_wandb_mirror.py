@@ -1,4 +1,4 @@
-"""W&B's offline file holds every number of metrics.jsonl and how the run ended."""
+"""W&B's offline file has every number of metrics.jsonl and how the run ended."""
 
 import json
 import os
@@ -20,7 +20,7 @@ CHOICES = {"split": "random", "loss": "dpo"}
 
 
 def mirrored(folder):
-    """Of the one offline run below `folder`: its start, its logged rows, and its exit code (None: it never ended)."""
+    """The start record, the rows and the exit code (None without an end) of the only offline run below `folder`."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     records = list(from_wandb.records(path))
     (start,) = (record.run for record in records if record.HasField("run"))
@@ -29,7 +29,7 @@ def mirrored(folder):
 
 
 def entries(num_updates):
-    """What a run of two steps logs, with numbers that would show any rounding."""
+    """The entries of a run of two steps, with numbers that rounding would change."""
     yield {
         "kind": "eval",
         "t": 0,
@@ -49,7 +49,7 @@ def entries(num_updates):
 
 
 def check_agreement(folder):
-    """Every number of metrics.jsonl stands in the same row of the offline run, and nothing else does."""
+    """Each row of the offline run has the numbers of the same line of metrics.jsonl and no others."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     _, rows, _ = mirrored(folder)
     assert len(rows) == len(lines)
@@ -79,7 +79,7 @@ def test_every_number_is_mirrored(finished):
     updates = [row["updates"] for row in rows]
     assert updates == sorted(updates) and updates[-1] == 400
     (path,) = finished.glob("wandb/offline-run-*/*.wandb")
-    assert path.stat().st_size > 2 * from_wandb.BLOCK  # the reader has met records that cross blocks
+    assert path.stat().st_size > 2 * from_wandb.BLOCK  # so some records cross blocks
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     for line, found in zip(lines, from_wandb.entries(mirrored(finished)[1]), strict=True):
         assert {name: found[name] for name in line if name != "eval"} == {k: v for k, v in line.items() if k != "eval"}
@@ -87,20 +87,20 @@ def test_every_number_is_mirrored(finished):
             assert found["eval"][name] == {"low": None, "high": None} | measure
 
 
-def test_answers_stand_side_by_side(tmp_path):
-    def said(t, text):
+def test_answers_are_a_table_with_a_column_per_model(tmp_path):
+    def entry(t, text):
         return {"kind": "answers", "t": t, "answers": [{"id": 7, "turns": ["what?"], "answers": [text]}]}
 
     with recorder_of(tmp_path) as recorder:
-        recorder.log(said(0, "this"))
-        recorder.log(said(1, "that"))
+        recorder.log(entry(0, "this"))
+        recorder.log(entry(1, "that"))
     rows = mirrored(tmp_path)[1]
     (file,) = tmp_path.glob(f"wandb/offline-run-*/files/{rows[-1]['answers.path']}")
     table = json.loads(file.read_text())
     assert table["columns"] == ["id", "prompt", "M_0", "M_1"] and table["data"] == [["7", "what?", "this", "that"]]
 
 
-def test_what_is_cut_off_is_left_out_and_other_files_are_refused(finished, tmp_path):
+def test_a_record_that_is_cut_off_is_left_out_and_other_files_are_refused(finished, tmp_path):
     (path,) = finished.glob("wandb/offline-run-*/*.wandb")
     (tmp_path / "cut.wandb").write_bytes(path.read_bytes()[:-3])
     assert len(list(from_wandb.records(tmp_path / "cut.wandb"))) == len(list(from_wandb.records(path))) - 1
@@ -109,7 +109,7 @@ def test_what_is_cut_off_is_left_out_and_other_files_are_refused(finished, tmp_p
         from_wandb.offline(tmp_path / "other.wandb")
 
 
-def test_the_run_says_what_it_is(finished):
+def test_the_run_has_its_names_and_configuration(finished):
     start, _, exit_code = mirrored(finished)
     assert exit_code == 0
     assert (start.project, start.run_group, start.display_name) == ("trial", "controls", "random-seed7")
@@ -120,7 +120,7 @@ def test_the_run_says_what_it_is(finished):
     assert start.host == "" and not list(finished.glob("wandb/latest-run"))
 
 
-def test_a_failed_run_is_shown_as_failed_and_its_repeat_replaces_it(tmp_path):
+def test_a_failed_run_is_marked_as_failed_and_the_next_attempt_replaces_it(tmp_path):
     with pytest.raises(RuntimeError), recorder_of(tmp_path) as recorder:
         recorder.log({"kind": "train", "t": 1, "update": 1, "loss": 0.5})
         raise RuntimeError
@@ -159,7 +159,7 @@ with Recorder(folder, WandbMirror(folder, config, "", {{}})) as recorder:
     )
 
 
-def test_nothing_is_asked_and_no_other_run_is_joined(tmp_path):
+def test_no_input_is_needed_and_no_other_run_is_joined(tmp_path):
     another = {"WANDB_RUN_ID": "another", "WANDB_RESUME": "must", "WANDB_SWEEP_ID": "theirs"}
     child = record_in_a_child(tmp_path, "offline", WANDB_MODE="online", WANDB_PROJECT="another", **another)
     assert (child.returncode, child.stdout, child.stderr) == (0, "", "")

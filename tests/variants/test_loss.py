@@ -1,7 +1,7 @@
-"""Every loss against numbers worked by hand, and what holds for all of them.
+"""Every loss against numbers worked by hand, and properties of all losses.
 
-The first pair has rewards ln 2 (chosen) and -ln 1.5 (rejected) at beta 0.5, so that sigmoids are fractions:
-of the chosen reward 2/3, of the rejected 2/5, of their difference ln 3 it is 3/4. The second has no margin.
+The first pair has rewards ln 2 (chosen) and -ln 1.5 (rejected) at beta 0.5, so that sigmoids are fractions: 2/3 of the
+chosen reward, 2/5 of the rejected one, 3/4 of their difference ln 3. The second pair has margin 0.
 """
 
 from functools import partial
@@ -45,7 +45,7 @@ NLL = (10 - 2 * log(2), 12)  # of the chosen responses, of 2 and 4 tokens
         ("ipo", HALF, [(log(2) + log(1.5) / 2 - 1) ** 2, 1]),
         ("hinge", {"beta": 0.25}, [1 - log(3) / 2, 1]),
         ("hinge", HALF, [0, 1]),
-        ("exo", HALF | {"label_smoothing": 0.25}, [0, log(4 / 3) / 2]),  # 3/4 is what the label says
+        ("exo", HALF | {"label_smoothing": 0.25}, [0, log(4 / 3) / 2]),  # the policy's preference 3/4 is the label's
         ("nca", HALF, [-log(2 / 3) - log(1 / 3) / 2 - log(3 / 5) / 2, 2 * log(2)]),
         ("sppo_hard", HALF, [(2 * log(2) - 1) ** 2 + (1 - 2 * log(1.5)) ** 2, 2]),
         ("apo_zero", HALF, [1 / 3 + 2 / 5, 1]),
@@ -53,7 +53,7 @@ NLL = (10 - 2 * log(2), 12)  # of the chosen responses, of 2 and 4 tokens
         ("discopop", HALF | {"tau": 0.5}, [0.1 * log(4 / 3) + 0.9 / 3, log(2) / 2 + 1 / 2]),  # mixed 9 to 1
         ("hypo", HALF, [log(4 / 3), log(1 + e)]),  # the second gamma_ref, -2, counts as 0
         ("odpo", HALF | {"alpha": 1.0}, [-log(3 / 5), log(2)]),  # gaps 2 and 1
-        ("dpop", HALF | {"penalty": 5.0}, [log(4 / 3), log(2)]),  # no chosen response fell
+        ("dpop", HALF | {"penalty": 5.0}, [log(4 / 3), log(2)]),  # no chosen response became less likely
         ("rpo", HALF | {"alpha": 0.2}, [log(4 / 3) + 0.1 * NLL[0], log(2) + 0.05 * NLL[1]]),
         (
             "rpo",
@@ -78,13 +78,13 @@ def test_by_hand_without_reference():
     expected(losses.cpo(policy, lengths, beta=0.5, alpha=3, over_tokens="sum").item(), log(9 / 8) + 6 * log(2))
 
 
-def test_dpop_penalises_a_chosen_response_that_falls():
+def test_dpop_penalises_a_chosen_response_that_becomes_less_likely():
     policy, reference = both([-10 - log(2)], [-12 - log(2) - 2 * log(3)]), both([-10], [-12])
     loss = losses.dpop(policy, reference, beta=0.5, penalty=2 * log(3) / log(2))
-    assert loss.item() == pytest.approx(log(2))  # the penalty eats the whole margin
+    assert loss.item() == pytest.approx(log(2))  # the penalty is as large as the margin
 
 
-def test_dpo_gradient_is_beta_lambda_and_finite_far_out():
+def test_dpo_gradient_is_beta_lambda_and_finite_for_large_margins():
     policy = ChosenRejected(*(x.clone().requires_grad_() for x in both([0, 5000], [2 * log(3), -5000])))
     losses.dpo(policy, both([0, 0], [0, 0]), beta=0.5).sum().backward()
     expected = torch.tensor([-0.5 * 3 / 4, 0], dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_dpo_gradient_is_beta_lambda_and_finite_far_out():
 
 
 @pytest.mark.parametrize("name", variants(losses))
-def test_pairs_do_not_see_each_other(name):
+def test_the_loss_of_a_pair_does_not_depend_on_other_pairs(name):
     loss = defaults(name)
     alone = [call(loss, {k: ChosenRejected(*(x[i : i + 1] for x in v)) for k, v in DATA.items()}) for i in range(2)]
     assert torch.equal(torch.cat(alone), call(loss, DATA))

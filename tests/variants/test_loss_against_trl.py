@@ -1,6 +1,6 @@
 """Losses and gradients equal those of TRL's own trainers, on the same tiny models and batches.
 
-Both chosen responses have one length, because TRL averages NLL over the tokens of a batch, and not pair by pair.
+Both chosen responses have the same length, because TRL takes the mean NLL over the tokens of a batch, not per pair.
 
 Shape suffixes: S sequences (chosen, then rejected), B pairs, T tokens, V vocabulary.
 """
@@ -14,7 +14,7 @@ from sdpo.binding import bind, inputs_of
 from sdpo.types import ChosenRejected
 from sdpo.variants import loss as losses
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the peer's, about itself
+pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's own warnings
 
 PAIRS = [
     {"prompt": "a b", "chosen": " yes it", "rejected": " no"},
@@ -51,7 +51,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parts():
-    """What every trainer is made of; weights large enough that policy and reference disagree."""
+    """Arguments of every trainer; the weights are so large that policy and reference differ."""
     return {
         "model": random_model(initializer_range=0.2),
         "processing_class": byte_tokenizer(),
@@ -95,7 +95,7 @@ def test_cpo_trainer(settings, parts, their_settings, name, ours):
 
 
 def test_orpo_trainer(settings, parts):
-    """All but its NLL, which takes in the prompt."""
+    """Everything except TRL's NLL, which includes the prompt."""
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     trainer = ORPOTrainer(**parts, args=ORPOConfig(**settings, beta=0.1))
@@ -112,7 +112,7 @@ def concatenated(trainer, batch):
 
 
 def logps(model, ids_ST, attention_ST, labels_ST):
-    """Summed response log-probs and response lengths, the plain way."""
+    """Summed response log-probs and response lengths, computed without packing."""
     logp_STV = model(ids_ST, attention_mask=attention_ST).logits[:, :-1].log_softmax(-1)
     mask_ST = labels_ST[:, 1:] != -100
     logp_ST = logp_STV.gather(-1, ids_ST[:, 1:, None]).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Placebo references keep the height of the bound and lose the pairs."""
+"""Placebo references keep the mean gamma of the reference but not its values for single pairs."""
 
 import numpy as np
 import pandas as pd
@@ -34,8 +34,8 @@ def test_permute_gives_every_shift_to_another_pair(seed):
     assert np.array_equal(permuted, placebo.permute(INITIAL, RULE, seed))
 
 
-def test_a_reference_that_moves_has_its_placebo_in_every_window(run, tmp_path):
-    """Two windows of an epoch each: what the last one gave is S's log-probs, all raised alike."""
+def test_a_moving_reference_has_its_placebo_in_every_window(run, tmp_path):
+    """Two windows of an epoch each: the log-probs of the last one are S's plus one shift."""
     every = ["split=all_at_once", "optim.epochs=2", "optim.pairs_per_update=33"]
     folder = run(*every, "reference=periodic", "reference.updates=2", "reference.placebo=mean_shift")
     read = pd.read_parquet(folder / "steps" / "1" / "reference.parquet").set_index("id")

@@ -16,7 +16,7 @@ def test_rules_with_one_window():
     assert references.average(4, 10) == [Window(10, {"M_0": 0.25, "M_1": 0.25, "M_2": 0.25, "M_3": 0.25})]
 
 
-def test_rules_that_meet():
+def test_rules_that_are_equal_in_special_cases():
     assert references.previous(1, 10) == references.initial(1, 10) == references.average(1, 10)
     assert references.mixed(2, 10, alpha=1.0, updates=3) == references.periodic(2, 10, updates=3)
 
@@ -32,24 +32,24 @@ def test_periodic_cuts_the_step_into_windows():
     assert references.periodic(2, 2, updates=512) == [Window(2, policy)]
 
 
-def test_mixed_begins_at_the_start_policy_and_then_mixes():
+def test_mixed_starts_from_the_policy_and_then_mixes():
     mixture = {"reference": 0.4, "policy": 0.6}
     windows = references.mixed(1, 8, alpha=0.6, updates=3)
     assert windows == [Window(3, {"policy": 1.0}), Window(3, mixture), Window(2, mixture)]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.5])
-def test_mixed_refuses_a_share_that_is_none(alpha):
+def test_mixed_refuses_an_alpha_out_of_range(alpha):
     with pytest.raises(UserError, match="reference.alpha"):
         references.mixed(1, 8, alpha=alpha, updates=3)
 
 
-def test_windows_of_no_updates_are_refused():
+def test_windows_without_updates_are_refused():
     with pytest.raises(UserError, match="reference.updates must be at least 1, not 0"):
         references.periodic(1, 8, updates=0)
 
 
-def test_a_loss_that_reads_no_reference_makes_one_model_whatever_the_rule(run, capsys, tmp_path):
+def test_a_loss_that_reads_no_reference_gives_the_same_model_with_every_rule(run, capsys, tmp_path):
     keys = set()
     for rule in ("none", "initial", "previous"):
         folder = run("loss=simpo", "split=random", "split.num_chunks=2", f"reference={rule}", name=rule)

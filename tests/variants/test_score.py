@@ -20,7 +20,7 @@ def test_gamma_per_token_is_the_difference_of_means():
     assert scores.gamma_per_token(LOGPS, LENGTHS).tolist() == [-2.0 + 1.0, -1.0 + 2.0]
 
 
-def test_implicit_reward_is_what_fine_tuning_added_to_gamma():
+def test_implicit_reward_is_the_change_of_gamma_by_fine_tuning():
     base = np.array([[-5.0, -5.0], [-3.0, -6.0]])
     assert scores.implicit_reward(LOGPS, base, path="base").tolist() == [2.0, -4.0]
     assert scores.implicit_reward(LOGPS, LOGPS, path="itself").tolist() == [0.0, 0.0]
@@ -36,7 +36,7 @@ def test_rating_gap_needs_both_ratings():
         scores.rating_gap(np.array([[8.0, 3.0], [6.0, np.nan]]))
 
 
-def test_by_length_a_short_chosen_response_and_a_short_prompt_are_easy():
+def test_a_shorter_chosen_response_and_a_shorter_prompt_are_easier():
     assert scores.length_gap(LENGTHS).tolist() == [4, -5]
     assert scores.prompt_length(np.array([7, 3])).tolist() == [-7, -3]
 

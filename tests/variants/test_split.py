@@ -1,4 +1,4 @@
-"""Splits by hand, and what every split promises."""
+"""Splits by hand, and properties of every split."""
 
 import json
 
@@ -11,7 +11,7 @@ from sdpo.variants import split as splits
 
 
 def rows_of(*sources):
-    """Rows a0, a1, ... of the sources given by name and number, each with its own prompt and 10 tokens."""
+    """Rows a0, a1, ... of sources (name, number of rows); each row has its own prompt and 10 tokens."""
     return [SplitRow(f"{s}{i}", s, f"{s}{i}", 10) for s, n in sources for i in range(n)]
 
 
@@ -49,7 +49,7 @@ def test_easy_to_hard_by_source_sorts_by_accuracy_or_by_mean():
 
 def test_easy_to_hard_by_source_joins_neighbours():
     rows = rows_of(("a", 2), ("b", 2), ("c", 4))
-    scores = {row.id: {"a": 1.0, "b": 3.0, "c": 2.0}[row.source] for row in rows}  # all right: the mean decides
+    scores = {row.id: {"a": 1.0, "b": 3.0, "c": 2.0}[row.source] for row in rows}  # equal accuracies: the mean decides
     chunks = splits.easy_to_hard(rows, scores, num_chunks=2)
     assert [{id[0] for id in chunk} for chunk in chunks] == [{"b"}, {"a", "c"}]
     with pytest.raises(UserError, match=r"4 chunks were asked for, but there are only 3 sources \(8 pairs"):
@@ -67,8 +67,8 @@ def test_chunks_equal_in_tokens():
     rows = [row._replace(tokens=tokens.get(row.id, 12)) for row in ROWS]
     chunks = splits.easy_to_hard(rows, SCORES, level="pair", num_chunks=2, equal="tokens")
     assert chunks == [["b0"], ["b1", "a0", "a1", "a2", "a3"]]
-    turned = {id: -score for id, score in SCORES.items()}  # now it is last, and must leave others for chunk 2
-    chunks = splits.easy_to_hard(rows, turned, level="pair", num_chunks=5, equal="tokens")
+    flipped = {id: -score for id, score in SCORES.items()}  # now b0 is last and must leave pairs for every chunk
+    chunks = splits.easy_to_hard(rows, flipped, level="pair", num_chunks=5, equal="tokens")
     assert sizes(chunks) == [2, 1, 1, 1, 1] and chunks[-1] == ["b0"]
 
 
@@ -79,7 +79,7 @@ def test_random_is_seeded_and_even():
     assert chunks == splits.random(rows, 0, num_chunks=3) != splits.random(rows, 1, num_chunks=3)
 
 
-def test_stratified_keeps_the_mix():
+def test_stratified_chunks_have_the_same_mix_of_sources():
     rows = rows_of(("a", 60), ("b", 12))
     for chunk in splits.stratified(rows, 0, num_chunks=3):
         assert sum(id.startswith("a") for id in chunk) == 20 and len(chunk) == 24
@@ -132,7 +132,7 @@ EVERY_SPLIT = {
 
 
 @pytest.mark.parametrize("split", EVERY_SPLIT.values(), ids=EVERY_SPLIT)
-def test_a_partition_disjoint_by_prompt_whatever_the_order_of_rows(split):
+def test_chunks_are_a_partition_by_prompt_and_do_not_depend_on_the_order_of_rows(split):
     rng = np.random.default_rng(0)
     rows = [
         SplitRow(f"{i:03}", str(rng.choice(["a", "b", "c"])), int(rng.integers(80)), int(rng.integers(5, 99)))
@@ -145,5 +145,5 @@ def test_a_partition_disjoint_by_prompt_whatever_the_order_of_rows(split):
     prompts = [{prompt[id] for id in chunk} for chunk in chunks]
     assert sum(map(len, prompts)) == len(set().union(*prompts))
 
-    turned = split(rows[::-1], dict(reversed(scores.items())))
-    assert [chunk[::-1] for chunk in turned] == chunks
+    backwards = split(rows[::-1], dict(reversed(scores.items())))
+    assert [chunk[::-1] for chunk in backwards] == chunks
