@@ -120,11 +120,11 @@ def load(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
 def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Move a module to a device and cast its parameters to `dtype`, one by one: fp32 weights never fill the device.
 
-    Buffers keep their dtype, as in `from_pretrained(dtype=...)` and in DeepSpeed. Rotary frequencies in bf16 would
-    change log-probs by a tenth of a nat per token at a thousand tokens.
+    Packed 4-bit weights keep their integer dtype. Buffers keep theirs too, as in `from_pretrained(dtype=...)` and in
+    DeepSpeed: rotary frequencies in bf16 would change log-probs by a tenth of a nat per token at a thousand tokens.
     """
     for param in module.parameters():
-        param.data = param.data.to(device, dtype)
+        param.data = param.data.to(device, dtype if param.is_floating_point() else None)
     return module.to(device)
 
 

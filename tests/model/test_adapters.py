@@ -184,8 +184,8 @@ def test_a_quantised_chain_starts_from_weights_rounded_to_4_bits(toy, tmp_path):
     chain = Chain(toy, tmp_path / "store", "tune.between=stack", "tune.quantize=4bit")
     for step in chain.steps:
         assert abs(step.entries[0]["margin"]) <= 1e-5
-    again, inner = toys.prepare(toy, tmp_path / "store", *LORA)
-    twice = adapters.rounded(chain.models[0], again, inner.runner.store, inner.runner.tokenizer)
+    runner = toys.prepare(toy, tmp_path / "store", *LORA)[1].runner
+    twice = adapters.rounded(chain.models[0], runner.loading, runner.store, runner.tokenizer)
     for name, tensor in load_file(twice.folder / "model.safetensors").items():
         assert torch.equal(tensor, chain.weights(0)[name])
 
