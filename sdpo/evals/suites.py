@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -69,14 +69,14 @@ def lab(model: Artifact, initial_model: Artifact, exam: lab_exam.Exam | None, ru
     if exam is None:
         return {}
     load, determinants = runner.load_verified, {"weights": model.key, "exam": asdict(exam), **LIBRARIES}
-    measures = _stored(
-        runner,
+    measures = runner.store.make_json(
+        "evaluation",
         {"suite": "lab", "initial": initial_model.key, **determinants},
         lambda: lab_measures.measure(load(model), load(initial_model), runner.tokenizer, exam, seed=0),
     )
     if model.key == initial_model.key:
-        measures |= _stored(
-            runner,
+        measures |= runner.store.make_json(
+            "evaluation",
             {"suite": "best_of_n", **determinants},
             lambda: lab_measures.best_of_n(load(model), runner.tokenizer, exam, seed=0),
         )
@@ -195,12 +195,8 @@ def _benchmark(name: str, model: Artifact, runner: Runner, local: str | None, **
 
     def compute() -> Measures:
         runner.release()  # the engine would take memory on the device
-        network = runner.load_verified(model).to(runner.device)
+        network = runner.load_verified(model)
+        hub.cast(network, runner.device, hub.DTYPES["fp32"])
         return getattr(eval_harness, name)(network, runner.tokenizer, local=local, **options)
 
-    return _stored(runner, determinants, compute)
-
-
-def _stored(runner: Runner, determinants: dict[str, Any], compute: Callable[[], Measures]) -> Measures:
-    """Measures from the store, or computed and stored."""
-    return cast(Measures, runner.store.make_json("evaluation", determinants, compute))
+    return runner.store.make_json("evaluation", determinants, compute)

@@ -141,8 +141,14 @@ def _encode_for_external(reference: Settings, config: Config, runner: Runner, pa
     model = external(reference)
     tokenizer = hub.load_tokenizer(model.folder)
     longest = max(tokenizer.model_max_length, config.data.max_tokens)
-    settings = {"template": reference.get("template"), "template_date": config.data.template_date}
-    runner.foreign[model.key], _ = encode(pairs, tokenizer, **settings, max_tokens=longest, on_long="error")
+    runner.foreign[model.key], _ = encode(
+        pairs,
+        tokenizer,
+        template=reference.get("template"),
+        template_date=config.data.template_date,
+        max_tokens=longest,
+        on_long="error",
+    )
 
 
 def _base_model(config: Config, store: Store) -> tuple[Artifact, PreTrainedTokenizerBase]:
