@@ -1,6 +1,6 @@
 """Every option trains: each split with each reference in this process, and all options of all groups through train.py.
 
-What lies elsewhere (models and data of the hub, other people's references) has stand-ins of the toy's here.
+Models and data of the Hub, and external references, are replaced by stand-ins that are made from the toy.
 """
 
 import functools
@@ -21,7 +21,7 @@ from sdpo.run import folder as run_folder
 
 FILES = ["data.train=[a.jsonl,b.jsonl]", "data.template=plain", "data.held_out_share=0.2"]
 TOY = ["model=local", "model.path=model", "data=local", *FILES, "optim.pairs_per_update=8"]
-HERE = ["model.name=local", "model.path=model", "data.name=local", *FILES]  # whatever model and data say
+HERE = ["model.name=local", "model.path=model", "data.name=local", *FILES]  # instead of what an option names
 PAPER = [*HERE, "data.held_out=[]", "precision=fp32", "launch.ranks=1", "deepspeed=off", "evaluate=[preference]"]
 WORLD = ["model.lab.width=16", "model.lab.layers=1", "model.sft.epochs=1", "data.lab.num_demonstrations=512"]
 WORLD += [f"data.lab.num_{name}=8" for name in ("held_out", "prompts", "items")]
@@ -29,14 +29,14 @@ SMALL, OF_HARDNESS = (
     [*WORLD, *(f"data.lab.sources.{source}.num_pairs=32" for source in sources)]
     for sources in (("teacher", "on_policy", "edits"), ("easy", "hard"))
 )
-BESIDE = {  # what the options of a group are trained with, if not on the toy's defaults
+BESIDE = {  # settings that the options of a group are trained with, if not TOY
     "model": ["data=local", *HERE],
     "data": ["model=local", *HERE],
     "score": [*TOY, "split=easy_to_hard", "split.level=pair", "split.num_chunks=2"],
     "arm": SMALL,
     "experiment": PAPER,
 }
-NEEDS = {  # what an option cannot do without
+NEEDS = {  # more settings, which an option requires
     "split=repeat": ["split.num=2"],
     "split=replay": ["split.path=split.json"],
     "reference=periodic": ["reference.updates=2"],
@@ -53,10 +53,10 @@ NEEDS = {  # what an option cannot do without
     "evaluate=[h4]": ["evaluate.h4.local=eval", "evaluate.h4.limit=1"],
     "evaluate=[lm_eval]": ["evaluate.lm_eval.local=eval", "evaluate.lm_eval.tasks=[hellaswag]"],
     "experiment=paper/table4": ["~evaluate.lm_eval"],
-    "experiment=paper/table1": ["hydra.sweeper.params.arm=baseline/all_at_once"],  # the others are arms of their own
+    "experiment=paper/table1": ["hydra.sweeper.params.arm=baseline/all_at_once"],  # the other arms are trained by `arm`
 }
 OTHERS = ["reference.path=other", "reference.template=plain"]
-INSTEAD = {  # of what its group is trained with
+INSTEAD = {  # settings that replace those of the option's group
     "model=lab": ["data=lab", *SMALL],
     "data=lab": ["model=lab", *SMALL],
     "arm=published/intel_dpo": [*TOY, *OTHERS],
@@ -66,7 +66,7 @@ INSTEAD = {  # of what its group is trained with
     "experiment=study/base": SMALL,
     "experiment=real/stories": [*HERE, "hydra.sweeper.params.seed=0"],
 }
-# Trained by the hardness sweeps, which name their sources.
+# The hardness sweeps train these: they define the sources that the arms name.
 ELSEWHERE = ("arm=hardness/easy_then_hard", "arm=hardness/hard_then_easy")
 for name in help.options("experiment"):
     if name in ("demo", "controls") or name.startswith("study/"):
@@ -131,7 +131,7 @@ def test_every_split_trains_with_every_reference(place, tmp_path, split, referen
 
 
 def commands():
-    """The commands that train all options: of a group the ones that need nothing as one sweep, each other one alone."""
+    """The commands that train all options: of each group one sweep of what requires nothing, and the others alone."""
     for group in help.groups():
         options = [f"[{option}]" if group == "evaluate" else option for option in help.options(group)]
         options = [option for option in options if f"{group}={option}" not in ELSEWHERE]
