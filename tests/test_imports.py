@@ -39,7 +39,7 @@ FORBIDDEN = [
     ("sdpo.variants.loss", "from sdpo.variants import score"),
     ("sdpo.launch.sweep", "from analysis.report import write_report"),
     ("sdpo.launch.sweep", "import wandb"),
-    ("sdpo.train.loop", "from deepspeed.utils import safe_get_full_grad"),
+    ("sdpo.model.engine", "from deepspeed.utils import safe_get_full_grad"),
     ("sdpo.data.readers", "from . import schemas"),
     ("sdpo.binding", "from importlib import import_module"),
     ("analysis.report", "from sdpo.run import folder"),
