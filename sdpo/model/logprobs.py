@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sdpo import distributed
 from sdpo.errors import UserError
+from sdpo.model import rotary
 from sdpo.model.attention import interface as backends
 from sdpo.model.packing import MIN_ROWS, Pack, pack, scoring_packs
 from sdpo.types import ChosenRejected, TokenPair
@@ -142,6 +143,8 @@ class Scorer(nn.Module):
             backends.share_prompts(model)
         self.decode = model.get_decoder().__call__  # a bound method: a submodule would register its parameters twice
         self.reshapes_scores = backends.reshapes_scores(model)
+        self.longest_packed = rotary.longest_with_fixed_frequencies(model.config.get_text_config())
+        rotary.forget_lengths(model)
         self.train(model.training)
         _check(self)
 
@@ -160,7 +163,16 @@ class Scorer(nn.Module):
         self.decode = torch.compile(self.decode, dynamic=True)
 
     def forward(self, pack: Pack) -> ChosenRejected:
-        """Summed log-probs [B], fp32, in nats, of the chosen and the rejected responses; 0 for an empty response."""
+        """Summed log-probs [B], fp32, in nats, of the chosen and the rejected responses; 0 for an empty response.
+
+        If rotary frequencies depend on the length of a sequence of this pack, each sequence has a pass of its own.
+        """
+        if pack.longest <= self.longest_packed:
+            return self._packed(pack)
+        logps_2B = torch.cat([self._packed(alone).chosen for alone in pack.apart()])
+        return ChosenRejected(*logps_2B.view(-1, 2).unbind(1))
+
+    def _packed(self, pack: Pack) -> ChosenRejected:
         hidden_TH = self._hidden(pack)
         logps_R = self.head(hidden_TH.index_select(0, pack.rows_R), pack.targets_R)
         # Sum in fp64, whose rounding is far below that of the terms. The last two sums are the closing pair's.
@@ -173,6 +185,8 @@ class Scorer(nn.Module):
         name = self.backend
         if name != "plain":
             return self._run(pack.tokens_T, pack.positions_T, packed=backends.BACKENDS[name](pack))
+        if pack.longest > self.longest_packed:  # one sequence: its length must be that with its last token
+            return self._run(pack.tokens_T, pack.positions_T)
         sequences = zip(pack.keys_K.split(pack.lengths_S), pack.own_S, strict=True)
         return torch.cat([self._run(pack.tokens_T[at], pack.positions_T[at])[-own:] for at, own in sequences])
 

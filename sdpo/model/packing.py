@@ -31,7 +31,29 @@ class Pack(NamedTuple):
     rows_R: Tensor  # stream index of the token before each response token
     targets_R: Tensor  # the response tokens
     branches_R: Tensor  # the sum that each response token belongs to: 2i for chosen, 2i + 1 for rejected of pair i
-    num_pairs: int  # without the closing pair, whose branches come last
+    rows: Sequence[TokenPair]  # without the closing pair, whose branches come last
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest prompt with its whole response."""
+        return max((len(row.prompt) + max(len(row.chosen), len(row.rejected)) for row in self.rows), default=0)
+
+    def apart(self) -> list["Pack"]:
+        """One pack per sequence, chosen and rejected in turn, for models that read a sequence's length off its pack.
+
+        The stream lacks the last token of a response, so the last closing token takes its position.
+        """
+        packs, none = [], np.zeros(0, np.int32)
+        for row in self.rows:
+            for response in (row.chosen, row.rejected):
+                alone = pack([TokenPair(row.id, row.prompt, response, none)])
+                alone.positions_T[-1] = max(int(alone.positions_T[-1]), len(row.prompt) + len(response) - 1)
+                packs.append(alone.to(self.tokens_T.device))
+        return packs
 
     def to(self, device: torch.device | str) -> "Pack":
         """The same pack with its tensors on a device."""
@@ -81,7 +103,7 @@ def pack(rows: Sequence[TokenPair]) -> Pack:
         rows_R=_tensor(before),
         targets_R=_tensor(targets),
         branches_R=_tensor(branches),
-        num_pairs=len(rows),
+        rows=rows,
     )
 
 

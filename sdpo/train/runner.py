@@ -90,6 +90,16 @@ class Runner:
 
     def _open(self, model: Artifact, loaded: PreTrainedModel, config: Config) -> Engine:
         scorer = Scorer(loaded, self.config.launch.attention)
+        if (
+            config.deepspeed.stage == 3
+            and distributed.world_size() > 1
+            and scorer.longest_packed < config.data.max_tokens
+        ):
+            raise UserError(  # under ZeRO-3 every rank must run the same number of forward passes
+                f"{type(loaded).__name__} reads its rotary frequencies off a sequence's length above "
+                f"{scorer.longest_packed} tokens, which deepspeed=zero3 cannot do on several ranks: "
+                f"set data.max_tokens={scorer.longest_packed}, or use deepspeed=zero2"
+            )
         if self.config.launch.compile:
             scorer.compile_decoder()
         self._engine = open_engine(scorer, config.optim, config.precision, config.deepspeed, self.device)
