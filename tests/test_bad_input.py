@@ -22,6 +22,15 @@ ROWS = {  # the second row, and the end of "FILE, row 2: ..."
         "field 'rejected' equals 'chosen', so the pair states no preference",
     ),
     "not text": (GOOD | {"chosen": 7}, "field 'chosen' is int, not text"),
+    "a picture": (GOOD | {"images": ["cat.png"]}, "field 'images' is not supported; data.columns can name the columns"),
+    "tools that nobody reads": (
+        GOOD | {"tools": "[{"},
+        "field 'tools' is written as text, but is neither valid JSON nor",
+    ),
+    "a conversation cut off": (
+        {"chosen": "[{'role': 'user', 'content': 'W", "rejected": "[{'role': 'user', 'content': 'W"},
+        "field 'chosen' is written as text, but is neither valid JSON nor a Python value",
+    ),
     "duplicate id": (GOOD | {"id": "first"}, "field 'id' 'first' was used before, by"),
     "invalid JSON": ('{"prompt": "x",', "is not valid JSON"),
     "invalid UTF-8": ('{"prompt": "x", "chosen": "\udcff", "rejected": "z"}', "field 'chosen' is not valid UTF-8"),
@@ -43,6 +52,12 @@ SETTINGS = {
     "no such model": (["model.path=nowhere"], "nowhere holds no config.json"),
     "no attention of ours": (["model.path=mamba"], "MambaForCausalLM cannot share prompts: "),
     "no tokenizer": (["model.path=bare"], "bare holds no tokenizer; save one there with tokenizer.save_pretrained"),
+    "a pointer": (["model.path=pointer"], "pointer/tokenizer.json is a pointer of Git LFS, not the file itself; fetch"),
+    "no date": (["data.template_date=today"], "data.template_date=today is not a date; write it as 2024-07-26"),
+    "held-out pairs too long": (
+        ["data.held_out=[long.jsonl]", "data.on_long=drop", "data.max_tokens=40"],
+        "no held-out pair of 1 is left after tokenisation (1 long); raise data.max_tokens=40",
+    ),
     "fewer pairs than steps": (["split=random", "split.num_chunks=9"], "9 chunks were asked for, but there are only"),
     "unknown key in a sweep": (
         ["experiment=demo", "seed=0,1", "foo=1"],
@@ -104,4 +119,10 @@ def test_what_does_not_fit_together_is_said(refused, tokenizer, kind):
         tokenizer.save_pretrained("mamba")
     if kind == "no tokenizer":
         random_model().save_pretrained("bare")
+    if kind == "a pointer":
+        random_model().save_pretrained("pointer")
+        tokenizer.save_pretrained("pointer")
+        Path("pointer/tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    if kind == "held-out pairs too long":
+        Path("long.jsonl").write_text(json.dumps(GOOD | {"prompt": "What is 5 + 5?" * 9}))
     assert refused(*overrides).startswith(sentence)

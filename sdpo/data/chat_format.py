@@ -2,16 +2,17 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from sdpo.config import Data
+from sdpo.data.cells import BadRow
 from sdpo.data.preferences import Pair
-from sdpo.data.schemas import BadRow, Message, Turns
-from sdpo.data.templates import ANSWERS, MARK, QUESTION, REASONING, TEMPLATES, Writer, chat_template
+from sdpo.data.schemas import Message, Turns
+from sdpo.data.templates import ANSWERS, MARK, NO_INPUTS, QUESTION, REASONING, TEMPLATES, Writer, chat_template
 from sdpo.errors import UserError
 
 
@@ -53,14 +54,15 @@ class ChatFormat:
     def texts(self, pair: Pair) -> Texts:
         """The pair as text. Raises BadRow if the template cannot write it, or nothing is left of a turn."""
         counts: Counter[str] = Counter()
-        turns, *answers = (self._harmless(part, counts) for part in (pair.prompt, pair.chosen, pair.rejected))
+        parts = (pair.prompt, pair.inputs, pair.chosen, pair.rejected)
+        turns, inputs, *answers = (self._harmless(part, counts) for part in parts)
         if not self._writes_system and any(turn["role"] == "system" for turn in turns):
             raise BadRow("template", "prompt", "has a system turn, which the chat template does not write")
         if not all(turn["content"].strip() for turn in turns):
             raise BadRow("empty", "prompt", "has a turn of nothing but special tokens")
         try:
-            prompt = self.writer.write(turns, invite=True)
-            chosen, rejected = (self._body(turns, prompt, answer, counts) for answer in answers)
+            prompt = self.writer.write(turns, invite=True, inputs=inputs)
+            chosen, rejected = (self._body(turns, prompt, answer, counts, inputs) for answer in answers)
         except UserError as error:
             raise BadRow("template", None, str(error)) from error
         for field, body in (("chosen", chosen), ("rejected", rejected)):
@@ -73,7 +75,9 @@ class ChatFormat:
         counts["specials_removed"] += removed
         return value
 
-    def _body(self, turns: Turns, prompt: str, answer: str, counts: Counter[str]) -> str:
+    def _body(
+        self, turns: Turns, prompt: str, answer: str, counts: Counter[str], inputs: Mapping[str, Any] = NO_INPUTS
+    ) -> str:
         """What follows the prompt up to the stop token, as the template writes it.
 
         A template may begin the whole conversation in another way than the prompt, for example if its invitation
@@ -81,7 +85,7 @@ class ChatFormat:
         """
         if not answer:
             return ""
-        whole = self.writer.write([*turns, Message(role="assistant", content=answer)])
+        whole = self.writer.write([*turns, Message(role="assistant", content=answer)], inputs=inputs)
         body = whole.removeprefix(prompt).removesuffix(self._ending)
         if prompt + body + self._ending != whole:
             counts["answers_behind_prompt"] += 1

@@ -4,14 +4,15 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from sdpo import config
-from sdpo.data.readers import Table, read_file, read_hub, source_of_file, source_on_hub
-from sdpo.data.schemas import BadRow, Message, check_text, normalise, rename
+from sdpo.data.cells import BadRow
+from sdpo.data.readers import Table, read_file, read_hub, repository, source_of_file, source_on_hub
+from sdpo.data.schemas import Message, check_text, normalise, rename
 from sdpo.errors import UserError
 
 COLUMNS = (
@@ -24,6 +25,8 @@ COLUMNS = (
     "rejected",
     "chosen_rating",
     "rejected_rating",
+    "tools",
+    "chat_template_kwargs",
 )
 
 
@@ -36,6 +39,7 @@ class Pair:
     rejected: str  # "" only in demonstrations (supervised fine-tuning)
     chosen_rating: float | None = None
     rejected_rating: float | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)  # what the chat template reads beside the turns: tools, ...
 
 
 class Preferences(NamedTuple):
@@ -114,6 +118,8 @@ def write_jsonl(path: Path, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
             row = asdict(pair)
             row["messages"] = row.pop("prompt")
+            if not pair.inputs:
+                del row["inputs"]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -247,7 +253,7 @@ def _check(settings: config.Data) -> None:
         raise UserError(f"data.columns has {min(unknown)}; our columns are {', '.join(COLUMNS)}")
     if settings.columns and not {"chosen", "rejected"} <= settings.columns.keys():
         raise UserError("data.columns has to name every column that is read, chosen and rejected among them")
-    repositories = {"/".join(name.split(":")[0].split("/")[:2]) for name in settings.train + settings.held_out}
+    repositories = set(map(repository, settings.train + settings.held_out))
     if settings.name == "hub" and (unknown := settings.revisions.keys() - repositories):
         raise UserError(f"data.revisions names {min(unknown)}, which is no data set of this run")
 

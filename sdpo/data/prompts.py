@@ -20,7 +20,8 @@ class Prompt(NamedTuple):
 def read(name: str) -> list[Prompt]:
     """The prompts of a .txt file (one a line), or of .jsonl, .json, .parquet or .csv with one of PROMPT_COLUMNS.
 
-    An id is the row's number unless it has one, a data set the file's name. Raises UserError, naming file and row.
+    A prompt without an id has the number of its row, and one without a data set the name of the file. A line ends
+    with \\n or \\r\\n and nothing else. Raises UserError, naming file and row.
     """
     table = _lines(name) if Path(name).suffix == ".txt" else read_file(name)
     prompts = [_prompt(table, number, row) for number, row in table.rows]
@@ -33,7 +34,7 @@ def read(name: str) -> list[Prompt]:
 
 def _lines(name: str) -> Table:
     try:
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
+        lines = Path(name).read_text(encoding="utf-8-sig").split("\n")  # in text mode \r\n is \n too
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: cannot be read ({error})") from error
     return Table(name, Path(name).stem, "", [(i, {"prompt": line}) for i, line in enumerate(lines, 1) if line.strip()])
@@ -46,8 +47,8 @@ def _prompt(table: Table, number: int, row: Any) -> Prompt:
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: is not valid JSON ({error.msg})") from error
     asked = next((row[column] for column in PROMPT_COLUMNS if column in row), None) if isinstance(row, dict) else None
-    turns = asked if isinstance(asked, list) else [asked]
-    if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+    turns = [turn for turn in (asked if isinstance(asked, list) else [asked]) if isinstance(turn, str) and turn.strip()]
+    if not turns or isinstance(asked, list) and len(turns) < len(asked):
         raise UserError(f"{place}: has no text in one of the fields {', '.join(PROMPT_COLUMNS)}")
     id = next((row[column] for column in ID_COLUMNS if column in row), number)
     return Prompt(id, turns, row.get("dataset", table.source))

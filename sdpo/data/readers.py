@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from sdpo.config import Data
 from sdpo.errors import Unreachable, UserError
 
+SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 Numbered = Iterator[tuple[int, Any]]  # counted from 1; a row, or a line of JSON that is still to be parsed
 
 
@@ -29,6 +31,8 @@ def read_file(name: str) -> Table:
     """
     path = Path(name)
     reader = READERS.get(path.suffix.lower())
+    if path.is_dir():
+        raise UserError(f"{name}: is a folder; read a data set's folder with data=hub, or name its files")
     if reader is None:
         raise UserError(f"{name}: files of this kind are not read; use one of {', '.join(READERS)}")
     try:
@@ -42,24 +46,47 @@ def read_file(name: str) -> Table:
 
 
 def read_hub(name: str, revisions: dict[str, str]) -> Table:
-    """A data set `owner/name`, `owner/name:split` or `owner/name/config:split`.
+    """A data set `owner/name`, `owner/name:split` or `owner/name/config:split`, or a folder: `folder:split`.
 
-    The split is `train` unless named; `revisions` maps `owner/name` to a branch, tag or commit. Raises Unreachable,
-    a UserError, where the data set cannot be loaded.
+    The split is `train` unless named; `revisions` maps `owner/name` to a branch, tag or commit. A folder holds files
+    of data, or what `save_to_disk` wrote. Raises UserError if the data set cannot be loaded: Unreachable for the Hub.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    repository, config, split = _parts(name)
-    revision = revisions.get(repository)
+    path, config, split = _parts(name)
+    folder = Path(path).is_dir()
+    if not folder and Path(path).is_absolute():
+        raise UserError(f"{name}: there is no folder {path}")
     try:
-        rows = load_dataset(repository, config, split=split, revision=revision).to_list()
+        if folder and any((Path(path) / file).is_file() for file in SAVED):
+            rows = _read_saved(name, path, split)
+        else:
+            rows = load_dataset(path, config, split=split, revision=revisions.get(path)).to_list()
     except (OSError, ValueError, DatasetsError) as error:
+        if folder:
+            raise UserError(f"{name}: cannot be read ({' '.join(str(error).split())})") from error
         raise Unreachable(name, error) from error
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return Table(name, source_on_hub(name), digest.hexdigest(), list(enumerate(rows, 1)))
+
+
+def _read_saved(name: str, path: str, split: str) -> list[dict[str, Any]]:
+    """The rows of what `save_to_disk` wrote: one data set, which counts as the split train, or several by split."""
+    from datasets import Dataset, load_from_disk
+
+    saved = load_from_disk(path)
+    splits = {"train": saved} if isinstance(saved, Dataset) else saved
+    if split not in splits:
+        raise UserError(f"{name}: has no split {split}; it has {', '.join(splits)}")
+    return splits[split].to_list()
+
+
+def repository(name: str) -> str:
+    """The repository or folder of a data set `owner/name/config:split`."""
+    return _parts(name)[0]
 
 
 def on_hub(settings: Data) -> list[str]:
@@ -72,17 +99,21 @@ def is_here(name: str, revisions: dict[str, str]) -> bool:
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 
-    repository, config, _ = _parts(name)
+    path, config, _ = _parts(name)
+    if Path(path).is_dir():
+        return True
     try:
-        load_dataset_builder(repository, config, revision=revisions.get(repository))
+        load_dataset_builder(path, config, revision=revisions.get(path))
     except (OSError, ValueError, DatasetsError):
         return False
     return True
 
 
 def _parts(name: str) -> tuple[str, str | None, str]:
-    """Repository, configuration and split of `owner/name/config:split`."""
+    """Repository, configuration and split of `owner/name/config:split`; a folder has no configuration."""
     path, _, split = name.partition(":")
+    if Path(path).is_absolute() or Path(path).is_dir():
+        return path.rstrip("/"), None, split or "train"
     owner_and_name, config = path.split("/")[:2], "/".join(path.split("/")[2:])
     return "/".join(owner_and_name), config or None, split or "train"
 
@@ -93,8 +124,10 @@ def source_of_file(name: str) -> str:
 
 
 def source_on_hub(name: str) -> str:
-    """The source that a data set is: its name without owner and split."""
+    """The source that a data set is: its name without owner and split, or the name of its folder."""
     path = name.partition(":")[0]
+    if Path(path).is_absolute() or Path(path).is_dir():
+        return Path(path).name
     return "-".join(path.split("/")[1:]) or path
 
 
@@ -113,6 +146,7 @@ def _json(content: bytes) -> Numbered:
 
 
 def _csv(content: bytes) -> Numbered:
+    csv.field_size_limit(sys.maxsize)  # a conversation may be longer than Python's 131,072 characters
     return enumerate(csv.DictReader(io.StringIO(_text(content), newline=""), restkey="(no header)"), 1)
 
 

@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any, NamedTuple, TypedDict
 
-from sdpo.errors import UserError
+from sdpo.data.cells import BadRow, parse_cells, template_inputs
 
 Row = dict[str, Any]
 
@@ -15,6 +15,11 @@ RATINGS = {  # ours, argilla's, UltraFeedback's
 }
 # Layouts with the prompt in a column of its own: that column -> the layout's name. `messages` is ours.
 PROMPT_COLUMNS = {"messages": "messages", "conversations": "sharegpt", "question": "orca", "prompt": "plain"}
+# What a text cannot hold, or what is not written as text here.
+UNSUPPORTED_COLUMNS = ("images", "image", "videos", "audio", "tool_calls", "reasoning_content")
+UNSUPPORTED_IN_TURNS = (*UNSUPPORTED_COLUMNS, "tool_call_id", "function_call", "reasoning", "thinking", "name")
+TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:|\n\nHuman:", re.DOTALL)  # how Anthropic/hh-rlhf writes prompts
+WORDS_NOT_REPEATED_BY_CHANCE = 5
 
 
 class Message(TypedDict):
@@ -32,32 +37,26 @@ class Normal(NamedTuple):
     rejected: str
     chosen_rating: float | None
     rejected_rating: float | None
-
-
-class BadRow(UserError):
-    """A row that cannot be used: the reason to count it by, the field at fault, and what is wrong with it."""
-
-    def __init__(self, reason: str, field: str | None, problem: str):
-        super().__init__(f"field '{field}' {problem}" if field else problem)
-        self.reason = reason
-        self.field = field
-        self.problem = problem
+    inputs: dict[str, Any]  # what the chat template reads beside the turns
 
 
 def normalise(row: Row) -> Normal:
     """A row of any known layout, checked. Raises BadRow."""
-    row = {column: value for column, value in row.items() if value is not None}
+    row = parse_cells({column: value for column, value in row.items() if value is not None})
+    for column in UNSUPPORTED_COLUMNS:
+        if row.get(column):
+            raise BadRow(column, column, "is not supported; data.columns can name the columns to read")
     layout, prompt, chosen, rejected = _read(row)
-    if row.get("system") and prompt[0]["role"] != "system":
-        prompt = (Message(role="system", content=check_text(row["system"], "system")), *prompt)
+    if row.get("system"):
+        prompt = _with_system(prompt, check_text(row["system"], "system"))
     if prompt[-1]["role"] != "user":
         raise BadRow("bad_conversation", "prompt", f"ends with the role {prompt[-1]['role']}, not with user")
     check_text(chosen, "chosen")
     check_text(rejected, "rejected")
     if chosen == rejected:
         raise BadRow("identical", "rejected", "equals 'chosen', so the pair states no preference")
-    ratings = (_rating(row, side) for side in ("chosen", "rejected"))
-    return Normal(layout, prompt, chosen, rejected, *ratings)
+    chosen_rating, rejected_rating = (_rating(row, side) for side in ("chosen", "rejected"))
+    return Normal(layout, prompt, chosen, rejected, chosen_rating, rejected_rating, template_inputs(row))
 
 
 def rename(row: Row, columns: dict[str, str]) -> Row:
@@ -94,7 +93,10 @@ def _read(row: Row) -> tuple[str, Turns, Any, Any]:
         return "conversation", *_conversation(row)
     for column, layout in PROMPT_COLUMNS.items():
         if column in row:
-            return layout, _prompt(row[column], column), row["chosen"], row["rejected"]
+            if isinstance(row[column], str) and TRANSCRIPT.match(row[column]):
+                return "transcript", *_transcript(_complete(row, column))
+            chosen, rejected, repeated = _without_prompt(row, column)
+            return layout + repeated, _prompt(row[column], column), chosen, rejected
     if "\n\nAssistant:" in str(row["chosen"]):
         return "transcript", *_transcript(row)
     raise _missing("prompt", row)
@@ -105,8 +107,6 @@ def _openai(row: Row):
     given = row["input"]
     if not isinstance(given, dict) or "messages" not in given:
         raise BadRow("missing_column", "input", "has no 'messages'")
-    if given.get("tools"):
-        raise BadRow("tools", "input", "has tools, which are not supported")
     fields = ("preferred_output", "non_preferred_output")
     answers = (_answer(_turns(row[field], field), field) for field in fields)
     return _turns(given["messages"], "input.messages"), *answers
@@ -126,6 +126,37 @@ def _conversation(row: Row):
     elif given == "prompt" and isinstance(row[given], list) and _turns(row[given], given) != prompt:
         raise BadRow("prompt_mismatch", "chosen", "does not begin with the turns of 'prompt'")
     return prompt, _answer(chosen[-1:], "chosen"), _answer(rejected[-1:], "rejected")
+
+
+def _with_system(prompt: Turns, rules: str) -> Turns:
+    if prompt[0]["role"] != "system":
+        return (Message(role="system", content=rules), *prompt)
+    if prompt[0]["content"].strip() != rules.strip():
+        raise BadRow("two_systems", "system", "differs from the system turn that the conversation begins with")
+    return prompt
+
+
+def _without_prompt(row: Row, column: str) -> tuple[Any, Any, str]:
+    """Chosen and rejected without the prompt that both of them repeat, and what to add to the layout's name.
+
+    A prompt of a few words may well be the beginning of both answers, so it is left there.
+    """
+    prompt, answers = row[column], (row["chosen"], row["rejected"])
+    texts = isinstance(prompt, str) and len(prompt.split()) >= WORDS_NOT_REPEATED_BY_CHANCE
+    if not texts or not all(isinstance(answer, str) and answer.startswith(prompt) for answer in answers):
+        return *answers, ""
+    chosen, rejected = (answer.removeprefix(prompt).lstrip() for answer in answers)
+    return chosen, rejected, ", prompt repeated"
+
+
+def _complete(row: Row, column: str) -> Row:
+    """The whole transcripts of a row whose prompt is a transcript; its answers may or may not repeat the prompt."""
+    head = "\n\n" + row[column].strip().removesuffix("Assistant:").rstrip()
+    whole = {}
+    for side in ("chosen", "rejected"):
+        answer = check_text(row[side], side).strip()
+        whole[side] = "\n\n" + answer if ("\n\n" + answer).startswith(head) else f"{head}\n\nAssistant: {answer}"
+    return whole
 
 
 def _transcript(row: Row):
@@ -164,6 +195,9 @@ def _turns(value: Any, field: str) -> Turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or role not in ROLES:
             raise BadRow("bad_conversation", field, f"has the role {role!r}; known are {', '.join(ROLES)}")
+        for key in UNSUPPORTED_IN_TURNS:
+            if turn.get(key):
+                raise BadRow(key, f"{field}[{number}].{key}", "is not supported; only the text of a turn is read")
         if role != "system" or content:
             turns.append(Message(role=ROLES[role], content=check_text(content, f"{field}[{number}].content")))
     if not turns:

@@ -83,10 +83,12 @@ class Writer:
         """The conversation as the template writes it, followed by the invitation to answer if `invite`.
 
         `inputs` are what the template reads beside the turns: tools, and switches such as enable_thinking.
-        Raises UserError if the template fails.
+        Raises UserError if the template fails or does not read an input.
         """
+        template = chat_template(self.tokenizer, self._named, inputs.get("tools"))
+        if unread := [name for name in inputs if name not in template]:
+            raise UserError(f"the chat template does not read {unread[0]}, which the row has")
         try:
-            template = chat_template(self.tokenizer, self._named, inputs.get("tools"))
             text = self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns],
                 chat_template=CLOCK.sub(self._stop_clock, template),

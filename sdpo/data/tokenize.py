@@ -9,9 +9,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sdpo.config import Data
+from sdpo.data.cells import BadRow
 from sdpo.data.chat_format import ChatFormat, Texts
 from sdpo.data.preferences import Pair
-from sdpo.data.schemas import BadRow, Turns
+from sdpo.data.schemas import Turns
 from sdpo.errors import UserError
 from sdpo.types import TokenPair
 

@@ -80,7 +80,8 @@ def _encode(pairs: list[Pair], model: Artifact, settings: Settings, runner: Runn
     writer = Writer(tokenizer, template, runner.config.data.template_date)
 
     def tokens(pair: Pair, answer: str) -> np.ndarray:
-        text = writer.write(writer.harmless([*pair.prompt, {"role": "assistant", "content": answer}])[0])
+        turns = [*pair.prompt, {"role": "assistant", "content": answer}]
+        text = writer.write(writer.harmless(turns)[0], inputs=writer.harmless(pair.inputs)[0])
         # A tokenizer's own template writes its special tokens itself.
         return np.array(tokenizer(text, add_special_tokens=template is not None).input_ids, dtype=np.int32)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pyarrow
 import pytest
@@ -192,6 +193,49 @@ def test_hub(monkeypatch):
     ]
     assert {pair.source for pair in train} == {"one", "two-easy"} and len(held_out) == 5
     assert report["files"][0]["sha256"] != report["files"][1]["sha256"]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_folders_of_data_sets(tmp_path, monkeypatch, saved):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "some.where" / "easy"
+    rows = datasets.Dataset.from_list(ROWS[:20])
+    if saved:
+        datasets.DatasetDict({"train": rows, "test": rows.select(range(2))}).save_to_disk(folder)
+        rows.select(range(5, 9)).save_to_disk(folder.parent / "one")
+        one = preferences.load(config.Data(name="hub", train=[str(folder.parent / "one")], held_out_share=0))
+        assert [pair.chosen for pair in one.train] == [row["chosen"] for row in ROWS[5:9]]
+        with pytest.raises(UserError, match="easy:dev: has no split dev; it has train, test"):
+            preferences.load(config.Data(name="hub", train=[f"{folder}:dev"]))
+    else:
+        folder.mkdir(parents=True)
+        write(folder / "train.jsonl", ROWS[:20])
+    train, _, report = preferences.load(config.Data(name="hub", train=[str(folder)], held_out_share=0))
+    assert {pair.source for pair in train} == {"easy"} and len(train) == 20
+    with pytest.raises(UserError, match="easy: is a folder; read a data set's folder with data=hub"):
+        load(str(folder))
+    with pytest.raises(UserError, match="nowhere: there is no folder /nowhere"):
+        preferences.load(config.Data(name="hub", train=["/nowhere"]))
+
+
+def test_long_cells(tmp_path):
+    rows = [ROWS[0], ROWS[1] | {"chosen": "y" * 200_000}]
+    train = load(write(tmp_path / "a.csv", rows), held_out_share=0).train
+    assert [len(pair.chosen) for pair in train] == [7, 200_000]
+
+
+def test_conversations_and_tools_in_every_format(tmp_path):
+    turns = [{"role": "user", "content": "Why?"}]
+    row = {"messages": turns, "chosen": "a", "rejected": "b", "tools": [{"name": "find"}]}
+    text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in row.items()}
+    expected = preferences.Pair("", "", tuple(turns), "a", "b", inputs={"tools": [{"name": "find"}]})
+    for name, given in {"a.jsonl": row, "b.csv": text, "c.parquet": text, "d.parquet": row}.items():
+        (pair,) = load(write(tmp_path / name, [given]), held_out_share=0).train
+        assert replace(pair, id="", source="") == expected
+        preferences.write_jsonl(tmp_path / "pairs", [pair])
+        assert preferences.read_jsonl(tmp_path / "pairs") == [pair]
 
 
 def test_hub_errors_take_one_line(monkeypatch):

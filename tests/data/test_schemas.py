@@ -1,8 +1,11 @@
 """Every layout gives the same pair; every flaw is named with its field."""
 
+import json
+
 import pytest
 
-from sdpo.data.schemas import BadRow, normalise, rename
+from sdpo.data.cells import BadRow
+from sdpo.data.schemas import normalise, rename
 
 ASK = {"role": "user", "content": "Why is the sky blue?"}
 RULES = {"role": "system", "content": "Be brief."}
@@ -48,7 +51,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(layout):
     normal = normalise({**LAYOUTS[layout], "an extra column": None})
-    assert normal == (layout.strip(), (RULES, ASK), GOOD, BAD, None, None)
+    assert normal == (layout.strip(), (RULES, ASK), GOOD, BAD, None, None, {})
 
 
 def test_transcripts_part_at_the_last_answer():
@@ -58,10 +61,55 @@ def test_transcripts_part_at_the_last_answer():
     assert normal[:4] == ("transcript", turns, "Good.", "Oh.\n\nNo.")
 
 
+def test_a_prompt_column_of_a_transcript_is_turns():
+    before = "\n\nHuman: Hello\n\nAssistant: Hello!\n\nHuman: Fine?"
+    turns = ({"role": "user", "content": "Hello"}, said("Hello!"), {"role": "user", "content": "Fine?"})
+    for prompt in (f"{before}\n\nAssistant:", f"{before.strip()}\n\nAssistant: ", before):
+        answers = {"chosen": " Good.", "rejected": "Oh.\n\nNo."}
+        whole = {side: f"{before}\n\nAssistant: {answer.strip()}" for side, answer in answers.items()}
+        for row in (answers, whole, {side: text.strip() for side, text in whole.items()}):
+            assert normalise({"prompt": prompt, **row})[:4] == ("transcript", turns, "Good.", "Oh.\n\nNo.")
+
+
+def test_answers_that_repeat_the_prompt():
+    row = {"prompt": ASK["content"], "chosen": f"{ASK['content']} {GOOD}", "rejected": f"{ASK['content']}\n\n{BAD}"}
+    assert normalise(row)[:4] == ("plain, prompt repeated", (ASK,), GOOD, BAD)
+    assert normalise(row | {"rejected": BAD}).chosen == row["chosen"]  # not both
+    short = {"prompt": "Hi", "chosen": "Hi there!", "rejected": "Hi"}
+    assert normalise(short)[2:4] == ("Hi there!", "Hi")  # by chance
+
+
+@pytest.mark.parametrize("layout", ["messages", "plain ", "conversation", "conversation ", "sharegpt", "openai"])
+@pytest.mark.parametrize("write", [json.dumps, repr])
+def test_conversations_written_as_text_are_read(layout, write):
+    row = {column: value if isinstance(value, str) else write(value) for column, value in LAYOUTS[layout].items()}
+    assert normalise(row) == normalise(LAYOUTS[layout])
+
+
+def test_an_answer_about_a_conversation_is_text():
+    answer = json.dumps([said(GOOD)])
+    assert normalise(PLAIN | {"chosen": answer}).chosen == answer
+
+
+TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_what_the_template_reads_beside_the_turns():
+    settings = {"enable_thinking": False, "python_tools": [], "effort": None}
+    for tools, given in (([TOOL], settings), (json.dumps([TOOL]), json.dumps(settings))):
+        row = PLAIN | {"tools": tools, "chat_template_kwargs": given}
+        assert normalise(row).inputs == {"tools": [TOOL], "enable_thinking": False}
+    assert normalise({**LAYOUTS["openai"], "input": {"messages": [ASK], "tools": [TOOL]}}).inputs == {"tools": [TOOL]}
+
+
+def test_a_system_column_that_says_what_the_conversation_says():
+    assert normalise(TALK | {"system": "Be brief.\n"}).prompt == (RULES, ASK)
+
+
 @pytest.mark.parametrize("columns", [("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")])
 def test_ratings(columns):
     row = LAYOUTS["plain"] | dict(zip(columns, [4.5, "3"], strict=True))
-    assert normalise(row)[4:] == (4.5, 3.0)
+    assert normalise(row)[4:6] == (4.5, 3.0)
 
 
 def test_an_empty_system_text_is_no_turn():
@@ -73,6 +121,7 @@ def test_text_is_left_as_it_is():
     assert normalise(LAYOUTS["plain"] | {"chosen": " padded\n"}).chosen == " padded\n"
 
 
+REASONED, UNREADABLE = "rejected[2].reasoning_content", ("bad_conversation", "messages")
 PLAIN, TALK = LAYOUTS["plain"], LAYOUTS["conversation"]
 FLAWS = [
     (PLAIN | {"rejected": None}, "missing_column", "rejected"),
@@ -97,7 +146,21 @@ FLAWS = [
     (TALK | {"prompt": [ASK]}, "prompt_mismatch", "chosen"),
     (TALK | {"rejected": BAD}, "bad_conversation", "rejected"),
     ({"chosen": [RULES, ASK], "rejected": [RULES, ASK]}, "bad_conversation", "chosen"),
-    ({**LAYOUTS["openai"], "input": {"messages": [ASK], "tools": [{}]}}, "tools", "input"),
+    ({**LAYOUTS["openai"], "input": {"messages": [ASK], "tools": ["find"]}}, "tools", "tools"),
+    (PLAIN | {"tools": "[{"}, "tools", "tools"),
+    (PLAIN | {"tools": {"name": "find"}}, "tools", "tools"),
+    (PLAIN | {"chat_template_kwargs": [1]}, "chat_template_kwargs", "chat_template_kwargs"),
+    (PLAIN | {"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", "chat_template_kwargs"),
+    (PLAIN | {"images": ["cat.png"]}, "images", "images"),
+    (PLAIN | {"prompt": [ASK | {"name": "Ann"}]}, "name", "prompt[0].name"),
+    (TALK | {"chosen": [RULES, ASK, {**said(GOOD), "tool_calls": [{}]}]}, "tool_calls", "chosen[2].tool_calls"),
+    (TALK | {"rejected": [RULES, ASK, {**said(BAD), "reasoning_content": "Hm."}]}, "reasoning_content", REASONED),
+    (TALK | {"system": "Be long."}, "two_systems", "system"),
+    ({"chosen": "[{'role': 'user'", "rejected": '[{"role": "user"'}, "bad_conversation", "chosen"),
+    (
+        {"messages": "[{'role': 'user', 'content': 'a'}\n {'role': 'user'}]", "chosen": "a", "rejected": "b"},
+        *UNREADABLE,
+    ),
     ({**LAYOUTS["openai"], "input": "Why?"}, "missing_column", "input"),
     (
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},

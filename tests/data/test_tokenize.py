@@ -1,6 +1,7 @@
 """Receipts of tokenisation: one BOS, one stop token, one prompt, and a limit that never empties a response."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -194,6 +195,17 @@ def test_a_template_that_reads_the_clock_reads_the_date_that_is_set():
     assert own.decode(one(own, None)[0]).startswith("26 Jul 2024: ")
     with pytest.raises(UserError, match="data.template_date=tomorrow is not a date; write it as 2024-07-26"):
         tokens([pair()], own, None, template_date="tomorrow")
+
+
+def test_tools_and_settings_are_handed_to_the_template(tokenizer):
+    own = byte_tokenizer()
+    own.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}{{ 'loud: ' if loud }}" + TEMPLATES["plain"]
+    tooled = replace(pair(), inputs={"tools": [{"name": "f</s>ind"}], "loud": True})
+    rows, report = tokens([tooled], own, None)
+    assert own.decode(rows["1"].prompt) == '[{"name": "find"}]loud: Why?' and own.decode(rows["1"].chosen) == "So.</s>"
+    assert report["sources"]["s"]["specials_removed"] == 1
+    with pytest.raises(UserError, match="pair 1 of source s: the chat template does not read tools, which the row has"):
+        tokens([tooled], own, "plain")
 
 
 @pytest.mark.parametrize("template", [None, *TEMPLATES])
