@@ -40,7 +40,6 @@ class ChatFormat:
         self._ending = self.writer.ending[self.writer.ending.index(self.stop_text) if self.stop_text else 0 :]
         body = self._body((QUESTION,), self.prompt((QUESTION,)), ANSWERS[0], Counter())
         self._around_answer = _words(body).replace(_words(ANSWERS[0]), "")
-        self._writes_system = self.writer.writes_system()
 
     @property
     def stops(self) -> list[int]:
@@ -56,7 +55,7 @@ class ChatFormat:
         counts: Counter[str] = Counter()
         parts = (pair.prompt, pair.inputs, pair.chosen, pair.rejected)
         turns, inputs, *answers = (self._harmless(part, counts) for part in parts)
-        if not self._writes_system and any(turn["role"] == "system" for turn in turns):
+        if not self.writer.writes_system and any(turn["role"] == "system" for turn in turns):
             raise BadRow("template", "prompt", "has a system turn, which the chat template does not write")
         if not all(turn["content"].strip() for turn in turns):
             raise BadRow("empty", "prompt", "has a turn of nothing but special tokens")
@@ -113,8 +112,8 @@ class ChatFormat:
 def as_trained(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """A tokenizer that carries how a model was trained to talk, and the ids at which the model is to stop.
 
-    Its own chat template writes prompts with the ids of the training, BOS included, and its EOS is the stop token
-    (unless the template reads the EOS token, which is another one then).
+    Its own chat template writes prompts with the ids of the training, including BOS. Its EOS is the stop token, unless
+    the template writes EOS itself.
     """
     chat, carrying = ChatFormat(tokenizer, template), deepcopy(tokenizer)
     if template is not None:

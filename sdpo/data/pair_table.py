@@ -17,7 +17,7 @@ from sdpo.types import TokenPair
 
 @dataclass(frozen=True)
 class PairTable:
-    """Ids stand at the borders alone, in files and in the hands of splits; inside a run a pair is an index."""
+    """Inside a run a pair is an index into this table. Files and splits name pairs by their ids."""
 
     pairs: list[Pair]
     rows: list[TokenPair]
@@ -36,7 +36,7 @@ class PairTable:
         return type(self)([self.pairs[i] for i in indices], [self.rows[i] for i in indices])
 
     def indices(self, ids: Iterable[str]) -> np.ndarray:
-        """Where these pairs stand."""
+        """The indices of the pairs with these ids."""
         return np.array([self._position[id] for id in ids], dtype=int)
 
     @cached_property
@@ -50,18 +50,18 @@ class PairTable:
 
     @cached_property
     def prompt_keys(self) -> list[str]:
-        """Pairs have equal keys exactly when they have the same prompt."""
+        """A hash of each prompt [N]: pairs have equal keys exactly if they have the same prompt."""
         return [prompt_key(pair.prompt) for pair in self.pairs]
 
     @cached_property
     def ratings_N2(self) -> np.ndarray:
-        """fp32; nan where a pair has no rating."""
+        """The ratings of chosen and rejected (fp32); nan if a pair has none."""
         ratings = [(pair.chosen_rating, pair.rejected_rating) for pair in self.pairs]
         return np.array(ratings, dtype=np.float32).reshape(-1, 2)
 
     @cached_property
     def lengths_N2(self) -> np.ndarray:
-        """Tokens of the responses."""
+        """The number of tokens of both responses."""
         return response_lengths(self.rows)
 
     @cached_property

@@ -49,7 +49,7 @@ class Preferences(NamedTuple):
 
 
 def load(settings: config.Data) -> Preferences:
-    """The pairs of `data=local` or `data=hub`, no prompt of which stands on both sides.
+    """The training and the held-out pairs of `data=local` or `data=hub`. No prompt is on both sides.
 
     Raises UserError for settings that contradict each other, and for the first bad row, naming file, row and
     field (with `on_bad_row=skip` bad rows are left out and reported).
@@ -73,12 +73,12 @@ def load(settings: config.Data) -> Preferences:
 
 
 def prompt_key(prompt: Iterable[Message]) -> str:
-    """A short hash of the prompt turns: two pairs have one prompt if and only if their keys are equal."""
+    """A short hash of the prompt turns: two pairs have equal keys exactly if they have the same prompt."""
     return _digest([[message["role"], message["content"]] for message in prompt])
 
 
 def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Train and held-out pairs, in order: a seeded share of the prompts, at least one where share > 0."""
+    """Training and held-out pairs, in order. A seeded share of the prompts is held out, at least one if share > 0."""
     keys = [prompt_key(pair.prompt) for pair in pairs]
     prompts = sorted(set(keys), key=lambda key: _digest([seed, key]))
     held = set(prompts[: max(round(share * len(prompts)), share > 0)])
@@ -124,7 +124,7 @@ def write_jsonl(path: Path, pairs: Iterable[Pair]) -> None:
 
 
 def read_jsonl(path: Path) -> list[Pair]:
-    """What write_jsonl wrote, demonstrations included."""
+    """The pairs that write_jsonl wrote, including demonstrations."""
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return [Pair(prompt=tuple(row.pop("messages")), **row) for row in rows]
@@ -202,7 +202,7 @@ class _Intake:
         return Pair(id, source, *normal[1:]), normal.layout
 
     def _made_id(self, source: str, digest: str) -> str:
-        """The same pair has the same id in every file and order; a repeated one is numbered."""
+        """An id made of the content, the same in every file and order; a pair that comes again gets a number too."""
         self.repeats[source + digest] += 1
         repeat = self.repeats[source + digest]
         return f"{source}-{digest}" + (f"-{repeat}" if repeat > 1 else "")
@@ -220,7 +220,7 @@ def _reasons(dropped: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _check_sources(settings: config.Data) -> None:
-    """UserError where two inputs would be taken for one source, and so for one step."""
+    """Raises UserError if two inputs would be taken for one source, and so for one step."""
     if settings.source_from == "row":
         return
     source_of = source_on_hub if settings.name == "hub" else source_of_file
@@ -236,7 +236,7 @@ def _check_sources(settings: config.Data) -> None:
 
 
 def _check(settings: config.Data) -> None:
-    """Raises UserError for settings that no data could make right."""
+    """Raises UserError for settings that contradict each other, whatever the data are."""
     if not settings.train:
         raise UserError("data.train names no file; give data.train=[a.jsonl,...]")
     for key, allowed in (("on_bad_row", ("error", "skip")), ("source_from", ("file", "row"))):

@@ -26,7 +26,7 @@ class Table(NamedTuple):
 def read_file(name: str) -> Table:
     """A .jsonl, .json, .parquet or .csv file; its source is the file name up to the first dot.
 
-    Invalid UTF-8 is kept as lone surrogates, so that the check of a row can name the field that holds it.
+    Invalid bytes become lone surrogates, so that the check of a row can name the field that holds them.
     Raises UserError for a file that cannot be read as a whole.
     """
     path = Path(name)

@@ -68,7 +68,7 @@ def rename(row: Row, columns: dict[str, str]) -> Row:
 
 
 def check_text(value: Any, field: str) -> str:
-    """The value, if it is text that says something and can be written as UTF-8. Raises BadRow."""
+    """The value, if it is text, not blank, and valid UTF-8. Raises BadRow."""
     if value is None:
         raise BadRow("missing_column", field, "is missing or null")
     if not isinstance(value, str):
@@ -113,7 +113,7 @@ def _openai(row: Row):
 
 
 def _conversation(row: Row):
-    """chosen and rejected as turns (UltraFeedback, argilla): whole conversations, or answers to a prompt."""
+    """UltraFeedback, argilla: chosen and rejected are turns, whole conversations or answers to a prompt."""
     chosen, rejected = (_turns(row[field], field) for field in ("chosen", "rejected"))
     prompt = chosen[:-1]
     if prompt != rejected[:-1]:
@@ -160,7 +160,7 @@ def _complete(row: Row, column: str) -> Row:
 
 
 def _transcript(row: Row):
-    """Anthropic/hh-rlhf: two transcripts that part after the last "Assistant:"."""
+    """Anthropic/hh-rlhf: two transcripts that differ after the last "Assistant:"."""
     prompt, chosen = _split_transcript(row["chosen"], "chosen")
     other, rejected = _split_transcript(row["rejected"], "rejected")
     if prompt != other:
@@ -187,7 +187,7 @@ def _prompt(value: Any, field: str) -> Turns:
 
 
 def _turns(value: Any, field: str) -> Turns:
-    """Turns as {role, content} or {from, value}; one may stand without a list; empty system turns go."""
+    """Turns as {role, content} or {from, value}, in a list or a single one; empty system turns are left out."""
     turns = []
     for number, turn in enumerate([value] if isinstance(value, dict) else value if isinstance(value, list) else []):
         if not isinstance(turn, dict):

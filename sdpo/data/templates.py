@@ -41,6 +41,7 @@ MARK = re.compile(r"[<\[{].*[>\]}]", re.DOTALL)  # how the marks of templates lo
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 # What a Jinja template raises on messages that it does not expect.
 FAILURES = (TemplateError, LookupError, TypeError, ValueError, AttributeError)
+RULES = Message(role="system", content="Rules, to be kept.")
 QUESTION = Message(role="user", content="What is asked here?")
 ANSWERS = ("First this.", "another, second!")  # without a common beginning or end
 NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
@@ -75,9 +76,12 @@ class Writer:
             self._now = datetime.fromisoformat(date)
         except ValueError as error:
             raise UserError(f"data.template_date={date} is not a date; write it as {Data.template_date}") from error
+        if "strftime_now(" in CLOCK.sub("", source):
+            raise UserError("the chat template reads the clock in a way that data.template_date cannot set")
         first, second = (self._try_on_text(answer) for answer in ANSWERS)
         self.ending = commonprefix([first[::-1], second[::-1]])[::-1]
-        self._set_marks(source, first)
+        self._with_system = self._try_system()
+        self._set_marks(source, first + self._with_system)
 
     def write(self, turns: Iterable[Mapping], invite: bool = False, inputs: Mapping[str, Any] = NO_INPUTS) -> str:
         """The conversation as the template writes it, followed by the invitation to answer if `invite`.
@@ -104,13 +108,10 @@ class Writer:
         """What stands in the template instead of a reading of the clock: transformers takes no clock from outside."""
         return repr(self._now.strftime(reading[2]))
 
+    @property
     def writes_system(self) -> bool:
         """Whether the template writes a system turn."""
-        rules = "Rules, to be kept."
-        try:
-            return rules in self.write([Message(role="system", content=rules), QUESTION])
-        except UserError:
-            return False
+        return RULES["content"] in self._with_system
 
     def harmless(self, value: Any) -> tuple[Any, int]:
         """Text, or lists and dictionaries of text, without special tokens, and how many were removed."""
@@ -136,6 +137,13 @@ class Writer:
         if self._reads_parts():
             problem = "the chat template reads messages as lists of pictures and text, not as text"
         raise UserError(f"{problem}; set data.template to one of {', '.join(TEMPLATES)}")
+
+    def _try_system(self) -> str:
+        """A conversation with a system turn; "" if the template refuses it."""
+        try:
+            return self.write([RULES, QUESTION])
+        except UserError:
+            return ""
 
     def _reads_parts(self) -> bool:
         """Whether the template is one of a model that sees: it reads a message as a list of its parts."""

@@ -104,7 +104,7 @@ def response_lengths(rows: Iterable[TokenPair]) -> np.ndarray:
 
 
 def content_hash(rows: Iterable[TokenPair]) -> str:
-    """SHA-256 (hex) of ids and token ids; the order of the rows matters."""
+    """The SHA-256 (hex) of the rows' ids and token ids, in the order of the rows."""
     digest = hashlib.sha256()
     for row in rows:
         for part in (row.id.encode(), *(ids.astype("<i4").tobytes() for ids in row[1:])):
@@ -186,7 +186,7 @@ def _num_tokens(row: TokenPair) -> int:
 
 
 def _shorten(row: TokenPair, max_tokens: int, on_long: str, *, num_bos: int) -> TokenPair | None:
-    """The row within the limit; None where it is to be dropped, or nothing of a prompt or response would be left."""
+    """The row cut to the limit; None if it is to be dropped, or if nothing of a prompt or response would be left."""
     if on_long == "error":
         raise UserError(
             f"pair {row.id} has {_num_tokens(row)} tokens, more than data.max_tokens={max_tokens}; "
@@ -202,7 +202,7 @@ def _shorten(row: TokenPair, max_tokens: int, on_long: str, *, num_bos: int) -> 
 
 
 def _flaw(row: TokenPair, demonstration: bool) -> str | None:
-    """Why the ids make no pair, which only tokens can show: special tokens were all there was, or a cut made it so."""
+    """Why the ids make no pair, if they do not: a part is empty, or a cut made the responses equal."""
     parts = (row.prompt, row.chosen) if demonstration else row[1:]
     if not all(map(len, parts)):
         return "dropped_empty"

@@ -193,6 +193,9 @@ def test_a_template_that_reads_the_clock_reads_the_date_that_is_set():
     assert own.decode(rows["1"].prompt).startswith("02 Jan 2025: <|im_start|>user")
     assert report["template_date"] == "2025-01-02"
     assert own.decode(one(own, None)[0]).startswith("26 Jul 2024: ")
+    own.chat_template = "{% set how = '%Y' %}{{ strftime_now(how) }}" + CHATML
+    with pytest.raises(UserError, match="reads the clock in a way that data.template_date cannot set"):
+        tokens([pair()], own, None)
     with pytest.raises(UserError, match="data.template_date=tomorrow is not a date; write it as 2024-07-26"):
         tokens([pair()], own, None, template_date="tomorrow")
 
