@@ -22,7 +22,6 @@ from sdpo import distributed, validate
 from sdpo.errors import UserError, disk_as_user_error
 from sdpo.launch import help
 from sdpo.launch import local as launch
-from sdpo.run import folder as run_folder
 from sdpo.run.folder import Run
 
 composed: list[tuple[DictConfig, DictConfig]] = []  # the configuration of a single run, and Hydra's own
@@ -46,7 +45,7 @@ def main(arguments: list[str]) -> None:
     for job, hydra_config in composed:
         folder = Path(hydra_config.runtime.output_dir)
         try:
-            single(run_folder.of(job, hydra_config, folder))
+            single(Run.from_composed(job, hydra_config, folder))
         finally:
             with suppress(OSError):  # it is not empty
                 folder.rmdir()  # Hydra made it; a run that was refused or only planned leaves it empty

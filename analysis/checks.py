@@ -1,4 +1,4 @@
-"""What a careful reader would object to in a run or a sweep, each with the cases where it holds."""
+"""Reasons to doubt the results of a run or a sweep, each with the arms or runs that it concerns."""
 
 from textwrap import shorten
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import pandas as pd
 from analysis import collect
 from analysis.statistics import INERT, LEVEL, smallest_p
 
-NEAR = 0.03  # of an accuracy: closer than this to a baseline is no evidence against it
+NEAR = 0.03  # an accuracy this close to a baseline gives no evidence against the baseline
 
 
 class Warning(NamedTuple):
@@ -20,7 +20,7 @@ class Warning(NamedTuple):
 def warnings(
     runs: pd.DataFrame, measures: pd.DataFrame, steps: pd.DataFrame, references: pd.DataFrame
 ) -> list[Warning]:
-    """All that apply, the gravest first; the tables are those of `collect`, of runs that ended except for `runs`."""
+    """All warnings that apply, the gravest first. The arguments are tables of `collect`."""
     found = [
         unfinished(runs),
         inert_reference(steps),
@@ -33,38 +33,39 @@ def warnings(
 
 
 def unfinished(runs: pd.DataFrame) -> Warning:
+    """Runs that failed or were interrupted."""
     left = runs[~runs["done"]]
     return Warning(
-        "Runs that did not end",
-        "They are left out of every number here; the same command tries them again.",
+        "Runs that did not finish",
+        "No number here includes them. The same command runs them again.",
         [f"{row.run}: {shorten(row.error or 'not finished', 240, placeholder=' ...')}" for row in left.itertuples()],
     )
 
 
 def inert_reference(steps: pd.DataFrame) -> Warning:
-    """Arms with a reference other than S that hardly changed the weight of any pair."""
+    """Arms whose reference, though not S, hardly changed the gradient weight of any pair."""
     moved = steps[~steps["reference"].isin(["M_0", "none"])]
     leverage = moved.groupby(["arm", "t"], sort=False)["reference_leverage"].mean().groupby("arm", sort=False).max()
     return Warning(
         "The reference was inert",
-        f"Reference leverage, the mean change of a pair's weight against S as reference, stayed below {INERT}: these "
-        "arms could not show what a moving reference does. A larger beta, or more training, makes it matter.",
+        "Leverage is the mean absolute change of a pair's gradient weight if the reference were S. It stayed below "
+        f"{INERT}: these arms cannot show what a moving reference does. A larger beta or more training would raise it.",
         [f"{arm}: leverage {value:.4f}" for arm, value in leverage.items() if value < INERT],
     )
 
 
 def seen_by_reference(references: pd.DataFrame) -> Warning:
-    """Steps whose reference had been trained on the step's own pairs."""
+    """Steps whose reference was trained on the step's own pairs."""
     seen = references[references["seen"]].groupby(["arm", "t", "model"], sort=False)["gamma"].mean()
     return Warning(
-        "The reference had seen the pairs",
-        "Its gamma there is memorisation, not alignment, and the bound that it sets is no measure of quality.",
+        "The reference was trained on the pairs",
+        "Its gamma on these pairs measures memorisation, not alignment, so a high bound is not a good bound.",
         [f"{arm}, step {t}: {model}, mean gamma {gamma:.1f} nats" for (arm, t, model), gamma in seen.items()],
     )
 
 
 def length_bias(measures: pd.DataFrame) -> Warning:
-    """Where the last model's ranking accuracy is what preferring the shorter response would give."""
+    """Arms whose last model ranks pairs no better than a rule that prefers the shorter response."""
     last = _last(measures)
     cases = []
     for (arm, source), group in last.groupby(["arm", "source"], sort=False):
@@ -74,32 +75,33 @@ def length_bias(measures: pd.DataFrame) -> Warning:
             cases.append(f"{arm}, {source or 'all sources'}: {ranking:.3f}, shorter is better {shorter:.3f}")
     return Warning(
         "Ranking accuracy is close to “the shorter response is better”",
-        "Summed log-probabilities favour short responses, so this accuracy may measure length alone.",
+        "Summed log-probabilities favour short responses, so this accuracy may measure only length.",
         cases,
     )
 
 
 def displacement(measures: pd.DataFrame) -> Warning:
-    """Arms that lowered the log-probability of the chosen responses as well."""
+    """Arms that made the chosen responses less likely, too."""
     moved = _last(measures).query("measure == 'preference/log_ratio_chosen'").dropna(subset="value")
     summary = collect.by_arm(moved, [])
     return Warning(
         "Displacement: chosen responses became less likely",
-        "Margins grew because rejected responses fell further; probability went to responses that are in no pair.",
+        "Margins grew because rejected responses fell further. The probability went to responses that are in no pair.",
         [f"{row.arm}: log-ratio to S {row.value:.2f} nats" for row in summary.itertuples() if row.high < 0],
     )
 
 
 def too_few_seeds(runs: pd.DataFrame) -> Warning:
+    """Arms with too few seeds for an exact test to reach the significance level."""
     seeds = runs[runs["done"]].groupby("arm", sort=False)["seed"].nunique()
     few = seeds[[smallest_p(n) > LEVEL for n in seeds]]
     return Warning(
         "Too few seeds for a verdict",
-        f"With fewer than six seeds no exact sign-flip test can reach p < {LEVEL}; read differences as hints.",
+        f"With fewer than six seeds an exact sign-flip test cannot reach p < {LEVEL}; take differences as hints.",
         [f"{arm}: {n} seed{'s' * (n > 1)}" for arm, n in few.items()],
     )
 
 
 def _last(measures: pd.DataFrame) -> pd.DataFrame:
-    """The measures of each run's last model."""
+    """The measures of the last model of each run."""
     return measures[measures["t"] == measures.groupby("run")["t"].transform("max")]

@@ -1,7 +1,7 @@
-"""From run folders and sweep folders to tidy pandas tables; the one place that reads what a run wrote.
+"""From run and sweep folders to tidy pandas tables.
 
-Each function takes any mix of run and sweep folders and returns one table. `runs` shows every run, the others
-those that ended. Every table begins with `run` (folder name), `arm` (label without seed) and `seed`, then has
+Each function takes any mix of run and sweep folders and returns one table. `runs` lists every run, the other tables
+only runs that finished. Every table begins with `run` (folder name), `arm` (label without seed) and `seed`, then has
 
     runs        one row per run: sweep, done, error, headline_name, headline, headline_n, seconds, trained_steps,
                 reused_steps, model_key, folder, and one column `choices.<group>` per axis
@@ -9,17 +9,16 @@ those that ended. Every table begins with `run` (folder name), `arm` (label with
                 gamma_ref_negative_share, lambda_mean, lambda_std, reference_leverage, reused, seconds, key,
                 start, and reference (as "M_1" or "0.4 M_0 + 0.6 M_1")
     measures    run x t (0 is S) x measure: measure (as recorded), source ("" for all), name (without source),
-                value, low, high (95 % over prompts or pairs), n; value is nan where undefined
-    train       run x t x update: loss, margin, lambda_mean, ..., and overall_update, counted over the run
+                value (nan if undefined), low, high (95 % interval over prompts or pairs), n
+    train       run x t x update: loss, margin, lambda_mean, ..., and overall_update (counted over all steps of the run)
     answers     run x t x prompt x turn: id, turn (from 1), prompt, answer
-    references  run x step x pair: as trajectory, of the model that a step's reference was when it began
-    trajectory  run x pair x model: id, source, held_out, chunk, model, t, update (-1 at a step's end), role (policy,
+    references  run x t x pair: the columns of trajectory, for the first reference of the step and the step's own pairs
+    trajectory  run x pair x model: id, source, held_out, chunk, model, t, update (-1: the step's end), role (policy or
                 reference), chosen_logp, rejected_logp, seen, and gamma = chosen_logp - rejected_logp
     pairs       run x pair: id, source, held_out, chunk (0: held out), score, token counts, ratings
 
-Runs that W&B holds are read by analysis.from_wandb, which makes run folders of them.
-
-Sums of log-probabilities and gamma are in nats, seconds are wall-clock, and shares lie between 0 and 1.
+Log-probabilities are summed over a response; they and gamma are in nats. Seconds are wall-clock seconds. Shares lie
+between 0 and 1. For runs that are only in W&B, analysis.from_wandb first writes run folders.
 """
 
 import json
@@ -31,7 +30,7 @@ import pandas as pd
 from analysis import statistics
 from sdpo.errors import UserError
 
-# What a step says nothing of where it has no reference, or no known GPU.
+# Columns of `steps` that are null without a reference or, for utilisation, without a known GPU.
 MAYBE_NULL = (
     "gamma_ref_mean",
     "gamma_ref_negative_share",
@@ -44,23 +43,23 @@ Paths = tuple[Path | str, ...]
 
 
 def folders(*paths: Path | str) -> list[Path]:
-    """The run folders that `paths` are or hold, each once; `UserError` where a path holds none.
+    """The run folders among and inside `paths`, each once. Raises UserError if a path is no run folder and holds none.
 
-    Of a sweep those that its sweep.json names: what other settings left in the same folder is no part of it.
+    Of a sweep folder only the runs that sweep.json names count: other runs in the folder come from other settings.
     """
-    found = {}
+    found: dict[Path, Path] = {}
     for path in map(Path, paths):
         sweep = path / "sweep.json"
         held = [path / name for name in _read(sweep)["runs"]] if sweep.is_file() else sorted(path.glob("*/"))
         inside = [folder for folder in ([path] if _is_run(path) else held) if _is_run(folder)]
         if not inside:
-            raise UserError(f"{path} is no run folder and holds none (a run folder has a manifest.json)")
+            raise UserError(f"{path} is no run folder and holds none; a run folder has a manifest.json")
         found |= {folder.resolve(): folder for folder in inside}
     return list(found.values())
 
 
 def declared(*paths: Path | str) -> dict:
-    """What the sweeps among `paths` declare: `runs` (names asked for) and `contrasts` (what each tests: (arm, arm))."""
+    """What the sweeps among `paths` declare: `runs` (names) and `contrasts` (what is tested -> the two arms)."""
     sweeps = [_read(Path(path) / "sweep.json") for path in paths if (Path(path) / "sweep.json").is_file()]
     pairs = {name: tuple(pair) for sweep in sweeps for name, pair in sweep.get("contrasts", {}).items()}
     names = [name for sweep in sweeps for name in sweep["runs"]]
@@ -68,55 +67,55 @@ def declared(*paths: Path | str) -> dict:
 
 
 def runs(*paths: Path | str) -> pd.DataFrame:
-    """One row per run, its choices and its headline; a run that did not end has no headline."""
+    """One row per run with its choices and its headline. A run that did not finish has no headline."""
     table = pd.DataFrame([_run(folder) for folder in folders(*paths)])
     return table.astype(dict.fromkeys(("headline", "seconds", "trained_steps", "reused_steps"), float))
 
 
 def steps(*paths: Path | str) -> pd.DataFrame:
-    """One row per sDPO step of each run: what it trained on, its reference, and how it began and ended."""
+    """One row per step of each run: its pairs, its reference, its first and last loss, and more."""
     table = _rows(paths, _steps)
-    return table.astype({name: float for name in MAYBE_NULL if name in table})  # a run of an older version lacks some
+    return table.astype({name: float for name in MAYBE_NULL if name in table})  # old runs lack some
 
 
 def measures(*paths: Path | str) -> pd.DataFrame:
-    """Every evaluation of S (t = 0) and of each M_t, long: one row per measure."""
+    """Every measure of S (t = 0) and of each M_t, one per row."""
     columns = ["run", "arm", "seed", "t", "measure", "source", "name", "value", "low", "high", "n"]
     return _rows(paths, _measures).reindex(columns=columns).astype(dict.fromkeys(("value", "low", "high"), float))
 
 
 def train(*paths: Path | str) -> pd.DataFrame:
-    """Every logged update."""
+    """One row per logged update."""
     return _rows(paths, _train)
 
 
 def answers(*paths: Path | str) -> pd.DataFrame:
-    """What S (t = 0) and each M_t answered to the prompts of `evaluate=generate`; no rows where none was asked."""
+    """The answers of S (t = 0) and of each M_t to the prompts of evaluate=generate; empty without that suite."""
     columns = ["run", "arm", "seed", "t", "id", "turn", "prompt", "answer"]
     return _rows(paths, _answers).reindex(columns=columns)
 
 
 def trajectory(*paths: Path | str) -> pd.DataFrame:
-    """Summed log-probabilities of each recorded pair under each model, as policy and as reference."""
+    """The log-probabilities of each probe pair under each model, as policy and as reference."""
     table = _parquet(paths, "trajectory.parquet")
     return table.assign(gamma=table["chosen_logp"] - table["rejected_logp"])
 
 
 def references(*paths: Path | str) -> pd.DataFrame:
-    """The trajectory's rows of a step's first reference on the pairs that the step trains on."""
+    """The rows of the trajectory for the first reference of each step, on the pairs that the step trains on."""
     return trajectory(*paths).query("role == 'reference' and update == 0 and chunk == t")
 
 
 def pairs(*paths: Path | str) -> pd.DataFrame:
-    """Every pair of each run with its chunk (0: held out), score, lengths and ratings."""
+    """Every pair of each run with its chunk (0: held out), score, token counts and ratings."""
     return _parquet(paths, "pairs.parquet")
 
 
 def by_arm(table: pd.DataFrame, keys: list[str], column: str = "value") -> pd.DataFrame:
-    """Mean and interval of `column` over seeds, per arm and `keys`: arm, keys, value, low, high, seeds.
+    """Mean and 95 % interval of `column` over seeds for each arm and `keys`: arm, keys, value, low, high, seeds.
 
-    Where an arm has one seed the interval of its own evaluation (`low`, `high`), if any, is kept. `UserError` where
-    an arm has two runs of one seed: they are not independent.
+    An arm with one seed keeps the interval of its own evaluation (`low`, `high`), if it has one. Raises UserError if an
+    arm has two runs with one seed: they are not independent.
     """
     twice = table[table.duplicated(["arm", "seed", *keys])]
     if len(twice):
@@ -144,26 +143,26 @@ def _read(path: Path) -> dict:
 
 
 def _identified(paths: Paths) -> Iterator[tuple[Path, dict]]:
-    """The folders of the runs that ended, each with what names its rows; `UserError` where none ended."""
+    """The finished runs' folders, each with the first columns of its rows. Raises UserError if no run finished."""
     ended = [folder for folder in folders(*paths) if _ended(folder)]
     if not ended:
-        raise UserError(f"no run in {', '.join(map(str, paths))} has ended (a file `done` is written at the end)")
+        raise UserError(f"no run in {', '.join(map(str, paths))} has ended; wait until one writes its file `done`")
     for folder in ended:
         manifest = _read(folder / "manifest.json")
         yield folder, {name: manifest[name] for name in ("run", "arm", "seed")}
 
 
 def _rows(paths: Paths, read: Callable[[Path], Iterable[dict]]) -> pd.DataFrame:
-    """The rows that `read` finds in each run folder, as one table."""
+    """One table of the rows that `read` yields for each run folder."""
     return pd.DataFrame(names | row for folder, names in _identified(paths) for row in read(folder))
 
 
 def _parquet(paths: Paths, name: str) -> pd.DataFrame:
-    """The parquet files of this name under each other."""
+    """The parquet files of this name from all run folders, concatenated."""
     tables = []
     for folder, names in _identified(paths):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}, which W&B does not hold; give the folder that the run wrote")
+            raise UserError(f"{folder} has no {name}; W&B does not store it, so give the folder that the run wrote")
         tables.append(pd.read_parquet(folder / name))
         for i, (column, value) in enumerate(names.items()):
             tables[-1].insert(i, column, value)
@@ -225,7 +224,7 @@ def _answers(folder: Path) -> Iterator[dict]:
 
 
 def _parts(measure: str) -> dict[str, str]:
-    """`preference/<source>/gamma` -> source and `preference/gamma`; other suites have no sources."""
+    """Split `preference/<source>/gamma` into the source and `preference/gamma`; other suites have no sources."""
     suite, _, rest = measure.partition("/")
     source, _, name = rest.rpartition("/") if suite == "preference" else ("", "", rest)
     return {"measure": measure, "source": source, "name": f"{suite}/{name}"}

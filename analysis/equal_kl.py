@@ -1,7 +1,8 @@
-"""Is an arm better than plain DPO, or only further from S? Gold reward above plain DPO's line, at equal KL to S.
+"""Gold reward above plain DPO at equal KL to S: is an arm better than plain DPO, or only further from S?
 
-A moving reference is, first of all, a smaller beta: it buys reward with KL. So an arm is compared with the line that
-plain DPO (one step, reference S, the same loss) draws from the same S through its own arms, one for every beta run.
+A moving reference acts, first of all, like a smaller beta: it reaches more reward with more KL. So each arm is compared
+with the line of plain DPO (one step, reference S, the same loss) in the plane of KL and gold reward. The line starts at
+S and passes through the last models of plain DPO, one for each beta that was run.
 """
 
 from pathlib import Path
@@ -20,8 +21,8 @@ AXES = ["lab/kl", "lab/gold"]
 def above_plain(*paths: Path | str) -> pd.DataFrame:
     """One row per arm that is not plain DPO: arm, gain at equal KL (an `Interval` over seeds), p, seeds, beyond.
 
-    `beyond` counts the seeds that `gains` says nothing of. No rows where gold reward and KL were not measured, or
-    plain DPO not run.
+    `beyond` counts the seeds whose gain is nan. The table is empty if gold reward and KL were not measured, or if plain
+    DPO was not run.
     """
     rows = []
     for arm, group in gains(*paths).query("not plain").groupby("arm", sort=False):
@@ -34,7 +35,7 @@ def above_plain(*paths: Path | str) -> pd.DataFrame:
 def gains(*paths: Path | str) -> pd.DataFrame:
     """One row per run: arm, seed, plain, gain (gold reward above plain DPO's line at the run's own KL to S).
 
-    The line is straight between models. Where KL is larger than any of plain DPO's there is no line: the gain is nan.
+    The line is straight between models. It ends at the largest KL of plain DPO; beyond that the gain is nan.
     """
     measures, runs = collect.measures(*paths), collect.runs(*paths)
     points = measures[measures["measure"].isin(AXES)].pivot(index=["run", "t"], columns="measure", values="value")
@@ -49,19 +50,19 @@ def gains(*paths: Path | str) -> pd.DataFrame:
 
 
 def _plain(steps: pd.DataFrame) -> list[str]:
-    """The runs of one step with S as reference."""
+    """The names of the runs with one step and S as reference."""
     by_run = steps.groupby("run", sort=False).agg(num_steps=("t", "max"), reference=("reference", "last"))
     return list(by_run.index[(by_run["num_steps"] == 1) & (by_run["reference"] == "M_0")])
 
 
 def _line(run: NamedTuple, plain: pd.DataFrame) -> pd.Index:
-    """The runs of plain DPO that a run is compared with: of its seed, its loss, and its S."""
+    """The runs of plain DPO with the same seed, loss and S as this run."""
     same = [plain[name] == getattr(run, name) for name in ("seed", "loss", "model_key")]
     return plain.index[np.logical_and.reduce(same)]
 
 
 def _gain(last: pd.Series, line: pd.DataFrame) -> float:
-    """Gold reward of a run's last model above the line of plain DPO's; nan beyond the line's end."""
+    """Gold reward of a run's last model minus the line of plain DPO at the same KL; nan beyond the end of the line."""
     if line.empty:
         return float("nan")
     line = line.sort_values("lab/kl")

@@ -1,7 +1,7 @@
-"""How figures look, on paper and on a page: one column wide, vector, for the colour-blind, readable in grey.
+"""The style of the figures: one column wide, vector graphics, readable for the colour-blind and in grey.
 
-Series differ in colour (Okabe-Ito), line style and marker at once. On a page black becomes the page's text colour,
-so that one picture serves light and dark.
+Series differ in colour (Okabe-Ito palette), line style and marker. On a page black becomes the text colour of the page,
+so that one picture suits light and dark themes.
 """
 
 import re
@@ -10,18 +10,19 @@ from io import StringIO
 from itertools import islice, product
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH = 4.6  # inches
-MOST_ROWS = 6  # panels under each other; more stand in two columns
+MOST_ROWS = 6  # of panels in one column; more panels are set in two columns
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (3, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
-STYLE = {
+STYLE: dict[Any, Any] = {  # Any: matplotlib types the keys as a union of all their names
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -42,13 +43,13 @@ STYLE = {
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """A figure function whose figures have this style, and nobody else's change."""
+    """Decorates a figure function: its figures get this style, other figures keep theirs."""
     return matplotlib.rc_context(STYLE)(draw)
 
 
 def panels(num: int = 1, height: float = 2.6, **sharing) -> tuple[Figure, list[Axes]]:
-    """Panels under each other, each `height` inches high; more than MOST_ROWS stand in two columns and are lower."""
-    columns = 1 if num <= MOST_ROWS else 2
+    """A figure with `num` panels, each `height` inches high, in one column; or lower ones in two if there are many."""
+    columns = _num_columns(num)
     num_rows, height = ceil(num / columns), height if columns == 1 else 1.5
     figure = Figure(figsize=(WIDTH, height * num_rows + 0.6), layout="constrained")
     grid = figure.subplots(num_rows, columns, squeeze=False, **sharing).flatten()
@@ -58,23 +59,27 @@ def panels(num: int = 1, height: float = 2.6, **sharing) -> tuple[Figure, list[A
 
 
 def label_outer(rows: list[Axes], xlabel: str) -> None:
-    """The x label and ticks below each column of panels, the y label left of the first alone."""
-    columns = rows[0].get_gridspec().ncols
+    """Set the x label and ticks below the last panel of each column; remove y labels outside the first column."""
+    columns = _num_columns(len(rows))
     for axes in rows[-columns:]:
         axes.set_xlabel(xlabel)
         axes.tick_params(labelbottom=True)
-    for axes in rows:
-        if not axes.get_subplotspec().is_first_col():
+    for i, axes in enumerate(rows):
+        if i % columns:
             axes.set_ylabel("")
 
 
+def _num_columns(num_panels: int) -> int:
+    return 1 if num_panels <= MOST_ROWS else 2
+
+
 def by_panel(names: list[str]) -> dict[str, list[str]]:
-    """Title -> the names of a panel: one panel, without title, while there is a colour for each; else one each."""
+    """Title -> names of a panel: one panel without title if there is a colour for each name, else one panel each."""
     return {"": names} if len(names) <= len(COLOURS) else {name: [name] for name in names}
 
 
-def looks(names: list[str]) -> dict[str, dict]:
-    """A colour, line style and marker for every name; after seven, colours meet other line styles."""
+def series_styles(names: list[str]) -> dict[str, dict]:
+    """A colour, line style and marker for every name; after seven names colours get other line styles and markers."""
     shifted = product(range(len(COLOURS)), range(len(COLOURS)))
     return {
         name: {"color": COLOURS[i], "linestyle": LINES[(i + shift) % 7], "marker": MARKERS[(i + shift) % 7]}
@@ -83,7 +88,7 @@ def looks(names: list[str]) -> dict[str, dict]:
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """The series of `axes` below the panels, where no data is covered, in as many columns as fit."""
+    """Add a legend with the series of `axes` below the panels, in as many columns as fit."""
     handles, names = axes.get_legend_handles_labels()
     columns = min(len(names), max(1, int(WIDTH * 12 / (max(map(len, names)) + 9))))
     figure.set_figheight(figure.get_figheight() + 0.18 * ceil(len(names) / columns))
@@ -91,20 +96,20 @@ def legend(figure: Figure, axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path | str) -> None:
-    """Write a figure to a file, by its ending .svg, .pdf or .png, on white."""
+    """Write a figure on white to a .svg, .pdf or .png file."""
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, facecolor="white", dpi=200)
 
 
-def show(figure: Figure):
-    """A figure in a notebook, sharp at any size."""
+def show(figure: Figure) -> Any:
+    """The figure as HTML for a notebook, sharp at any size."""
     from IPython.display import HTML
 
     return HTML(f'<div style="max-width: 34em">{to_svg(figure, "figure")}</div>')
 
 
 def to_svg(figure: Figure, title: str) -> str:
-    """A figure as an SVG element for a page: no fixed size, a name to be read aloud, black as the text's colour."""
+    """The figure as an SVG element for a page: no fixed size, `title` for screen readers, black as the text colour."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
         file = StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -1,10 +1,12 @@
-"""The figures, one function each: from tables of `collect` to a matplotlib Figure. Filter a table to see less.
+"""The figures: each function takes tables of `collect` and returns a matplotlib Figure. Filter a table to see less.
 
-Lines are means over seeds and bands 95 % Student t intervals over seeds (with one seed: its own interval, over
-prompts or pairs, where its evaluation has one). M_0 is S. More arms than colours get a panel each.
+Lines are means over seeds, bands are 95 % Student t intervals over seeds. With one seed the band is the interval of its
+own evaluation, over prompts or pairs, if it has one. M_0 is S. If there are more arms than colours, each gets a panel.
+The docstring of a figure function is the caption of the figure on the report page.
 """
 
 from math import log
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,32 +15,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import collect
-from analysis.figure_style import COLOURS, by_panel, label_outer, legend, looks, panels, styled
+from analysis.figure_style import COLOURS, by_panel, label_outer, legend, panels, series_styles, styled
 
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-MOST_POINTS = 250  # of a line over updates; more are averaged in bins
+MOST_POINTS = 250  # per line over updates; the updates of longer lines are averaged in bins
 
 
 @styled
 def loss_curves(train: pd.DataFrame) -> Figure:
-    """Training loss over the updates of all steps: single seeds, and their mean. A step's fresh start brings it back
-    to the loss at zero margin."""
+    """Training loss over the updates of all steps: thin lines are single seeds, thick lines their mean. Each step
+    starts again at the loss at zero margin if its reference is its start."""
     width = max(1, train["overall_update"].max() // MOST_POINTS)
     binned = train.assign(overall_update=(train["overall_update"] - 1) // width * width + 1)
     groups = by_panel(list(train["arm"].unique()))
     from_zero = np.allclose(train.loc[train["update"] == 1, "loss"], log(2), atol=1e-2)
     figure, rows = panels(len(groups), sharex=True, sharey=True)
     for axes, (title, arms) in zip(rows, groups.items(), strict=True):
-        for arm, look in looks(arms).items():
-            look["marker"] = ""
+        for arm, style in series_styles(arms).items():
+            style["marker"] = ""
             for t, step in binned[binned["arm"] == arm].groupby("t"):
                 seeds = step.pivot_table(index="overall_update", columns="run", values="loss")
-                axes.plot(seeds, **look | {"linewidth": 0.5, "alpha": 0.4})
-                axes.plot(seeds.mean(axis=1), label=("_" if t > 1 else "mean" if title else arm), **look)
+                axes.plot(seeds, **style | {"linewidth": 0.5, "alpha": 0.4})
+                axes.plot(seeds.mean(axis=1), label=("_" if t > 1 else "mean" if title else arm), **style)
         if from_zero:
             axes.axhline(log(2), color="#000000", linewidth=0.8, linestyle=":", label="ln 2, all margins 0")
         axes.set(title=title, ylabel="training loss")
-    rows[0].xaxis.get_major_locator().set_params(integer=True)
+    rows[0].locator_params(axis="x", integer=True)
     label_outer(rows, "updates over all steps")
     legend(figure, rows[0])
     return figure
@@ -46,8 +48,8 @@ def loss_curves(train: pd.DataFrame) -> Figure:
 
 @styled
 def frontier(measures: pd.DataFrame) -> Figure:
-    """Gold reward against KL to S, from S through every step; beside it, where it was measured, best-of-n from S, which
-    stands at the most that its KL can be."""
+    """Gold reward against KL to S, from S through every step. If it was measured, best-of-n sampling from S is drawn,
+    too, at an upper bound of its KL."""
     gold, kl = (
         collect.by_arm(measures[measures["measure"] == name], ["t"]).set_index(["arm", "t"])
         for name in ("lab/gold", "lab/kl")
@@ -57,10 +59,10 @@ def frontier(measures: pd.DataFrame) -> Figure:
     for axes, (title, arms) in zip(rows, groups.items(), strict=True):
         for arm, points in gold.drop(index=arms, level="arm").groupby("arm"):
             axes.plot(kl.loc[arm]["value"], points["value"], color="#000000", linewidth=0.6, alpha=0.2)
-        for arm, look in looks(arms).items():
-            x, y, colour = kl.loc[arm], gold.loc[arm], look["color"]
-            axes.plot(x["value"], y["value"], label="this arm, others grey" if title else arm, **look, mfc="none")
-            axes.plot(x["value"].iloc[-1], y["value"].iloc[-1], color=colour, marker=look["marker"])
+        for arm, style in series_styles(arms).items():
+            x, y, colour = kl.loc[arm], gold.loc[arm], style["color"]
+            axes.plot(x["value"], y["value"], label="this arm, others grey" if title else arm, **style, mfc="none")
+            axes.plot(x["value"].iloc[-1], y["value"].iloc[-1], color=colour, marker=style["marker"])
             axes.errorbar(x["value"], y["value"], _errors(y), _errors(x), ecolor=colour, fmt="none", elinewidth=0.8)
         _best_of_n(axes, measures)
         axes.set(title=title, ylabel="gold reward" if title else "gold reward (0 to 1)")
@@ -72,8 +74,8 @@ def frontier(measures: pd.DataFrame) -> Figure:
 
 @styled
 def reference_gammas(steps: pd.DataFrame, references: pd.DataFrame) -> Figure:
-    """The bound of every step, before it trains: the mean of its reference's gamma over the chunk, and behind it the
-    distribution over the pairs that are followed (their middle 95 %)."""
+    """The bound of every step before it trains: the mean gamma of its reference over the chunk, and the distribution
+    over the probe pairs (middle 95 %)."""
     arms = steps["arm"].unique()
     figure, rows = panels(len(arms), 1.9, sharex=True, sharey=True)
     for axes, arm in zip(rows, arms, strict=True):
@@ -86,8 +88,8 @@ def reference_gammas(steps: pd.DataFrame, references: pd.DataFrame) -> Figure:
 
 @styled
 def gammas_of_models(trajectory: pd.DataFrame, chunk: int) -> Figure:
-    """The paper's Figure 2: gamma of M_0 .. M_T on the pairs of one chunk that are followed, mean and middle 95 %.
-    Hatched: models trained on these pairs, whose gamma is memorisation."""
+    """The paper's Figure 2: gamma of M_0 .. M_T on the probe pairs of one chunk, mean and middle 95 %. Hatched: models
+    that were trained on these pairs, so that their gamma measures memorisation."""
     rows = trajectory[(trajectory["chunk"] == chunk) & (trajectory["update"] == -1)]
     seen = rows.groupby("t")["seen"].all()
     groups = dict(iter(rows.groupby("t")["gamma"]))
@@ -103,8 +105,9 @@ def gammas_of_models(trajectory: pd.DataFrame, chunk: int) -> Figure:
 
 @styled
 def trajectories(trajectory: pd.DataFrame, num_pairs: int = 12) -> Figure:
-    """Log-probabilities of chosen and rejected responses under M_0 .. M_T: the means, and some pairs behind them. The
-    step that trains on a chunk is shaded; the model at the shade's left edge is the reference of `previous`."""
+    """Log-probabilities of chosen and rejected responses under M_0 .. M_T: thick lines are means, thin lines single
+    pairs. The shaded step trains on the pairs; with `reference=previous` the model at the left edge of the shade is its
+    reference."""
     ended = trajectory[(trajectory["update"] == -1)]
     chunks = sorted(ended["chunk"].unique(), key=lambda chunk: (chunk == 0, chunk))
     figure, rows = panels(len(chunks), 2.1, sharex=True)
@@ -112,10 +115,10 @@ def trajectories(trajectory: pd.DataFrame, num_pairs: int = 12) -> Figure:
         group = ended[ended["chunk"] == chunk]
         ids = sorted(group["id"].unique())  # by source
         some = group[group["id"].isin(ids[:: -(-len(ids) // num_pairs)])]
-        for side, look in zip(("chosen", "rejected"), looks(["chosen", "rejected"]).values(), strict=True):
+        for side, style in series_styles(["chosen", "rejected"]).items():
             lines = some.pivot_table(index="t", columns=["run", "id"], values=f"{side}_logp")
-            axes.plot(lines, color=look["color"], linestyle=look["linestyle"], linewidth=0.6, alpha=0.4)
-            axes.plot(group.groupby("t")[f"{side}_logp"].mean(), label=f"{side}, mean", **look)
+            axes.plot(lines, color=style["color"], linestyle=style["linestyle"], linewidth=0.6, alpha=0.4)
+            axes.plot(group.groupby("t")[f"{side}_logp"].mean(), label=f"{side}, mean", **style)
         if chunk:
             axes.axvspan(chunk - 1, chunk, color="#000000", alpha=0.08, linewidth=0)
         axes.set(title=f"pairs of chunk {chunk}" if chunk else "held-out pairs", ylabel="log-prob (nats)")
@@ -126,7 +129,7 @@ def trajectories(trajectory: pd.DataFrame, num_pairs: int = 12) -> Figure:
 
 @styled
 def memorisation(trajectory: pd.DataFrame) -> Figure:
-    """How far gamma rose above that of S: on pairs trained on, on pairs still to come, on held-out ones."""
+    """How far gamma rose above gamma of S: on pairs trained on, on pairs still to come, and on held-out pairs."""
     ended = trajectory[trajectory["update"] == -1]
     rise = ended["gamma"] - ended.groupby(["run", "chunk", "id"])["gamma"].transform("first")
     groups = ["trained on", "still to come", "held out"]
@@ -135,9 +138,9 @@ def memorisation(trajectory: pd.DataFrame) -> Figure:
     figure, rows = panels(ended["arm"].nunique(), 1.9, sharex=True, sharey=True)
     for axes, arm in zip(rows, ended["arm"].unique(), strict=True):
         mine = per_run[per_run["arm"] == arm]
-        for group, look in looks(groups).items():
+        for group, style in series_styles(groups).items():
             summary = collect.by_arm(mine[mine["kind"] == group], ["t"], "rise")
-            _line(axes, summary, "t", group, look)
+            _line(axes, summary, "t", group, style)
         axes.set(title=arm, ylabel="gamma over S (nats)")
     _name_models(rows, ended["t"])
     legend(figure, rows[0])
@@ -146,23 +149,23 @@ def memorisation(trajectory: pd.DataFrame) -> Figure:
 
 @styled
 def accuracy_by_source(measures: pd.DataFrame, name: str = "preference/ranking_accuracy") -> Figure:
-    """Held-out accuracy of S and every M_t for each source; dotted, what "the shorter one is better" would score."""
+    """Held-out accuracy of S and every M_t for each source. Dotted: the accuracy of "the shorter one is better"."""
     arms, by_source = measures["arm"].unique(), measures[measures["source"] != ""]
-    styles = looks(list(by_source["source"].unique()))
+    styles = series_styles(list(by_source["source"].unique()))
     figure, rows = panels(len(arms), 2.0, sharex=True, sharey=True)
     for axes, arm in zip(rows, arms, strict=True):
         mine = by_source[by_source["arm"] == arm]
-        for source, look in styles.items():
+        for source, style in styles.items():
             here = mine[mine["source"] == source]
-            if here.empty:  # another arm's source, named in the legend alone
-                axes.plot([], [], label=source, **look)
+            if here.empty:  # a source of another arm: only the legend names it
+                axes.plot([], [], label=source, **style)
                 continue
-            _line(axes, collect.by_arm(here[here["name"] == name], ["t"]), "t", source, look)
+            _line(axes, collect.by_arm(here[here["name"] == name], ["t"]), "t", source, style)
             shorter = here.loc[here["name"] == "preference/shorter_accuracy", "value"].mean()
-            axes.axhline(shorter, color=look["color"], linewidth=0.9, linestyle=":")
+            axes.axhline(shorter, color=style["color"], linewidth=0.9, linestyle=":")
         unit = "share" if name.endswith("accuracy") else "nats"
         axes.set(title=arm, ylabel=f"{name.rpartition('/')[2].replace('_', ' ')} ({unit})")
-        if unit == "share":  # an interval of few seeds may leave what is possible
+        if unit == "share":  # an interval over few seeds may exceed 0 or 1
             axes.set_ylim(max(-0.02, axes.get_ylim()[0]), min(1.02, axes.get_ylim()[1]))
     _name_models(rows, measures["t"])
     legend(figure, rows[0])
@@ -171,15 +174,15 @@ def accuracy_by_source(measures: pd.DataFrame, name: str = "preference/ranking_a
 
 @styled
 def displacement(measures: pd.DataFrame) -> Figure:
-    """How far the chosen and the rejected held-out responses' log-probabilities moved from S; both often fall."""
+    """Change of the log-probabilities of chosen and rejected held-out responses from S. Often both fall."""
     moved = measures[measures["measure"].str.startswith("preference/log_ratio_")].copy()
-    moved.loc[moved["t"] == 0, ["value", "low", "high"]] = 0.0  # of S to itself
+    moved.loc[moved["t"] == 0, ["value", "low", "high"]] = 0.0  # S against itself
     arms = moved["arm"].unique()
     figure, rows = panels(len(arms), 1.9, sharex=True, sharey=True)
     for axes, arm in zip(rows, arms, strict=True):
-        for side, look in looks(["chosen", "rejected"]).items():
+        for side, style in series_styles(["chosen", "rejected"]).items():
             here = (moved["arm"] == arm) & (moved["measure"] == f"preference/log_ratio_{side}")
-            _line(axes, collect.by_arm(moved[here], ["t"]), "t", f"{side} responses", look)
+            _line(axes, collect.by_arm(moved[here], ["t"]), "t", f"{side} responses", style)
         axes.axhline(0, color="#000000", linewidth=0.8)
         axes.set(title=arm, ylabel="log-ratio to S (nats)")
     _name_models(rows, measures["t"])
@@ -189,13 +192,13 @@ def displacement(measures: pd.DataFrame) -> Figure:
 
 @styled
 def learning_order(trajectory: pd.DataFrame, pairs: pd.DataFrame, num_bins: int = 12) -> Figure:
-    """Which pairs a model ranks right, and when: a chunk's pairs in order of the split's score (of gamma of S where
-    there is none). The dashed line is where the chunk's step begins."""
+    """Which pairs a model ranks correctly, and when. The pairs of a chunk are ordered by the score of the split, or by
+    gamma of S if there is no score. The dashed line marks where the step of the chunk begins."""
     rows = trajectory[~trajectory["held_out"] & (trajectory["role"] == "policy")]
     inside = rows["update"].mask(rows["update"] < 0, np.inf)  # a step's end comes last
     rows = rows.assign(inside=inside).sort_values(["t", "inside"], kind="stable")
-    own = "score" in pairs and pairs.loc[~pairs["held_out"], "score"].notna().all()
-    if own:
+    has_scores = "score" in pairs and pairs.loc[~pairs["held_out"], "score"].notna().all()
+    if has_scores:
         rows = rows.merge(pairs[["run", "id", "score"]])
     else:
         rows["score"] = rows.groupby(["run", "id"])["gamma"].transform("first")
@@ -207,23 +210,23 @@ def learning_order(trajectory: pd.DataFrame, pairs: pd.DataFrame, num_bins: int 
         right = (here["gamma"] > 0).groupby([bins, here["model"]]).mean().unstack().reindex(columns=models)
         mesh = axes.pcolormesh(right, cmap=colormaps["cividis"].resampled(10), vmin=0, vmax=1, edgecolors="face")
         axes.axvline(list(models).index(f"M_{chunk - 1}") + 1, color="#000000", linestyle="--")
-        axes.set(title=f"chunk {chunk}", ylabel="score" if own else "gamma of S")
+        axes.set(title=f"chunk {chunk}", ylabel="score" if has_scores else "gamma of S")
         axes.grid(visible=False)
         axes.set_yticks([0.5, len(right) - 0.5], ["lowest", "highest"])
     panel_rows[-1].set_xticks(np.arange(len(models)) + 0.5, [_model(name) for name in models])
     label_outer(panel_rows, "")
-    figure.colorbar(mesh, ax=panel_rows, label="share ranked right (gamma > 0)")
+    figure.colorbar(mesh, ax=panel_rows, label="share ranked correctly (gamma > 0)")
     return figure
 
 
 @styled
 def sweep_cost(steps: pd.DataFrame, train: pd.DataFrame) -> Figure:
-    """Seconds of training that a sweep's steps take when every run trains its own, and when equal steps are shared."""
+    """Seconds of training in a sweep if every run trained all its steps, and with equal steps shared between runs."""
     seconds = train.groupby(["run", "t"])["seconds"].sum().rename("cost").reset_index()
     costs = steps[["run", "arm", "t", "key"]].merge(seconds, on=["run", "t"])
     shared = costs.drop_duplicates("key")
     figure, (axes,) = panels(height=1.1)
-    totals = {"every run for itself": costs, "equal steps shared": shared}
+    totals = {"every run trains all": costs, "equal steps shared": shared}
     bars = axes.barh(list(totals), [table["cost"].sum() for table in totals.values()], color=COLOURS[0], height=0.6)
     axes.bar_label(bars, [f"{table['cost'].sum():.0f} s, {len(table)} steps" for table in totals.values()], padding=3)
     axes.margins(x=0.6)
@@ -233,27 +236,27 @@ def sweep_cost(steps: pd.DataFrame, train: pd.DataFrame) -> Figure:
     return figure
 
 
-def _line(axes: Axes, summary: pd.DataFrame, x: str, label: str, look: dict) -> None:
-    """A line with its band, from a table made by `collect.by_arm`."""
-    axes.plot(summary[x], summary["value"], label=label, **look)
+def _line(axes: Axes, summary: pd.DataFrame, x: str, label: str, style: dict) -> None:
+    """A line and its band, from a table of `collect.by_arm`."""
+    axes.plot(summary[x], summary["value"], label=label, **style)
     if not summary.empty:
-        axes.fill_between(summary[x], summary["low"], summary["high"], color=look["color"], alpha=0.15, linewidth=0)
+        axes.fill_between(summary[x], summary["low"], summary["high"], color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _frame_points(axes: Axes) -> None:
-    """Show all points; an interval of few seeds may leave the picture, as it leaves what is possible."""
+    """Fit the limits to the points; wide intervals over few seeds may leave the picture."""
     x, y = (np.concatenate([getattr(line, f"get_{side}data")() for line in axes.lines]) for side in "xy")
     right, margin = x.max() or 1.0, 0.08 * (np.ptp(y) or 1.0)
     axes.set(xlim=(-0.02 * right, 1.1 * right), ylim=(max(0.0, y.min() - margin), min(1.0, y.max() + margin) + 0.01))
 
 
 def _errors(summary: pd.DataFrame) -> np.ndarray:
-    """Distances to the interval's ends, as matplotlib wants them; none where there is no interval."""
+    """Distances from the values to the ends of their intervals, as matplotlib wants them; 0 without an interval."""
     return np.nan_to_num([summary["value"] - summary["low"], summary["high"] - summary["value"]])
 
 
 def _best_of_n(axes: Axes, measures: pd.DataFrame) -> None:
-    """Best of n answers of S by gold; its KL to S is at most log n - (n - 1)/n (2401.01879)."""
+    """The best of n answers of S by gold reward. Its KL to S is at most log n - (n - 1)/n (arXiv 2401.01879)."""
     rows = measures[measures["measure"].str.startswith("lab/best_of/")].groupby("measure")["value"].mean()
     if rows.empty:
         return
@@ -266,16 +269,16 @@ def _best_of_n(axes: Axes, measures: pd.DataFrame) -> None:
 
 
 def _violins(axes: Axes, groups: dict[int, pd.Series], colour: str, hatch: str | None = None) -> None:
-    """The middle 95 % of the values at each key; a few very long responses would flatten the rest."""
+    """Violins of the middle 95 % of the values at each key: a few very long responses would flatten the rest."""
     middle = [values[values.between(*values.quantile([0.025, 0.975]))] for values in groups.values()]
     if middle:
-        parts = axes.violinplot(middle, list(groups), showextrema=False)
+        parts: dict[str, Any] = dict(axes.violinplot(middle, list(groups), showextrema=False))
         for body in parts["bodies"]:
             body.set(facecolor=colour, alpha=0.3, edgecolor=colour, hatch=hatch)
 
 
 def _means(axes: Axes, summary: pd.DataFrame) -> None:
-    """Means with their intervals, of one arm, and their values along the top."""
+    """The means of one arm with their intervals, and the values of the means along the top."""
     axes.errorbar(summary["t"], summary["value"], _errors(summary), fmt="o", color="#000000", capsize=3)
     for t, value in zip(summary["t"], summary["value"], strict=True):
         axes.annotate(f"{value:.1f}", (t, 1), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=9)
@@ -284,12 +287,12 @@ def _means(axes: Axes, summary: pd.DataFrame) -> None:
 
 
 def _name_models(rows: list[Axes], t: pd.Series) -> None:
-    """The models along the x axis that the panels share."""
+    """Name the models on the x axis that the panels share."""
     ticks = sorted(t.unique())
     rows[-1].set_xticks(ticks, [_model(f"M_{t}") for t in ticks])
     label_outer(rows, "model")
 
 
 def _model(name: str) -> str:
-    """M_1 as M₁; M_0 is S."""
+    """M₁ for M_1, and S for M_0."""
     return "S" if name == "M_0" else name.replace("M_", "M").translate(SUBSCRIPTS) if name[0] == "M" else name

@@ -1,9 +1,9 @@
-"""Run folders from what W&B holds: its offline folders, or a project online.
+"""Run folders from W&B: from its offline folders or from an online project.
 
     python -m analysis.from_wandb WANDB_FOLDER_OR_PROJECT... --out FOLDER
 
-They have manifest.json, metrics.jsonl and summary.json as the run wrote them, so all that reads no log-probabilities
-of single pairs (`collect.runs`, `steps`, `measures`, `train` and the tables) reads them like any others.
+They hold manifest.json, metrics.jsonl and summary.json as the run wrote them. So `collect.runs`, `steps`, `measures`,
+`train` and the tables read them like other run folders; log-probabilities of single pairs are not in W&B.
 """
 
 import argparse
@@ -20,24 +20,24 @@ from sdpo.metrics import OUTCOME
 
 Row = dict[str, Any]
 
-BLOCK = 32768  # bytes of LevelDB's log format, in which the client writes after a header of its own
-HEADER = 7  # bytes, of the file and of every record
-WHOLE, LAST = 1, 4  # the parts of a record that end it
+BLOCK = 32768  # bytes of a block in LevelDB's log format; the client writes that format after a header of its own
+HEADER = 7  # bytes of the file's header, and of the header of every fragment
+FULL, LAST = 1, 4  # the types of fragment that complete a record
 
 
 class Mirrored(NamedTuple):
-    """One W&B run; `rows` are its history in order, without what is undefined."""
+    """One W&B run; `rows` are its history in order, without undefined values."""
 
     name: str
     config: dict[str, Any]
     rows: list[Row]
     summary: dict[str, Any]
-    ended: bool  # without an error
+    finished: bool  # it ended without an error
 
 
 def offline(file: Path) -> Mirrored:
-    """The run of a `.wandb` file. UserError where it is none."""
-    config, summary, rows, name, code = {}, {}, [], "", None
+    """The run in a `.wandb` file. Raises UserError if it is not such a file."""
+    config, summary, rows, name, code = Row(), Row(), [], "", None
     for record in records(file):
         if record.HasField("run"):
             name = record.run.display_name
@@ -54,40 +54,41 @@ def offline(file: Path) -> Mirrored:
 
 
 def online(project: str) -> Iterator[Mirrored]:
-    """The runs of `ENTITY/PROJECT`. UserError where W&B does not give them out."""
+    """The runs of `ENTITY/PROJECT`. Raises UserError if W&B does not return them."""
     import wandb
 
     try:
         runs = list(wandb.Api().runs(project))
     except (wandb.errors.Error, ValueError) as error:
-        raise UserError(f"{project} is no folder here, and W&B says of a project of that name: {error}") from error
+        raise UserError(f"{project} is neither a folder nor a project that W&B can read: {error}") from error
     for run in runs:
         rows = [{key: value for key, value in row.items() if value is not None} for row in run.scan_history()]
         yield Mirrored(run.name, dict(run.config), rows, dict(run.summary), run.state == "finished")
 
 
 def records(file: Path) -> Iterator:
-    """The records (protobuf messages) of a `.wandb` file; one that was being written when the run died is left out."""
+    """The records (protobuf messages) of a `.wandb` file, without one that was incomplete when the run died."""
     from wandb.proto import wandb_internal_pb2
 
+    read_record = wandb_internal_pb2.Record.FromString  # type: ignore[attr-defined]  # protobuf defines it at import
     data, position, body = file.read_bytes(), HEADER, b""
     if data[:4] != b":W&B":
         raise UserError(f"{file} was not written by the W&B client")
     while position + HEADER <= len(data):
-        if BLOCK - position % BLOCK < HEADER:  # no room for a header: the block's end is zeros
+        if BLOCK - position % BLOCK < HEADER:  # too short for a header: the block ends in zeros
             position += BLOCK - position % BLOCK
             continue
-        _, length, part = struct.unpack_from("<IHB", data, position)  # checksum, bytes, which part
+        _, length, fragment = struct.unpack_from("<IHB", data, position)  # checksum, bytes, type of fragment
         body += data[position + HEADER : position + HEADER + length]
         position += HEADER + length
-        if part in (WHOLE, LAST) and position <= len(data):
-            yield wandb_internal_pb2.Record.FromString(body)
+        if fragment in (FULL, LAST) and position <= len(data):
+            yield read_record(body)
             body = b""
 
 
 def entries(rows: Iterable[Row]) -> Iterator[dict]:
-    """The lines of metrics.jsonl that became these rows, but for answers, which W&B holds as a table."""
-    reached: dict[int, int] = {}  # step -> updates over the run at its last row
+    """The lines of metrics.jsonl from which these rows were made. Answers are missing: W&B holds them as a table."""
+    reached: dict[int, int] = {}  # step -> updates of the run up to the step's last row
     for row in rows:
         kind = next((name.partition("/")[0] for name in row if "/" in name), None)
         if kind is None:
@@ -102,7 +103,7 @@ def entries(rows: Iterable[Row]) -> Iterator[dict]:
 
 
 def write(run: Mirrored, out: Path) -> Path:
-    """The run's folder below `out`, below that of its sweep if it has one; returns its path."""
+    """Write the run's folder into `out`, or into its sweep's folder there. Returns its path."""
     unknown = {"run": run.name, "sweep": None, "arm": run.name, "seed": run.config.get("seed")}
     manifest = run.config.get("manifest") or unknown | {"choices": run.config.get("choices", {})}
     folder = out / (manifest["sweep"] or "") / run.name
@@ -110,7 +111,7 @@ def write(run: Mirrored, out: Path) -> Path:
     lines = list(entries(run.rows))
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if run.ended and "manifest" in run.config:
+    if run.finished and "manifest" in run.config:
         (folder / "summary.json").write_text(json.dumps(_summary(lines, run.summary), indent=1))
         (folder / "done").touch()
     return folder
@@ -121,7 +122,7 @@ def _values(items: Iterable) -> dict[str, Any]:
 
 
 def _evaluation(values: Row) -> dict:
-    """Measures from their parts: `lab/gold`, `lab/gold/low`, `lab/gold/n`; what is not there was null."""
+    """Measures from their parts `lab/gold`, `lab/gold/low`, `lab/gold/high`, `lab/gold/n`; missing parts were null."""
     names = sorted(name.removesuffix("/n") for name in values if name.endswith("/n"))  # W&B keeps no order
     measures = {}
     for name in names:
@@ -138,7 +139,7 @@ def _step(values: Row) -> dict:
 
 
 def _summary(lines: list[dict], outcome: dict[str, Any]) -> dict:
-    """What summary.json held."""
+    """The content of summary.json."""
     evals = {line["t"]: line["eval"] for line in lines if line["kind"] == "eval"}
     steps = [line | {"eval": evals[line["t"]]} for line in lines if line["kind"] == "step"]
     for step in steps:
@@ -149,19 +150,19 @@ def _summary(lines: list[dict], outcome: dict[str, Any]) -> dict:
 
 
 def _found(name: str) -> Iterable[Mirrored]:
-    """The runs of a folder or a project."""
+    """The runs in a folder, or in a project if there is no such folder."""
     if not Path(name).is_dir():
         return online(name)
     files = sorted(Path(name).rglob("*.wandb"))
     if not files:
-        raise UserError(f"there is no .wandb file in {name}: W&B's are written by runs with record=wandb")
+        raise UserError(f"there is no .wandb file in {name}; only runs with record=wandb write one")
     return map(offline, files)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.from_wandb", description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="+", help="folders that hold .wandb files at any depth, or ENTITY/PROJECT")
-    parser.add_argument("--out", type=Path, required=True, help="where the run folders go")
+    parser.add_argument("what", nargs="+", help="folders with .wandb files at any depth, or ENTITY/PROJECT")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the run folders to")
     chosen = parser.parse_args()
     try:
         for name in chosen.what:

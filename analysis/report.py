@@ -1,7 +1,7 @@
-"""report.html of a run or a sweep: `python -m analysis.report RUN_OR_SWEEP [--figures FOLDER]`.
+"""The report page of a run or a sweep: `python -m analysis.report RUN_OR_SWEEP [--figures FOLDER]`.
 
-One file without scripts that opens without network: what was run in a line, what came of it, what a reader should
-doubt, the figures, the choices and steps, and how to run it again. Its numbers are those of analysis.tables.
+report.html is one file without scripts that needs no network. It shows what was run, the results, reasons to doubt
+them, figures, choices and steps, and the command that repeats the run. Its numbers are those of analysis.tables.
 """
 
 import argparse
@@ -15,16 +15,17 @@ from typing import NamedTuple
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
-from analysis import checks, collect, equal_kl, tables
+from analysis import checks, collect, equal_kl, figures, table_format, tables
+from analysis.figure_style import save, to_svg
 from sdpo.errors import UserError
 
-AXES = ("model", "data", "arm", "split", "score", "reference", "loss", "tune")  # shown first
-MOST_PROMPTS = 20  # whose answers are shown
+AXES = ("model", "data", "arm", "split", "score", "reference", "loss", "tune")  # listed before other axes
+MOST_PROMPTS = 20  # with their answers on the page
 TEMPLATES = Path(__file__).parent / "templates"
 
-
-Drawn = tuple[str, Callable, tuple]  # a figure's title, its function and what that is given
+FigureCall = tuple[str, Callable[..., Figure], tuple]  # title, figure function, its arguments
 
 
 class Picture(NamedTuple):
@@ -44,11 +45,11 @@ def write_report(folder: Path | str) -> Path:
 
 
 def _content(folder: Path) -> dict:
-    """Everything that the template shows; of a sweep in which no run ended, its failures alone."""
+    """The content of the template; if no run of a sweep finished, only its failures."""
     runs = collect.runs(folder)
     arms, seeds = _count(runs["arm"].nunique(), "arm"), _count(runs["seed"].nunique(), "seed")
     content = {"name": folder.resolve().name, "size": f"{arms}, {seeds}", "choices": _choices(runs)}
-    content["opening"] = f"{runs['done'].sum()} of {_count(len(runs), 'run')} ended{_shared(runs)}"
+    content["opening"] = f"{runs['done'].sum()} of {_count(len(runs), 'run')} finished{_shared(runs)}"
     if not runs["done"].any():
         return content | {"warnings": [checks.unfinished(runs)]}
     measures, steps, references = collect.measures(folder), collect.steps(folder), collect.references(folder)
@@ -58,7 +59,7 @@ def _content(folder: Path) -> dict:
         "equal_kl": tables.show(equal_kl.above_plain(folder)),
         "arms": tables.show(tables.arms(folder)),
         "steps": tables.show(tables.steps(folder)),
-        "pictures": list(_pictures(_drawn(folder, measures, steps, references))),
+        "pictures": list(map(_picture, _figure_calls(folder, measures, steps, references))),
         "answers": list(_answers(collect.answers(folder))),
         "lineage": _lineage(steps),
         "data": _data(runs),
@@ -67,52 +68,49 @@ def _content(folder: Path) -> dict:
 
 
 def write_figures(folder: Path | str, into: Path) -> list[Path]:
-    """Write every figure of a run's or sweep's report into a folder, named after its function, as .svg and .pdf."""
-    from analysis.figure_style import save
-
+    """Write every figure of the report into a folder as .svg and .pdf, named after its function. Returns the paths."""
     into.mkdir(parents=True, exist_ok=True)
-    folder = Path(folder)
-    drawn = _drawn(folder, collect.measures(folder), collect.steps(folder), collect.references(folder))
-    figures = {draw.__name__: draw(*given) for _, draw, given in drawn}
-    written = {into / f"{name}.{ending}": figure for name, figure in figures.items() for ending in ("svg", "pdf")}
-    for path, figure in written.items():
-        save(figure, path)
-    return list(written)
+    folder, written = Path(folder), []
+    for _, draw, arguments in _figure_calls(
+        folder, collect.measures(folder), collect.steps(folder), collect.references(folder)
+    ):
+        figure = draw(*arguments)
+        for ending in ("svg", "pdf"):
+            written.append(into / f"{draw.__name__}.{ending}")
+            save(figure, written[-1])
+    return written
 
 
-def _pictures(drawn: list[Drawn]) -> Iterator[Picture]:
-    """The figures, each with its function's sentence as caption."""
-    from analysis.figure_style import to_svg
-
-    for title, draw, given in drawn:
-        yield Picture(title, " ".join(draw.__doc__.split()), Markup(to_svg(draw(*given), title)))
+def _picture(call: FigureCall) -> Picture:
+    """A figure for the page; its caption is the docstring of its function."""
+    title, draw, arguments = call
+    return Picture(title, " ".join((draw.__doc__ or "").split()), Markup(to_svg(draw(*arguments), title)))
 
 
-def _drawn(folder: Path, measures: pd.DataFrame, steps: pd.DataFrame, references: pd.DataFrame) -> list[Drawn]:
+def _figure_calls(
+    folder: Path, measures: pd.DataFrame, steps: pd.DataFrame, references: pd.DataFrame
+) -> Iterator[FigureCall]:
     """The figures for which these runs have numbers."""
-    from analysis import figures  # here, because a table needs no matplotlib
-
     train, trajectory = collect.train(folder), collect.trajectory(folder)
-    drawn = [("Loss", figures.loss_curves, (train,))]
     measured = set(measures.loc[measures["value"].notna(), "measure"])
+    yield "Loss", figures.loss_curves, (train,)
     if {"lab/gold", "lab/kl"} <= measured:
-        drawn.append(("Reward against KL", figures.frontier, (measures,)))
+        yield "Reward against KL", figures.frontier, (measures,)
     if steps["gamma_ref_mean"].notna().any():
-        drawn.append(("The bound of every step", figures.reference_gammas, (steps, references)))
+        yield "The bound of every step", figures.reference_gammas, (steps, references)
     if "preference/ranking_accuracy" in measured:
-        drawn.append(("Accuracy by source", figures.accuracy_by_source, (measures,)))
-        drawn.append(("Displacement", figures.displacement, (measures,)))
-    drawn.append(("Memorisation", figures.memorisation, (trajectory,)))
+        yield "Accuracy by source", figures.accuracy_by_source, (measures,)
+        yield "Displacement", figures.displacement, (measures,)
+    yield "Memorisation", figures.memorisation, (trajectory,)
     if steps["run"].nunique() == 1:
-        drawn.append(("Trajectories", figures.trajectories, (trajectory,)))
-        drawn.append(("Learning order", figures.learning_order, (trajectory, collect.pairs(folder))))
+        yield "Trajectories", figures.trajectories, (trajectory,)
+        yield "Learning order", figures.learning_order, (trajectory, collect.pairs(folder))
     else:
-        drawn.append(("Cost", figures.sweep_cost, (steps, train)))
-    return drawn
+        yield "Cost", figures.sweep_cost, (steps, train)
 
 
 def _choices(runs: pd.DataFrame) -> pd.DataFrame:
-    """The option of every axis, by arm where arms differ in it."""
+    """The option chosen on every axis; if arms chose different options, each with its arms."""
     axes = runs.filter(like="choices.").rename(columns=lambda name: name.removeprefix("choices."))
     rows = {}
     for axis in sorted(axes, key=lambda axis: AXES.index(axis) if axis in AXES else len(AXES)):
@@ -124,15 +122,15 @@ def _choices(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _shared(runs: pd.DataFrame) -> str:
-    """The choices that all arms share, as the command line writes them."""
+    """The choices that all arms share, as on the command line."""
     options = {axis: runs[name].dropna().unique() for axis in AXES if (name := f"choices.{axis}") in runs}
     same = [f"{axis}={found[0]}" for axis, found in options.items() if len(found) == 1]
     return f", all with {', '.join(same)}" if same else ""
 
 
 def _answers(answers: pd.DataFrame) -> Iterator[tuple[str, dict[str, str]]]:
-    """The first prompts with the answers of S and, in a run, of every M_t; in a sweep, of the last model of each arm's
-    first seed."""
+    """The first prompts with the answers of S and of every M_t; if there are several arms, with the answers of S and of
+    the last model of each arm's first seed."""
     first = answers[answers["seed"] == answers.groupby("arm")["seed"].transform("min")]
     single = first["arm"].nunique() == 1
     if not single:
@@ -144,7 +142,7 @@ def _answers(answers: pd.DataFrame) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _lineage(steps: pd.DataFrame) -> pd.DataFrame:
-    """How each model of every arm's first seed came about."""
+    """The start, reference and pairs of each model, for the first seed of every arm."""
     first = steps[steps["seed"] == steps.groupby("arm")["seed"].transform("min")]
     chunks = [", ".join(f"{n} {source}" for source, n in sources.items()) for sources in first["sources"]]
     made = {
@@ -153,30 +151,31 @@ def _lineage(steps: pd.DataFrame) -> pd.DataFrame:
         "from": first["start"],
         "reference": first["reference"],
         "pairs": chunks,
-        "in the store as": first["key"].str[:16],
+        "key in the store": first["key"].str[:16],
         "reused": first["reused"].map({True: "yes", False: "no"}),
     }
     return pd.DataFrame(made)
 
 
 def _data(runs: pd.DataFrame) -> pd.DataFrame:
-    """data_report.json of the first run that ended, flat; lists by their length."""
+    """data_report.json of the first finished run as a flat table."""
     report = json.loads((runs[runs["done"]].iloc[0]["folder"] / "data_report.json").read_text(encoding="utf-8"))
-    return pd.DataFrame(_leaves(report), columns=["of the data", "value"])
+    return pd.DataFrame(_leaves(report), columns=["name", "value"])
 
 
 def _leaves(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """The names and values of nested JSON; a long list is replaced by its length."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _leaves(inner, f"{name} / {key}" if name else key)
     elif isinstance(value, list) and len(value) > 3:
         yield name, f"{len(value)} entries in data_report.json"
     else:
-        yield name, f"{value:.4g}" if isinstance(value, float) else str(value)
+        yield name, table_format.number(value) if isinstance(value, float) else str(value)
 
 
 def _origin(folder: Path, runs: pd.DataFrame) -> dict:
-    """The command that made this, and what it ran on."""
+    """The command that started the run or sweep, and its code, versions and machine."""
     manifest = json.loads((runs[runs["done"]].iloc[0]["folder"] / "manifest.json").read_text(encoding="utf-8"))
     sweep = folder / "sweep.json"
     command = json.loads(sweep.read_text(encoding="utf-8"))["command"] if sweep.is_file() else manifest["command"]
@@ -196,7 +195,7 @@ def _count(number: int, what: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a run or sweep folder")
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write its figures there, too, as .svg and .pdf")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="also write the figures there, as .svg and .pdf")
     chosen = parser.parse_args()
     try:
         print(write_report(chosen.folder))

@@ -1,9 +1,9 @@
-"""Tables of a run or a sweep, and the paper's beside ours.
+"""Tables of runs and sweeps, and the paper's tables with our numbers beside them.
 
     python -m analysis.tables RUN_OR_SWEEP... [--format text|markdown|latex]
     python -m analysis.tables paper [--out FOLDER]
 
-The functions return numbers, an `Interval` to a cell where there is one; `show` makes strings of them.
+The functions return tables whose cells hold numbers or `Interval`s; `show` makes strings of them.
 """
 
 import argparse
@@ -43,7 +43,7 @@ DIGITS = {
 
 
 def arms(*paths: Path | str) -> pd.DataFrame:
-    """One row per arm, with S first: seeds, headline, companions, gain over S, time, reused steps."""
+    """One row for S, then one per arm: seeds, headline and other measures, gain over S, seconds, reused steps."""
     runs, measures = collect.runs(*paths), collect.measures(*paths)
     headline = headline_name(runs)
     names = {name: COMPANIONS.get(name, name) for name in (headline, *COMPANIONS) if name}
@@ -64,15 +64,15 @@ def arms(*paths: Path | str) -> pd.DataFrame:
 
 
 def contrasts(*paths: Path | str) -> pd.DataFrame:
-    """The verdicts: one row per declared contrast whose arms exist, with the paired difference of headlines, the tests,
-    and the same difference at equal KL to S, where plain DPO's line says what that KL alone would give.
+    """One row per declared contrast whose arms exist: its verdict, the paired difference of headlines with its test,
+    and the difference at equal KL to S, in gold reward above plain DPO (see equal_kl).
     """
     runs, steps, gains = collect.runs(*paths), collect.steps(*paths), equal_kl.gains(*paths)
-    declared = {
-        name: pair for name, pair in collect.declared(*paths)["contrasts"].items() if set(pair) <= set(runs["arm"])
-    }
+    declared = collect.declared(*paths)["contrasts"]
     table = pd.DataFrame(
-        {"of": name} | _contrast(*pair, runs, steps) | _at_equal_kl(*pair, gains) for name, pair in declared.items()
+        {"of": name} | _contrast(first, second, runs, steps) | _at_equal_kl(first, second, gains)
+        for name, (first, second) in declared.items()
+        if {first, second} <= set(runs["arm"])
     )
     if table.empty:
         return table
@@ -88,7 +88,7 @@ def contrasts(*paths: Path | str) -> pd.DataFrame:
 
 
 def steps(*paths: Path | str) -> pd.DataFrame:
-    """One row per arm and step: its reference, how it began and ended, and the headline after it."""
+    """One row per arm and step: its reference, pairs, first and last loss, and the headline after the step."""
     table, measures = collect.steps(*paths), collect.measures(*paths)
     headline = headline_name(collect.runs(*paths))
     columns = {title: collect.by_arm(table, ["t"], name) for name, title in STEP_COLUMNS.items()}
@@ -108,7 +108,7 @@ def steps(*paths: Path | str) -> pd.DataFrame:
 
 
 def headline_name(runs: pd.DataFrame) -> str | None:
-    """The measure that heads these runs, None where none was measured; `UserError` where they differ."""
+    """The headline measure of these runs, None if they have none. Raises UserError if their headlines differ."""
     names = runs["headline_name"].dropna().unique()
     if len(names) > 1:
         raise UserError(f"these runs have the headlines {', '.join(names)}; give runs that share one")
@@ -116,20 +116,18 @@ def headline_name(runs: pd.DataFrame) -> str | None:
 
 
 def show(table: pd.DataFrame) -> pd.DataFrame:
-    """The same table in strings, rounded for readers."""
+    """The table with rounded strings as cells."""
     return pd.DataFrame({name: [_string(value, DIGITS.get(name, 3)) for value in table[name]] for name in table})
 
 
 def _string(value: object, digits: int) -> str:
-    if isinstance(value, Interval):
-        return table_format.number(value.value, value.low, value.high, digits)
-    if isinstance(value, float):
-        return table_format.number(value, digits=digits)
+    if isinstance(value, Interval | float):
+        return table_format.number(value, digits)
     return "" if value is None else str(value)
 
 
 def _cell(table: pd.DataFrame, key: object) -> Interval | None:
-    """The interval that stands at `key` of a table made by `collect.by_arm`."""
+    """The interval at `key` in a table of `collect.by_arm`; None if there is none."""
     if key not in table.index:
         return None
     found = Interval(*table.loc[key, ["value", "low", "high", "seeds"]])
@@ -137,7 +135,7 @@ def _cell(table: pd.DataFrame, key: object) -> Interval | None:
 
 
 def _start(measures: pd.DataFrame, names: dict[str, str]) -> dict:
-    """S as a row; arms of one seed share S, and where they do not, S is left to the arms' gains."""
+    """The row of S. Arms with the same seed share S; for a seed with several S the row leaves that seed out."""
     initial = measures[measures["t"] == 0].drop_duplicates(["seed", "measure", "value"]).assign(arm="S")
     shared = initial[~initial.duplicated(["seed", "measure"], keep=False)]
     values = collect.by_arm(shared, ["measure"]).set_index(["arm", "measure"])
@@ -145,12 +143,13 @@ def _start(measures: pd.DataFrame, names: dict[str, str]) -> dict:
 
 
 def _gains(headline: pd.DataFrame) -> pd.DataFrame:
-    """Each run's headline after its last step minus that of its own S."""
+    """The headline of each run after its last step, minus the headline of its own S."""
     by_step = headline.sort_values("t").groupby(["arm", "seed"], sort=False)["value"]
     return (by_step.last(skipna=False) - by_step.first(skipna=False)).reset_index()
 
 
 def _contrast(first: str, second: str, runs: pd.DataFrame, steps: pd.DataFrame) -> dict:
+    """The paired difference first - second with its test, and whether a reference that differs was inert."""
     headline = runs.set_index("seed").groupby("arm")["headline"]
     differences = paired(headline.get_group(first), headline.get_group(second))
     leverage = max(_leverage(steps[steps["arm"] == arm]) for arm in (first, second))
@@ -166,7 +165,7 @@ def _contrast(first: str, second: str, runs: pd.DataFrame, steps: pd.DataFrame) 
 
 
 def _at_equal_kl(first: str, second: str, gains: pd.DataFrame) -> dict:
-    """The difference of two arms' gains over plain DPO's line, on the seeds of which that line says something."""
+    """The paired difference of two arms' gains over plain DPO, on the seeds for which both are known."""
     by_arm = {arm: group.set_index("seed")["gain"] for arm, group in gains.groupby("arm")}
     known = {first, second} <= by_arm.keys()
     found = student(paired(by_arm[first], by_arm[second]) if known else [])
@@ -174,36 +173,36 @@ def _at_equal_kl(first: str, second: str, gains: pd.DataFrame) -> dict:
 
 
 def _leverage(steps: pd.DataFrame) -> float:
-    """How much the reference changed a pair's weight, over seeds, in the step where it changed it most."""
+    """The mean leverage over seeds, in the step in which it is largest."""
     return steps.groupby("t")["reference_leverage"].mean().max()
 
 
-def _of_runs(paths: list[Path], form: str) -> list[str]:
-    """The tables of runs and sweeps, those with rows, set in one of the forms of layout.FORMATS."""
-    of_seeds = "mean and 95 % Student t interval over seeds (with one seed: its own, over prompts or pairs)"
+def _render_tables(paths: list[Path], form: str) -> list[str]:
+    """The tables of runs and sweeps that have rows, in one of table_format.FORMATS."""
+    of_seeds = "mean and 95 % Student t interval over seeds (one seed: its own interval, over prompts or pairs)"
     tables = {
         f"Arms: {of_seeds}": arms(*paths),
         "Declared contrasts: paired over seeds, exact sign-flip test, Holm's correction": contrasts(*paths),
-        "Exploratory: gold reward above plain DPO's line at equal KL to S": equal_kl.above_plain(*paths),
+        "Exploratory: gold reward above plain DPO at equal KL to S": equal_kl.above_plain(*paths),
         f"Steps: {of_seeds}": steps(*paths),
     }
-    return [table_format.setting(show(table), title, [], form) for title, table in tables.items() if len(table)]
+    return [table_format.render(show(table), title, [], form) for title, table in tables.items() if len(table)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.tables", description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="+", help="`paper`, or run and sweep folders")
+    parser.add_argument("what", nargs="+", help="`paper`, or any run and sweep folders")
     parser.add_argument("--format", choices=table_format.FORMATS, default="text")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="where the paper's experiments ran (out)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the paper's sweeps; default: out")
     chosen = parser.parse_args()
     try:
         if chosen.what == ["paper"]:
-            made = published.set_tables(chosen.out, chosen.format)
+            rendered = published.render_tables(chosen.out, chosen.format)
         else:
-            made = _of_runs(list(map(Path, chosen.what)), chosen.format)
+            rendered = _render_tables(list(map(Path, chosen.what)), chosen.format)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(table_format.document(made, chosen.format))
+    print(table_format.document(rendered, chosen.format))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdpo.config import Config
 from sdpo.run import folder as run_folder
+from sdpo.run.folder import Run
 
 SEED = "seed="  # the override in which the runs of an arm differ
 
@@ -76,8 +77,8 @@ class Arms(Launcher):
         runs = {}  # by folder, so that a run is done once even if it was asked for twice
         for overrides, arm in zip(job_overrides, run_folder.labels(job_overrides), strict=True):
             config = self.composed(overrides)
-            subfolder = folder / config.hydra.sweep.subdir
-            runs[subfolder] = run_folder.of(run_folder.without_hydra(config), config.hydra, subfolder, arm, folder.name)
+            subfolder, job = folder / config.hydra.sweep.subdir, run_folder.without_hydra(config)
+            runs[subfolder] = Run.from_composed(job, config.hydra, subfolder, arm, folder.name)
         asked = sweep.Sweep(folder, list(runs.values()), list(self.config.hydra.overrides.task), **self.settings)
         if sweep.run(asked):
             from analysis import report  # here, because the runs do not need its libraries

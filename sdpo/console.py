@@ -1,5 +1,6 @@
 """What the user sees while a run works: progress, and lines and columns of text."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -107,9 +108,11 @@ def step_line(step: Entry) -> str:
     return "  ".join(parts)
 
 
-def number(value: float | None) -> str:
-    """Return a number with four digits, or a dash for None."""
-    return "-" if value is None else f"{value:.4g}"
+def number(value: float | None, low: float | None = None, high: float | None = None) -> str:
+    """A number with four significant digits, then its interval in brackets if it has one; a dash for None and nan."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.4g}" if low is None or high is None else f"{value:.4g} [{low:.4g}, {high:.4g}]"
 
 
 def columns(rows: list[tuple[str, ...]]) -> list[str]:

@@ -32,7 +32,7 @@ def export(run: Path, t: int, out: Path, merge: bool = False) -> Path:
         raise UserError(f"{out} is not empty; remove it or name another folder with --out")
     left_out = shutil.ignore_patterns(*BOOKKEEPING, *(["adapter"] if merge else []))
     shutil.copytree(model.folder, out, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    (out / "README.md").write_text(model_card.write(files, t), encoding="utf-8")
+    (out / "README.md").write_text(model_card.render(files, t), encoding="utf-8")
     return out
 
 

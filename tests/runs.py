@@ -40,6 +40,7 @@ def real_sweep() -> Path:
     from sdpo import stepwise
     from sdpo.launch import sweep
     from sdpo.run import folder as run_folder
+    from sdpo.run.folder import Run
 
     place = Path(tempfile.mkdtemp(prefix="sdpo-real-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
@@ -51,7 +52,7 @@ def real_sweep() -> Path:
         for num_steps, its_own in ARMS.items():
             composed = compose("config", overrides=[*overrides, *its_own], return_hydra_config=True)
             job, name = run_folder.without_hydra(composed), str(num_steps)
-            made.append(run_folder.of(job, composed.hydra, folder / name, arm=name, sweep=folder.name))
+            made.append(Run.from_composed(job, composed.hydra, folder / name, arm=name, sweep=folder.name))
     contrasts = {"order": ["2", "1"]}
     sweep._prepare(sweep.Sweep(folder, made, overrides, contrasts, n=1, backend="local", slurm={}), made)
     with pytest.MonkeyPatch.context() as patch:

@@ -86,7 +86,7 @@ def test_the_card_has_lineage_scores_and_settings_but_no_paths(finished, tmp_pat
     assert "| lab/gold | 0.25 [0.5, 1] (n = 8) | 0.75 [0.5, 1] (n = 8) |" in card
     assert "| lab/kl | - | 0.75 (n = 8) |" in card
     assert "beta: 0.1" in card and "path: split.json" in card and "sources: orca.jsonl" in card
-    assert '{"empty": 3}' in card and "kim-etal-2025-sdpo" in card and "code at c0ffee" in card
+    assert '{"empty": 3}' in card and "kim-etal-2025-sdpo" in card and "code was at commit c0ffee" in card
     assert "/home/someone" not in card
 
 

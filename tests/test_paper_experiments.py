@@ -32,7 +32,7 @@ def foreseen(monkeypatch, tmp_path):
         asked = [Run(compose(*command, *overrides), Path(arm), {}, arm) for command, arm in named]
         for run in asked:
             validate.check(run.config)
-        return {one.run.arm: one.steps for one in report.of(asked)}
+        return {one.run.arm: one.steps for one in report.foresee(asked)}
 
     return steps
 

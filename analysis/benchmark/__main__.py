@@ -1,9 +1,9 @@
-"""This engine beside TRL's DPOTrainer: the same pairs, model and updates, interleaved, each run in its own process.
+"""Benchmark of this engine against TRL's DPOTrainer, with the same pairs, model and updates.
 
     python -m analysis.benchmark --profile ultrafeedback --pairs-per-microbatch 8
 
-Prints a table and writes benchmark.json. Both sides have one thread. What is counted is the reference pass and the
-updates; loading, tokenising and saving are not, except in the cost of many steps.
+Prints a table and writes benchmark.json. Runs of the two sides alternate, each in its own process with one thread. The
+time of the reference pass and of the updates counts; loading, tokenising and saving count only in the cost of 8 steps.
 """
 
 import argparse
@@ -18,26 +18,28 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import torch
 
+from analysis import table_format
 from analysis.benchmark import cuda
 from analysis.benchmark import work as workload
 from analysis.benchmark.work import PROFILES, SHAPES, Work
 
 SIDES = ("trl_default", "trl_tuned", "engine")
-NOTHING = {"cpu": 0.0, "wall": 0.0}  # of a phase that a side does not have
+NO_TIME = {"cpu": 0.0, "wall": 0.0}  # for a phase that a side does not have
 PAPER_PAIRS = 12_859  # orca_dpo_pairs, the smaller of the two data sets of arXiv 2403.19270
 QUIET = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    """Run everything that this machine can; returns what benchmark.json holds."""
+    """Measure everything that this machine can. Returns the content of benchmark.json."""
     args = _parse(arguments)
     with tempfile.TemporaryDirectory() as folder:
         work = _prepare(args, Path(folder) / "work", args.pairs)
-        runs = {side: [] for side in SIDES}
+        runs: dict[str, list[dict]] = {side: [] for side in SIDES}
         for repeat in range(args.repeats):
-            for side in SIDES:  # interleaved, so that a busy machine is busy for all
+            for side in SIDES:  # alternating, so that load on the machine affects all sides
                 print(f"{side} ({repeat + 1} of {args.repeats}) ...", file=sys.stderr)
                 runs[side].append(_child(side, work))
         clock = "wall" if args.device == "cuda" else "cpu"
@@ -55,25 +57,26 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", choices=PROFILES, default="ultrafeedback", help="lengths of which data set")
-    parser.add_argument("--pairs-file", type=Path, help="take lengths from a JSONL file instead")
-    parser.add_argument("--shape", choices=SHAPES, help="the model; toy on a CPU, 1b on a GPU")
-    parser.add_argument("--pairs", type=int, default=32, help="pairs of each run")
-    parser.add_argument("--pairs-per-microbatch", type=int, default=8, help="TRL's micro-batch, and our most")
-    parser.add_argument("--pairs-per-update", type=int, default=8)
+    parser.add_argument("--profile", choices=PROFILES, default="ultrafeedback", help="data set with such lengths")
+    parser.add_argument("--pairs-file", type=Path, help="a JSONL file to take the lengths from instead")
+    parser.add_argument("--shape", choices=SHAPES, help="shape of the model; default: toy on a CPU, 1b on a GPU")
+    parser.add_argument("--pairs", type=int, default=32, help="pairs in each run")
+    parser.add_argument("--pairs-per-microbatch", type=int, default=8, help="of TRL; on average ours hold no more")
+    parser.add_argument("--pairs-per-update", type=int, default=8, help="pairs in each update")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each side; the median counts")
-    parser.add_argument("--steps-pairs", type=int, default=64, help="pairs for the cost of 8 steps; 0 leaves it out")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each side; the result is the median")
+    parser.add_argument("--steps-pairs", type=int, default=64, help="pairs to measure the cost of 8 steps; 0: none")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmark"), help="folder for benchmark.json")
     args = parser.parse_args(arguments)
     args.shape = args.shape or {"cpu": "toy", "cuda": "1b"}[args.device]
     if args.pairs_per_update % args.pairs_per_microbatch or args.pairs % args.pairs_per_update:
-        parser.error("pairs must be a multiple of pairs-per-update, and that of pairs-per-microbatch")
+        parser.error("--pairs must be a multiple of --pairs-per-update, and this a multiple of --pairs-per-microbatch")
     return args
 
 
 def _prepare(args: argparse.Namespace, folder: Path, num_pairs: int) -> Work:
+    """Write the workload into a folder."""
     if args.pairs_file:
         lengths = workload.from_file(args.pairs_file, num_pairs)
     else:
@@ -85,7 +88,7 @@ def _prepare(args: argparse.Namespace, folder: Path, num_pairs: int) -> Work:
 
 
 def _child(side: str, work: Work) -> dict:
-    """One measurement in a process of its own, whose errors are shown."""
+    """One measurement in its own process. An error there is raised here with its message."""
     work_file, result_file = (Path(work.folder) / name for name in ("work.json", "result.json"))
     work_file.write_text(json.dumps(work._asdict()))
     command = [sys.executable, "-m", "analysis.benchmark.sides", side, str(work_file), str(result_file)]
@@ -97,13 +100,13 @@ def _child(side: str, work: Work) -> dict:
 
 
 def _compare(runs: dict[str, list[dict]], num_pairs: int, clock: str) -> dict:
-    """Medians per side, and how many times less this engine needs, by CPU time or, on a GPU, by the wall clock."""
+    """Medians of each side, and the ratios of TRL to this engine, in CPU time or, on a GPU, in wall time."""
 
     def median(read: Callable[[dict], float]) -> dict[str, float]:
         return {side: statistics.median(map(read, runs[side])) for side in runs}
 
     def per_pair(clock: str, *phases: str) -> dict[str, float]:
-        return median(lambda run: sum(run["phases"].get(name, NOTHING)[clock] for name in phases) / num_pairs)
+        return median(lambda run: sum(run["phases"].get(name, NO_TIME)[clock] for name in phases) / num_pairs)
 
     seconds = {name: per_pair(name, "reference", "updates") for name in ("cpu", "wall")}
     counted, peak = seconds[clock], median(lambda run: run["peak_bytes"])
@@ -122,8 +125,8 @@ def _compare(runs: dict[str, list[dict]], num_pairs: int, clock: str) -> dict:
 
 
 def _many_steps(work: Work, num_pairs: int, clock: str) -> dict:
-    """The same pairs in 1 step and in 8: the work that grows with pairs, and what any step costs besides."""
-    passes, fixed = {}, {}
+    """The cost of 8 steps over 1 with the same pairs: passes, which grow with the pairs, and a fixed cost per step."""
+    passes, fixed = dict[int, float](), dict[int, float]()
     for num_steps, side in ((1, "engine"), (8, "engine_in_8_steps")):
         spent = {name: seconds[clock] for name, seconds in _child(side, work)["phases"].items()}
         passes[num_steps] = (spent["reference"] + spent["updates"]) / num_pairs
@@ -142,28 +145,27 @@ def _machine() -> dict:
 
 
 def _table(result: dict) -> str:
-    lines = [f"{'':14}{'CPU s/pair':>12}{'wall s/pair':>12}{'peak MiB':>10}{'padding':>9}{'first loss':>12}"]
-    for side in SIDES:
-        lines.append(
-            f"{side:14}{result['cpu_seconds_per_pair'][side]:12.3f}{result['wall'][side]:12.3f}"
-            f"{result['peak_rss'][side] / 2**20:10.0f}{result['padding_share'][side]:9.1%}"
-            f"{result['first_loss'][side]:12.6f}"
-        )
+    columns = {
+        "CPU s/pair": [f"{result['cpu_seconds_per_pair'][side]:.3f}" for side in SIDES],
+        "wall s/pair": [f"{result['wall'][side]:.3f}" for side in SIDES],
+        "peak MiB": [f"{result['peak_rss'][side] / 2**20:.0f}" for side in SIDES],
+        "padding": [f"{result['padding_share'][side]:.1%}" for side in SIDES],
+        "first loss": [f"{result['first_loss'][side]:.6f}" for side in SIDES],
+    }
     first = result["first_step"]
-    lines += [
-        "",
-        f"{result['ratio_default']:.2f}x TRL's defaults, {result['ratio_tuned']:.2f}x its tuned settings, "
-        f"{result['memory_ratio_tuned']:.2f}x their memory",
-        f"first step against TRL, relative: loss {first['loss_difference']:.1e}, "
+    notes = [
+        f"this engine is {result['ratio_default']:.2f}x as fast as TRL with its defaults and "
+        f"{result['ratio_tuned']:.2f}x as fast as TRL tuned, with {result['memory_ratio_tuned']:.2f}x its memory",
+        f"relative differences from TRL in the first update: loss {first['loss_difference']:.1e}, "
         f"gradient {first['gradient_difference']:.1e}",
     ]
     if "cost_8_steps_over_1" in result:
-        lines.append(
-            f"8 steps against 1: {result['passes_8_steps_over_1']:.3f}x the passes, and "
-            f"{result['fixed_seconds_per_step']:.1f} s a step besides: {result['cost_8_steps_over_1']:.3f}x the cost "
-            f"of {PAPER_PAIRS:,} pairs"
+        notes.append(
+            f"8 steps cost {result['cost_8_steps_over_1']:.3f}x as much as 1 for {PAPER_PAIRS:,} pairs: "
+            f"{result['passes_8_steps_over_1']:.3f}x for passes, and {result['fixed_seconds_per_step']:.1f} s per step"
         )
-    return "\n".join([*lines, cuda.table(result["cuda"])])
+    notes += cuda.lines(result["cuda"])
+    return table_format.render(pd.DataFrame({"side": SIDES} | columns), "DPO on the same pairs", notes, "text")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One side of the benchmark in a process of its own: TRL's DPOTrainer, or this engine's steps, over the same pairs.
+"""One side of the benchmark in its own process: TRL's DPOTrainer or this engine, on the same pairs.
 
 python -m analysis.benchmark.sides SIDE WORK.json RESULT.json
 """
@@ -30,7 +30,7 @@ TOKENS_PER_PACK = {"cpu": 1536, "cuda": 8192}
 
 
 def engine(work: Work, meter: Meter) -> dict:
-    """This engine's own step, reference pass included."""
+    """All pairs as one step of this engine, with its reference pass."""
     return _steps(work, meter, 1)
 
 
@@ -40,9 +40,8 @@ def engine_in_8_steps(work: Work, meter: Meter) -> dict:
 
 
 def _steps(work: Work, meter: Meter, num_steps: int) -> dict:
-    run_loop = TrainingLoop.run
-    runner_module.score = meter.around("reference", runner_module.score)
-    TrainingLoop.run = meter.around("updates", lambda *arguments: list(run_loop(*arguments)))
+    meter.time_calls("reference", runner_module, "score")
+    meter.time_calls("updates", TrainingLoop, "run")
     rows, config, steps = work.rows(), _config(work), []
     with tempfile.TemporaryDirectory() as folder:
         runner = runner_module.Runner(config, Store(Path(folder)), hub.load_tokenizer(work.model))
@@ -56,15 +55,15 @@ def _steps(work: Work, meter: Meter, num_steps: int) -> dict:
     packs = [pack([rows[i] for i in members]) for members in scoring_packs(rows, config.launch.tokens_per_pack)]
     return {
         "first_loss": steps[0].entries[0]["loss"],
-        # Of positions that make up for unequal lengths; the one token that closes a pack is none of them.
+        # The share of positions that only fill up unequal lengths. The closing token of a pack does not count.
         "padding_share": 1 - tokens / sum(len(packed.tokens_T) - 1 for packed in packs),
         "tokens": tokens,
     }
 
 
 def _config(work: Work) -> Config:
-    """The defaults, at TRL's settings. Packs hold at most as many pairs, on average, as TRL's micro-batches; on the
-    CPU fewer, so that activations stay in the cache."""
+    """The default configuration with TRL's settings. On average a pack holds at most as many pairs as a micro-batch of
+    TRL; on a CPU fewer, so that activations stay in the cache."""
     config = Config(loss={"name": "dpo", "beta": BETA}, tune={"name": "full"}, precision=work.precision)
     config.reference = {"name": "previous", "placebo": "none"}
     config.optim.lr, config.optim.pairs_per_update = LR, work.pairs_per_update
@@ -76,9 +75,9 @@ def _config(work: Work) -> Config:
 
 
 def agreement(work: Work, meter: Meter) -> dict:
-    """How far loss and gradient of the first update's batch are from TRL's, relative.
+    """The relative differences between our loss and gradient and TRL's, on the batch of the first update.
 
-    Each side has its own reference pass, moved by the same random amounts so that margins are not 0.
+    Each side computes its own reference log-probs. The same random numbers are added to both; margins are not 0.
     """
     rows = work.rows()[: work.pairs_per_update]
     shift = ChosenRejected(*torch.randn(2, len(rows), generator=torch.Generator().manual_seed(0)))
@@ -95,7 +94,9 @@ def agreement(work: Work, meter: Meter) -> dict:
     reference = ChosenRejected(*(logps.detach() + moved for logps, moved in zip(policy, shift, strict=True)))
     our_loss = losses.dpo(policy, reference, beta=BETA).mean()
     our_loss.backward()
-    gradients = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (ours, theirs)]
+    gradients = [
+        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]) for model in (ours, theirs)
+    ]
     return {
         "loss": our_loss.item(),
         "loss_difference": abs(our_loss.item() / their_loss.item() - 1),
@@ -107,6 +108,7 @@ SIDES = {side.__name__: side for side in (trl_default, trl_tuned, engine, engine
 
 
 def main(side: str, work_file: str, result_file: str) -> None:
+    """Measure one side and write the result as JSON."""
     torch.set_num_threads(1)
     work = Work(**json.loads(Path(work_file).read_text()))
     meter = Meter(work.device)

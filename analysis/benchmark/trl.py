@@ -1,6 +1,7 @@
-"""TRL's DPOTrainer over the pairs of the benchmark."""
+"""TRL's DPOTrainer on the pairs of the benchmark."""
 
 import tempfile
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,12 @@ TUNED = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
 
 
 def trl_default(work: Work, meter: Meter) -> dict:
-    """DPOTrainer as it comes: a reference forward pass in every step, activation checkpointing."""
+    """DPOTrainer with its defaults: a reference pass in every update, activation checkpointing."""
     return _train_trl(work, meter, {})
 
 
 def trl_tuned(work: Work, meter: Meter) -> dict:
-    """DPOTrainer at its best: reference log-probs computed once, no checkpointing."""
+    """DPOTrainer with its fastest settings: reference log-probs computed once, no activation checkpointing."""
     return _train_trl(work, meter, TUNED)
 
 
@@ -37,13 +38,13 @@ def _train_trl(work: Work, meter: Meter, options: dict) -> dict:
     }
 
 
-def make_trainer(work: Work, folder: str, options: dict, meter: Meter | None = None):
-    """TRL's trainer on the pairs as text; its reference pass, where it makes one, is a phase of its own."""
+def make_trainer(work: Work, folder: str, options: dict, meter: Meter | None = None) -> Any:
+    """A DPOTrainer on the pairs as text. With a meter, precomputing reference log-probs counts as a phase."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     if meter:
-        DPOTrainer._precompute_ref_logps = meter.around("reference", DPOTrainer._precompute_ref_logps)
+        meter.time_calls("reference", DPOTrainer, "_precompute_ref_logps")
     args = DPOConfig(
         output_dir=folder,
         per_device_train_batch_size=work.pairs_per_microbatch,
@@ -68,6 +69,8 @@ def make_trainer(work: Work, folder: str, options: dict, meter: Meter | None = N
         train_dataset=Dataset.from_list(texts),
         processing_class=hub.load_tokenizer(work.model),
     )
-    for row, theirs in zip(rows, trainer.train_dataset, strict=True):
+    dataset = trainer.train_dataset
+    assert isinstance(dataset, Dataset)
+    for row, theirs in zip(rows, dataset, strict=True):
         assert [theirs[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")] == [ids.tolist() for ids in row[1:]]
     return trainer

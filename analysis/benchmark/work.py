@@ -1,4 +1,4 @@
-"""What both sides of the benchmark run on: one folder with a random model, its tokenizer and pairs of token ids."""
+"""The workload of both sides of the benchmark: a folder with a random model, its tokenizer and pairs of token ids."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,14 @@ from sdpo.errors import UserError
 from sdpo.types import TokenPair
 
 WORDS, EOS, MAX_TOKENS = 8192, 2, 1024
-# Mean tokens of prompt, chosen and rejected, of lognormals with as much spread as mean: they reproduce the published
-# medians of ultrafeedback_binarized and orca_dpo_pairs (arXiv 2410.20305, table of data sets).
+# Mean tokens of prompt, chosen and rejected. Lognormal distributions with these means, and standard deviations equal to
+# the means, reproduce the published medians of ultrafeedback_binarized and orca_dpo_pairs (arXiv 2410.20305).
 PROFILES = {"ultrafeedback": (160, 300, 265), "orca": (235, 195, 195)}
 
 
-# Llama configurations. The toy has 4.7 million parameters in its layers and as many in embeddings and head: what one
-# core trains in seconds. The others have the shapes of Llama 3.2 1B and 3B and of Mistral 7B.
+# Shapes of Llama models: vocabulary, hidden size, intermediate size, layers, heads, key-value heads. The toy has 4.7
+# million parameters in its layers and as many in embeddings and head; one core trains it in seconds. The others have
+# the shapes of Llama 3.2 1B and 3B and of Mistral 7B.
 SHAPES = {
     "toy": (WORDS, 256, 688, 6, 4, 4),
     "1b": (128_256, 2048, 8192, 16, 32, 8),
@@ -32,7 +33,7 @@ SHAPES = {
 
 
 class Work(NamedTuple):
-    """What a side needs to know; `folder` holds model, tokenizer and pairs."""
+    """The input of a side; `folder` holds model, tokenizer and pairs."""
 
     folder: str
     shape: str
@@ -46,12 +47,13 @@ class Work(NamedTuple):
         return Path(self.folder) / "model"
 
     def rows(self) -> list[TokenPair]:
+        """The pairs as token ids."""
         listed = json.loads((Path(self.folder) / "pairs.json").read_text())
         return [TokenPair(f"{i:05d}", *(np.array(ids, np.int32) for ids in three)) for i, three in enumerate(listed)]
 
 
 def prepare(work: Work, lengths: np.ndarray) -> None:
-    """Write model, tokenizer and pairs of these lengths [N, 3]; everything is derived from seed 0."""
+    """Write the model, the tokenizer and pairs of lengths [N, 3] (prompt, chosen, rejected); all come from seed 0."""
     rng = np.random.default_rng(0)
     pairs = []
     for prompt, chosen, rejected in lengths.tolist():
@@ -65,7 +67,7 @@ def prepare(work: Work, lengths: np.ndarray) -> None:
 
 
 def from_profile(profile: str, num_pairs: int) -> np.ndarray:
-    """Lengths [N, 3] at evenly spaced quantiles, shuffled apart: a small sample with the whole distribution."""
+    """Lengths [N, 3] at evenly spaced quantiles, each column shuffled: a small sample that covers the distribution."""
     rng = np.random.default_rng(0)
     quantiles = (np.arange(num_pairs) + 0.5) / num_pairs
     sigma = np.sqrt(np.log(2))  # standard deviation equal to the mean
@@ -74,10 +76,10 @@ def from_profile(profile: str, num_pairs: int) -> np.ndarray:
 
 
 def from_file(path: Path, num_pairs: int) -> np.ndarray:
-    """Lengths [N, 3] of the first pairs of a data file, at 4 characters a token; UserError where it has fewer."""
+    """Lengths [N, 3] of the first pairs of a file, at 4 characters per token. Raises UserError if there are too few."""
     pairs = preferences.load(config.Data(name="local", train=[str(path)], held_out_share=0.0)).train[:num_pairs]
     if len(pairs) < num_pairs:
-        raise UserError(f"{path} has {len(pairs)} pairs, and the benchmark needs {num_pairs}: set --pairs")
+        raise UserError(f"{path} has {len(pairs)} pairs, and the benchmark needs {num_pairs}; set --pairs")
     characters = [
         (sum(len(turn["content"]) for turn in pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs
     ]
@@ -85,7 +87,7 @@ def from_file(path: Path, num_pairs: int) -> np.ndarray:
 
 
 def _cut(lengths: np.ndarray) -> np.ndarray:
-    """At least 2 tokens each, and no sequence longer than MAX_TOKENS, where responses give way."""
+    """Round to at least 2 tokens. Shorten prompts to half of MAX_TOKENS, then responses to what the prompt leaves."""
     whole = np.maximum(lengths.round(), 2).astype(int)
     whole[:, 0] = np.minimum(whole[:, 0], MAX_TOKENS // 2)
     whole[:, 1:] = np.minimum(whole[:, 1:], MAX_TOKENS - whole[:, :1])
@@ -93,7 +95,7 @@ def _cut(lengths: np.ndarray) -> np.ndarray:
 
 
 def shape(name: str) -> LlamaConfig:
-    """The configuration of a shape, for random weights."""
+    """The model configuration of a shape."""
     vocabulary, hidden, intermediate, layers, heads, key_value_heads = SHAPES[name]
     return LlamaConfig(
         vocab_size=vocabulary,
@@ -110,7 +112,7 @@ def shape(name: str) -> LlamaConfig:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One word a token, so that text and ids say the same on both sides."""
+    """A tokenizer with one word per token, so that texts and token ids are equivalent."""
     words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, WORDS))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -120,5 +122,5 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def text(ids: np.ndarray) -> str:
-    """The words of some ids, which this tokenizer reads back as the same ids."""
+    """The text that this tokenizer encodes as these ids."""
     return "".join("</s>" if i == EOS else f" w{i}" for i in ids.tolist())

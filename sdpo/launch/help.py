@@ -1,6 +1,6 @@
-"""What the user is told before anything runs: the axes and their options, and what is wrong with a command.
+"""The text of --help, and one line for what is wrong with a command.
 
-All of it is read from conf/: a file's first comment line is its sentence, a key's comment its explanation.
+Both are read from conf/: the first comment line of a file describes an option, the comment of a key explains the key.
 """
 
 import re
@@ -17,35 +17,35 @@ from sdpo import config, errors
 from sdpo.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
-MOST_LINES = 4  # that the options of one axis take on the screen of all
+MOST_LINES = 4  # for the options of one axis in the overview
 EXAMPLES = """\
 python train.py                                         stepwise DPO on the built-in laboratory
 python train.py split=all_at_once reference=initial     plain DPO
 python train.py -m seed=0,1,2 reference=initial,previous   a sweep
-python train.py experiment=demo                         a sweep kept as a file
+python train.py experiment=demo                         a sweep from a file
 python train.py data=local 'data.train=[a.jsonl,b.parquet]' model=hub model.path=HuggingFaceTB/SmolLM2-135M
 python train.py steps.2.optim.lr=1e-6                   another learning rate in step 2
-python train.py experiment=demo plan=true               what exists, what would be trained, what it costs"""
+python train.py experiment=demo plan=true               the steps that exist, those to train, and their cost"""
 
 
 def show(names: list[str]) -> str:
-    """All axes on one screen; or the axis, or the section of config.yaml, that is named. UserError if unknown."""
+    """All axes on one screen; or one axis, or one section of config.yaml. Raises UserError if the name is unknown."""
     if not names:
         return _overview()
     if names[0] in groups():
         return "\n".join(_option(names[0], option) for option in options(names[0]))
     if names[0] in _sections():
         return _sections()[names[0]]
-    raise UserError(f"no help on {names[0]!r}; there is help on {', '.join([*groups(), *_sections()])}")
+    raise UserError(f"there is no help on {names[0]!r}; there is help on {', '.join([*groups(), *_sections()])}")
 
 
 def options(group: str) -> list[str]:
-    """The options of an axis: its files."""
+    """The options of an axis: the YAML files in its folder."""
     return sorted(str(path.relative_to(CONF / group).with_suffix("")) for path in (CONF / group).rglob("*.yaml"))
 
 
 def explain(error: Exception, arguments: list[str]) -> str:
-    """One line for what a command's arguments led to: what is wrong and what exists."""
+    """One line for an error in a command: what is wrong with its arguments, and what exists instead."""
     if isinstance(error, HydraException):
         error = _cause(error, arguments)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -58,14 +58,17 @@ def explain(error: Exception, arguments: list[str]) -> str:
 
 
 def groups() -> dict[str, str]:
-    """The axes in the order of config.yaml's defaults, each with its default."""
+    """The axes and their default options, in the order of config.yaml."""
     return dict(re.findall(r"^  - (\w+): (\S+)", (CONF / "config.yaml").read_text(), re.MULTILINE))
 
 
 def _cause(error: HydraException, arguments: list[str]) -> HydraException:
-    """What is wrong with a command. Where an experiment that is a sweep cannot be composed, Hydra takes it for a single
-    run and only says that a run has no swept keys; composed with one value of each, it says why."""
-    if any(argument.startswith("-") for argument in arguments):  # with --multirun Hydra knows
+    """The error that explains why a command cannot be composed.
+
+    If an experiment is a sweep, Hydra takes the command for a single run and only reports that a run has no swept keys.
+    Composing the command again with one value of each swept key gives the real error.
+    """
+    if any(argument.startswith("-") for argument in arguments):  # with --multirun Hydra reports the real error
         return error
     try:
         overrides = [_one_value(override) for override in OverridesParser.create().parse_overrides(arguments)]
@@ -77,25 +80,27 @@ def _cause(error: HydraException, arguments: list[str]) -> HydraException:
 
 
 def _one_value(override: Override) -> str:
+    """The override, with the first of its values if it sweeps over several."""
     if not override.is_discrete_sweep():
+        assert override.input_line  # the parser sets it
         return override.input_line
     return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
 
 
 def _sections() -> dict[str, str]:
-    """The other keys of config.yaml, each as the lines that stand there."""
+    """The other sections of config.yaml, by name; each as its lines in the file."""
     body = (CONF / "config.yaml").read_text().partition("\n\n")[2].partition("\nhydra:")[0]
     blocks = re.findall(r"^\w+:.*(?:\n  .*)*", body, re.MULTILINE)
     return {block.partition(":")[0]: block for block in blocks}
 
 
 def _overview() -> str:
-    lines = ["python train.py [axis=option ...] [key=value ...]", "", "axes, and their options (* unless you say)"]
+    lines = ["python train.py [axis=option ...] [key=value ...]", "", "axes and their options (*: the default)"]
     for group, default in groups().items():
         marked = [f"{option}*" if option == default.strip('"[]') else option for option in options(group)]
         body = textwrap.wrap(" ".join(marked) or "-", 92)
         if len(body) > MOST_LINES:
-            body[MOST_LINES - 1 :] = [f"... and others: --help {group}"]
+            body[MOST_LINES - 1 :] = [f"... and others, see --help {group}"]
         lines += [f"  {group:<12}{body[0]}", *(f"  {'':<12}{line}" for line in body[1:])]
     lines += ["", "keys"] + [f"  {text.splitlines()[0]}" for text in _sections().values()]
     lines += [
@@ -103,13 +108,13 @@ def _overview() -> str:
         "examples",
         textwrap.indent(EXAMPLES, "  "),
         "",
-        "python train.py --help loss    explains an axis or key",
+        "python train.py --help loss    explains one axis or key",
     ]
     return "\n".join(lines)
 
 
 def _option(group: str, option: str) -> str:
-    """An option's sentence, and its keys with their comments."""
+    """The description of an option, then its keys with their comments."""
     lines = (CONF / group / f"{option}.yaml").read_text().splitlines()
     comments = [line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line]
     keys = [f"    {line}" for line in lines if line and not line.startswith(("#", "name:", "defaults:", "  - "))]

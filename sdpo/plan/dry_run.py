@@ -1,7 +1,7 @@
-"""The steps of a run before it runs, by the keys that they will have: nothing is made, trained or downloaded.
+"""The steps of a run and their keys, computed before the run: nothing is trained, written or downloaded.
 
-The run's loop is followed in a read-only view of the store. Where chunks cannot be known, because the pairs do not
-exist, are not on this machine or are not scored, placeholders take their place.
+The plan follows the run's own loop with a read-only view of the store. If the pairs of a chunk do not exist yet, are
+not on this machine, or are not scored yet, placeholders stand for them.
 """
 
 import json
@@ -31,36 +31,36 @@ from sdpo.types import Chunk
 
 
 class Planned(NamedTuple):
-    """A step by its key, with what it costs or has cost."""
+    """A step, its key and its cost."""
 
-    model: Artifact  # M_t; if `unknown`, under another key than it will have
+    model: Artifact  # M_t; if `unknown` is set, its key will be another one
     t: int
     num_pairs: int
-    tokens: int  # that pass through the network once an epoch
-    flops: float  # nan if the model's size is unknown
-    seconds: float | None  # that its updates took; None if it does not exist
-    unknown: str | None  # why its pairs are placeholders, if they are
+    tokens: int  # that pass through the network in one epoch
+    flops: float  # nan if the size of the model is unknown
+    seconds: float | None  # that its updates took; None if the step does not exist
+    unknown: str | None  # the reason if its pairs are placeholders
 
 
 class Prepared(NamedTuple):
-    """What several runs start from: inputs, the step that makes S if one does, and why pairs are placeholders."""
+    """What several runs share: their inputs, the step that trains S if there is one, and why pairs are placeholders."""
 
     inputs: Inputs
     steps: list[Planned]
     unknown: str | None
 
 
-def prepare_by_name(config: Config, store: ReadOnly) -> Prepared:
-    """The inputs of a run, with placeholders for what does not exist."""
-    if elsewhere := _not_here(config):
+def prepare(config: Config, store: ReadOnly) -> Prepared:
+    """The inputs of a run, with placeholders for pairs that do not exist."""
+    if missing := _missing_from_hub(config):
         where = {"path": config.model.path, "revision": config.model.revision}
         initial = Artifact(key_of("external", where), Path(config.model.path or ""), reused=False)
         inputs = placeholders.inputs_for(config, store, initial)
-        return Prepared(inputs, [], f"{elsewhere} is not on this machine")
+        return Prepared(inputs, [], f"{missing} is not on this machine")
     steps: dict[str, Planned] = {}
 
     def take(spec: StepSpec, runner: Runner) -> Planned:
-        planned = by_name(spec, runner)
+        planned = plan_step(spec, runner)
         return steps.setdefault(planned.model.key, planned)
 
     if config.data.name == "lab":
@@ -72,38 +72,38 @@ def prepare_by_name(config: Config, store: ReadOnly) -> Prepared:
     return Prepared(setup.prepare(config, store, take), list(steps.values()), None)
 
 
-def for_scores(config: Config, prepared: Prepared) -> list[Planned]:
-    """The models that are trained only to score the pairs, if the score asks for some."""
+def plan_scoring_models(config: Config, prepared: Prepared) -> list[Planned]:
+    """The models that are trained only to score the pairs; empty if the score needs none."""
     split, inputs = chunking.bind_split(config.split), prepared.inputs
     score = chunking.bind_score(config.score, split).function
     if not (split.needs_scores and "margins" in inputs_of(score)):
         return []
     halves = crossfit.halves(inputs, config, **score.keywords)
-    return [by_name(half.spec, inputs.runner, prepared.unknown) for half in halves]
+    return [plan_step(half.spec, inputs.runner, prepared.unknown) for half in halves]
 
 
-def steps(config: Config, prepared: Prepared) -> list[Planned]:
+def plan_steps(config: Config, prepared: Prepared) -> list[Planned]:
     """M_1 .. M_T."""
     inputs = prepared.inputs
     history = [inputs.initial]
     rescores = chunking.bind_split(config.split).needs_scores and config.score.get("model") == "current"
     chunks: Iterator[tuple[Chunk, str | None]] = _chunks(config, prepared, history)
-    known = [] if rescores else list(chunks)  # with score.model=current a chunk needs the model before it
+    known = [] if rescores else list(chunks)  # with score.model=current a chunk depends on the model before it
     spans = whole_run([len(chunk.rows) for chunk, _ in known], not rescores, config)
     planned = []
     for t, (chunk, unknown) in enumerate(known or chunks, start=1):
         here = configuration.for_step(config, t)
         start = history[-1] if here.start == "previous" else history[0]
         spec = StepSpec(t, here, start, list(history), chunk, spans.get(t))
-        planned.append(by_name(spec, inputs.runner, unknown))
+        planned.append(plan_step(spec, inputs.runner, unknown))
         history.append(planned[-1].model)
     return planned
 
 
-def by_name(spec: StepSpec, runner: Runner, unknown: str | None = None) -> Planned:
-    """A step as `take_step` would take it, by its key alone."""
+def plan_step(spec: StepSpec, runner: Runner, unknown: str | None = None) -> Planned:
+    """The step that `take_step` would take, with the same key, but not trained."""
     external = bool(unknown) and spec.config.reference["name"] == "external"
-    if external:  # the reference need not be here; the placeholders' prompts tell it from others
+    if external:  # the reference may not be on this machine; the placeholders' prompt ids stand for it in the key
         initial = {"name": "initial", "placebo": "none"}
         key, _, windows = name_step(replace(spec, config=replace(spec.config, reference=initial)), runner)
         windows = windows._replace(first=None)
@@ -115,8 +115,8 @@ def by_name(spec: StepSpec, runner: Runner, unknown: str | None = None) -> Plann
     return Planned(model, spec.t, len(spec.chunk.rows), tokens, flops, _seconds(model), unknown)
 
 
-def _not_here(config: Config) -> str | None:
-    """A model or data set of the Hub that a run needs and this machine lacks."""
+def _missing_from_hub(config: Config) -> str | None:
+    """A model or data set of the Hub that the run needs and that is not on this machine; None if all are."""
     models = [(config.model.path, config.model.revision)] if config.model.name == "hub" else []
     models += [(one["path"], one.get("revision")) for one in setup.external_references(config)]
     for path, revision in models:
@@ -128,7 +128,7 @@ def _not_here(config: Config) -> str | None:
 
 
 def _chunks(config: Config, prepared: Prepared, history: list[Artifact]) -> Iterator[tuple[Chunk, str | None]]:
-    """Each step's chunk, and why its pairs are placeholders if they are. `history` grows while this is iterated."""
+    """Each step's chunk, and the reason if its pairs are placeholders. The caller appends each M_t to `history`."""
     inputs, unknown = prepared.inputs, prepared.unknown
     if not chunking.bind_split(config.split).needs_scores:
         for indices in build(inputs, config, inputs.initial).chunks:

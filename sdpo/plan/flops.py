@@ -1,8 +1,8 @@
-"""What a step costs before it is trained, in floating-point operations and GPU-hours.
+"""What a step will cost, in floating-point operations and GPU-hours.
 
-A token costs 2 N operations on its way forwards through N weights, and 6 N there and back (4 N if only adapters are
-trained). So E epochs against a frozen reference cost (6 E + 2) N per unique token; attention, a few per cent more, is
-left out.
+A forward pass through N weights costs 2 N operations per token; forward and backward pass together cost 6 N, or 4 N if
+only adapters are trained. So E epochs against a frozen reference cost (6 E + 2) N operations per unique token.
+Attention, a few per cent more, is left out.
 """
 
 import math
@@ -23,27 +23,27 @@ from sdpo.train.throughput import PEAKS, operations_per_weight
 
 GPU, GPUS = "A100-80", 8
 PEAK = PEAKS["A100"]
-UTILISATION = 0.4  # the share of the peak that training is assumed to reach
+UTILISATION = 0.4  # assumed share of the peak that training reaches
 
 
 def gpu_hours(flops: float) -> float:
-    """Hours of one GPU."""
+    """Hours on one GPU of the kind named above."""
     return flops / (PEAK * UTILISATION) / 3600
 
 
 def flops_of_step(spec: StepSpec, windows: Windows) -> float:
-    """Operations of a step: its epochs, and every pass of a window's reference; nan if a model's size is unknown.
+    """Operations of a step: its epochs and all its reference passes; nan if the size of a model is unknown.
 
-    The first window's reference reads the whole chunk, those of later windows the pairs of their updates and the rows
-    that the step follows.
+    The reference of the first window scores the whole chunk. Each later one scores the pairs of its window's updates
+    and the probe rows.
     """
     config, chunk, plan = spec.config, spec.chunk, spec.plan
     size = count_parameters(config, spec.history[0])
     tokens_N = np.array([tokens_of(row) for row in chunk.rows])
     trained = operations_per_weight(config.tune) * size * config.optim.epochs * tokens_N.sum()
     every = config.probe.every
-    num_looks = len(windows.listed[1:]) + ((len(plan) - 1) // every if every else 0)
-    trained += 2 * size * num_looks * sum(map(tokens_of, chunk.probes))
+    num_probings = len(windows.listed[1:]) + ((len(plan) - 1) // every if every else 0)
+    trained += 2 * size * num_probings * sum(map(tokens_of, chunk.probes))
     if not windows.listed:
         return float(trained)
     begins = np.cumsum([window["num_updates"] for window in windows.listed])
@@ -53,7 +53,7 @@ def flops_of_step(spec: StepSpec, windows: Windows) -> float:
 
 
 def count_parameters(config: Config, initial: Artifact) -> float:
-    """How many weights S has: counted if it exists or can be built, else what the configuration says, else nan."""
+    """The number of weights of S: counted if S exists or can be built, else model.parameters, else nan."""
     if any(initial.folder.glob(hub.WEIGHTS)):
         return hub.count_weights(initial.folder)
     if config.model.name == "lab":
@@ -63,7 +63,7 @@ def count_parameters(config: Config, initial: Artifact) -> float:
 
 @cache
 def _count_built(**settings: int) -> int:
-    """The weights of a laboratory's model, which is built to count them."""
+    """The number of weights of a laboratory model, counted on a model built for this purpose."""
     return sum(weights.numel() for weights in new_model(LabModel(**settings), seed=0).parameters())
 
 

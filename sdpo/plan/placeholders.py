@@ -1,13 +1,14 @@
-"""Placeholders for pairs that do not exist yet or are not on this machine, so that steps can be counted.
+"""Placeholders for pairs that do not exist yet or are not on this machine, so that a plan can count steps and tokens.
 
-They are as many and about as long as the settings say. Prompt ids are one hash, so two planned steps share a key
-exactly when the real ones will.
+Their number and approximate length come from the settings. Their prompt ids repeat one hash, so two planned steps share
+a key exactly when the real ones will.
 """
 
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from sdpo.config import Config, Data
 from sdpo.curriculum import chunking
@@ -21,66 +22,67 @@ from sdpo.train.runner import Runner
 from sdpo.train.setup import Inputs
 from sdpo.types import Chunk, TokenPair
 
-LAB_TOKENS = 20  # of a pair: a prompt of 7, and two answers of about as many
-CHARACTERS = 4  # of a token, about
+LAB_TOKENS = 20  # of a laboratory pair: a prompt of 7 tokens and two answers of about as many
+CHARACTERS = 4  # per token, approximately
 
 
 def inputs_for(config: Config, store: Store, initial: Artifact) -> Inputs:
-    """Inputs of the size that a run will have; `initial` need not exist. UserError if nothing tells their size."""
-    sized, token = _sized(config), np.zeros(1, dtype=np.int32)
+    """Inputs as large as the run's will be; `initial` need not exist. Raises UserError if their size is unknown."""
+    sized, token = _pairs_with_tokens(config), np.zeros(1, dtype=np.int32)
     rows = [TokenPair(pair.id, np.broadcast_to(token, tokens), token, token) for pair, tokens in sized]
     other = config.reference if config.reference["name"] == "external" else None
     rows = _mark(rows, data=asdict(config.data), initial=initial.key, reference=other)
     table = PairTable([pair for pair, _ in sized], rows)
-    return Inputs(Runner(config, store, tokenizer=None), initial, table, PairTable([], []), {}, None)
+    runner = Runner(config, store, PreTrainedTokenizerBase())  # a tokenizer without vocabulary: a plan encodes nothing
+    return Inputs(runner, initial, table, PairTable([], []), {}, None)
 
 
 def order(inputs: Inputs, config: Config) -> list[np.ndarray]:
-    """The split's chunks as they would be if the pairs stood in the order of their scores."""
+    """The chunks that the split would make if the order of the pairs were the order of their scores."""
     split, rows = chunking.bind_split(config.split), split_rows(inputs.train)
     chunks = chunking.divide(split, rows, {row.id: -float(i) for i, row in enumerate(rows)}, config.seed)
     return [inputs.train.indices(ids) for ids in chunks]
 
 
 def ordered(chunk: Chunk, inputs: Inputs, config: Config, newest: Artifact) -> Chunk:
-    """The chunk marked as one of those that these scores make of the pairs, unless it is all of them."""
+    """The chunk, marked with the score, split and model that decide its pairs; unmarked if it holds all pairs."""
     if len(chunk.rows) == len(inputs.train):
         return chunk
-    settings = {**config.split, "name": None}  # the chunks of one order may be those of another, reversed
+    settings = {**config.split, "name": None}  # hard_to_easy makes the chunks of easy_to_hard in reverse order
     model = newest.key if config.score.get("model") == "current" else inputs.initial.key
     return chunk._replace(rows=_mark(chunk.rows, score=config.score, split=settings, model=model))
 
 
 def _mark(rows: list[TokenPair], **about: Any) -> list[TokenPair]:
-    """The rows with prompts that hold a hash of what the rows stand for, and nothing else."""
+    """The rows with every prompt id replaced by a hash of `about`, which describes what the rows stand for."""
     number = np.int32(int(key_of("stand-in", about)[:7], 16))
     return [row._replace(prompt=np.broadcast_to(number, len(row.prompt))) for row in rows]
 
 
-def _sized(config: Config) -> list[tuple[Pair, int]]:
-    """Training pairs with their tokens."""
+def _pairs_with_tokens(config: Config) -> list[tuple[Pair, int]]:
+    """The training pairs, each with its approximate number of tokens."""
     if config.data.name == "lab":
-        sources = config.data.lab.sources
-        return [made for name in sources for made in _made_up(name, sources[name].num_pairs, LAB_TOKENS)]
+        lab = config.data.lab.sources
+        return [pair for name, source in lab.items() for pair in _invented(name, source.num_pairs, LAB_TOKENS)]
     if all(readers.is_here(name, config.data.revisions) for name in readers.on_hub(config.data)):
         return [(pair, 1 + _length(pair) // CHARACTERS) for pair in preferences.load(config.data).train]
     sources = dict.fromkeys(map(readers.source_on_hub, config.data.train))
-    return [made for source in sources for made in _nominal(source, config.data)]
+    return [pair for source in sources for pair in _nominal(source, config.data)]
 
 
 def _nominal(source: str, settings: Data) -> list[tuple[Pair, int]]:
-    """As many pairs as the settings say that a source has, less those held out."""
+    """As many training pairs as data.nominal says that a source has, less the held-out share."""
     if source not in settings.nominal:
         raise UserError(
             f"{source} is not on this machine: give the plan its size, as in "
-            f"'+data.nominal={{{source}: {{pairs: 60000, tokens: 700}}}}' (tokens of a pair)"
+            f"'+data.nominal={{{source}: {{pairs: 60000, tokens: 700}}}}' (tokens per pair)"
         )
     size = settings.nominal[source]
     held_out = 0 if settings.held_out else settings.held_out_share
-    return _made_up(source, round(size.pairs * (1 - held_out)), size.tokens)
+    return _invented(source, round(size.pairs * (1 - held_out)), size.tokens)
 
 
-def _made_up(source: str, num_pairs: int, tokens: int) -> list[tuple[Pair, int]]:
+def _invented(source: str, num_pairs: int, tokens: int) -> list[tuple[Pair, int]]:
     ids = [f"{source}-{i}" for i in range(num_pairs)]
     return [(Pair(id, source, ({"role": "user", "content": id},), "", ""), tokens) for id in ids]
 

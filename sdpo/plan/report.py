@@ -1,4 +1,4 @@
-"""What would be trained, before anything is: the distinct steps of some runs, which of them exist, and the flops."""
+"""The plan as text: the distinct steps of some runs, which of them exist, and what the others will cost."""
 
 import io
 import math
@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sdpo.config import Config, Optim, Record
-from sdpo.console import columns, progress
+from sdpo.console import columns, number, progress
 from sdpo.plan import dry_run, flops
 from sdpo.plan.dry_run import Planned
 from sdpo.run.folder import Run
@@ -23,37 +23,38 @@ Steps = dict[str, Planned]  # by key
 
 
 class Foreseen(NamedTuple):
-    """A run before it runs."""
+    """A run and its planned steps."""
 
     run: Run
-    initial: list[Planned]  # the step that makes S, where one does
+    initial: list[Planned]  # the step that trains S; empty if S exists as it is
     for_scores: list[Planned]  # models that only score the pairs
     steps: list[Planned]  # M_1 .. M_T
 
 
 def show(asked: list[Run]) -> None:
-    """Print what there is to know before these runs."""
-    print(text(of(asked)))
+    """Print the plan of these runs."""
+    print(text(foresee(asked)))
 
 
-def of(asked: list[Run]) -> list[Foreseen]:
-    """Every run with its steps by name. UserError for what would be an error of the run before its first step."""
-    store, ready, foreseen = ReadOnly(), {}, []
+def foresee(asked: list[Run]) -> list[Foreseen]:
+    """Every run with its planned steps. Raises UserError if a run would fail before its first step."""
+    store, prepared, foreseen = ReadOnly(), dict[str, dry_run.Prepared](), []
     bar = progress(len(asked), "plan", "runs")
-    with _offline(asked), redirect_stderr(io.StringIO()):  # doubts about an order are for the run to tell
+    with _offline(asked), redirect_stderr(io.StringIO()):  # the run itself warns about a doubtful order
         for run in asked:
             reads = _read_by_prepare(run.config)
-            if reads not in ready:
-                ready[reads] = dry_run.prepare_by_name(run.config, store)
-            given = run.config, ready[reads]
-            foreseen.append(Foreseen(run, ready[reads].steps, dry_run.for_scores(*given), dry_run.steps(*given)))
+            if reads not in prepared:
+                prepared[reads] = dry_run.prepare(run.config, store)
+            ready = prepared[reads]
+            for_scores = dry_run.plan_scoring_models(run.config, ready)
+            foreseen.append(Foreseen(run, ready.steps, for_scores, dry_run.plan_steps(run.config, ready)))
             bar.update()
     bar.close()
     return foreseen
 
 
 def distinct(steps: Iterable[Planned]) -> Steps:
-    """The steps by key, each once however many runs share it."""
+    """The steps by key; a step that several runs share appears once."""
     by_key: Steps = {}
     for step in steps:
         if step.model.key not in by_key or not step.unknown:
@@ -62,7 +63,7 @@ def distinct(steps: Iterable[Planned]) -> Steps:
 
 
 def text(foreseen: list[Foreseen]) -> str:
-    """The distinct steps under the arms that they belong to, the cost of every arm, and the sum in words."""
+    """The distinct steps by arm, the table of costs, and how many steps will be trained."""
     num_runs = Counter(one.run.arm for one in foreseen)
     arms = {arm: distinct(step for one in foreseen if one.run.arm == arm for step in one.steps) for arm in num_runs}
     before = {
@@ -80,74 +81,66 @@ def text(foreseen: list[Foreseen]) -> str:
 
 
 def _keys(steps: Steps, owners: dict[str, list[str]]) -> Iterator[str]:
-    """Every step by its key, below its number and its arms; a star says that it exists."""
+    """The keys of the steps, grouped by step number and arms; a star marks a step that exists."""
     groups: dict[tuple, list[Planned]] = {}
     for key, step in steps.items():
         groups.setdefault((step.t, ", ".join(owners[key])), []).append(step)
     for (t, arms), members in groups.items():
         names = [step.model.key[:12] + "*" * step.model.reused for step in members if not step.unknown]
         if unnamed := len(members) - len(names):
-            names.append(f"({unnamed} without a name yet)")
+            names.append(f"({unnamed} whose key is not known yet)")
         yield f"step {t} of {arms}"
         yield from textwrap.wrap(" ".join(names), 100, initial_indent="  ", subsequent_indent="  ")
 
 
 def _row(name: str, runs: str, steps: Steps) -> tuple[str, ...]:
-    exist, missing = _parted(steps)
-    took = f"{sum(step.seconds for step in exist):.1f} s" if exist else ""
+    exist, missing = _split_by_existence(steps)
+    took = f"{sum(step.seconds or 0.0 for step in exist):.1f} s" if exist else ""
     total = sum(step.flops for step in missing)
-    costs = (f"{sum(step.tokens for step in missing):,}", _number(total), _number(flops.gpu_hours(total)))
+    costs = (f"{sum(step.tokens for step in missing):,}", number(total), number(flops.gpu_hours(total)))
     return name, runs, str(len(steps)), str(len(exist)), took, str(len(missing)), *(costs if missing else ("", "", ""))
 
 
 def _count(steps: Steps, owners: dict[str, list[str]]) -> str:
-    exist, missing = _parted(steps)
+    exist, missing = _split_by_existence(steps)
     shared = sum(len(owners[step.model.key]) > 1 for step in missing)
     by_several = f" ({shared} shared by several arms)" if shared else ""
     return f"{len(exist)} of {len(steps)} steps exist; {len(missing)} will be trained{by_several}"
 
 
 def _assumptions(foreseen: list[Foreseen], everything: Steps) -> Iterator[str]:
-    """What the numbers rest on."""
-    total = sum(step.flops for step in _parted(everything)[1])
+    """The assumptions behind the numbers, one per line."""
+    total = sum(step.flops for step in _split_by_existence(everything)[1])
     if total > 0:
-        hours = _number(flops.gpu_hours(total) / flops.GPUS)
-        yield f"{hours} hours on {MACHINE}; (6 E + 2) N operations per token; scores and evaluation come on top"
+        hours = number(flops.gpu_hours(total) / flops.GPUS)
+        yield f"{hours} hours on {MACHINE}; (6 E + 2) N operations per token; scoring and evaluation cost extra"
     if math.isnan(total):
-        yield "a model's size is not known: set model.parameters, and reference.parameters where it is external"
+        yield "a model's size is not known: set model.parameters, and reference.parameters if the reference is external"
     reasons = Counter(step.unknown for one in foreseen for step in one.steps[-1:] if step.unknown)
     for reason, num in reasons.items():
         yield f"the chunks of {num} of {len(foreseen)} runs are not known yet, because {reason}:"
-        yield "they are taken to be as large as the settings say, and those that turn out equal will be trained on once"
+        yield "their sizes are taken from the settings, and chunks that turn out equal will be trained on once"
 
 
-def _parted(steps: Steps) -> tuple[list[Planned], list[Planned]]:
+def _split_by_existence(steps: Steps) -> tuple[list[Planned], list[Planned]]:
     """The steps that exist, and those that do not."""
     exist = [step for step in steps.values() if step.model.reused]
     return exist, [step for step in steps.values() if not step.model.reused]
 
 
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "?"
-    return f"{value:.3g}" if value >= 0.01 else "<0.01"
-
-
 def _read_by_prepare(config: Config) -> str:
-    """The part of a configuration that inputs depend on: runs that agree in it have the same ones."""
-    ignored = {"split": {}, "score": {}, "start": "previous", "loss": {}, "optim": Optim(), "evaluate": {}}
-    ignored |= {"record": Record(), "seed": 0, "T": 0, "steps": {}}
-    if config.reference["name"] != "external":
-        ignored["reference"] = {}
-    return repr(replace(config, **ignored))
+    """The part of a configuration that decides a run's inputs: runs with equal parts share them."""
+    reference = config.reference if config.reference["name"] == "external" else {}
+    same = replace(config, split={}, score={}, reference=reference, start="previous", loss={}, optim=Optim())
+    return repr(replace(same, evaluate={}, record=Record(), seed=0, T=0, steps={}))
 
 
 @contextmanager
 def _offline(asked: list[Run]) -> Iterator[None]:
-    """Nothing is downloaded: the Hub's libraries ask their own switches before they do."""
+    """Inside this context the Hub's libraries download nothing."""
     from huggingface_hub import constants
 
-    switches = [constants]
+    switches: list[Any] = [constants]  # the modules that hold a switch HF_HUB_OFFLINE
     if any(run.config.data.name == "hub" for run in asked):
         import datasets.config
 

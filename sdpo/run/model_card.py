@@ -1,8 +1,9 @@
-"""The model card of an exported M_t: how it was made, from what, and how it scored, in Markdown."""
+"""The model card of an exported M_t, in Markdown: its lineage, data, scores and settings."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from omegaconf import OmegaConf
 
@@ -29,7 +30,7 @@ CITATION = """```bibtex
 
 
 class RunFiles(NamedTuple):
-    """What a finished run folder says of itself."""
+    """The files of a finished run that a card is written from."""
 
     manifest: dict[str, Any]
     summary: dict[str, Any]
@@ -38,17 +39,18 @@ class RunFiles(NamedTuple):
 
 
 def read(run: Path) -> RunFiles:
-    """UserError where the folder holds no finished run."""
+    """The files of a run folder. Raises UserError if the folder holds no finished run."""
     if not (run / "summary.json").is_file():
-        raise UserError(f"{run} holds no summary.json: name the folder of a finished run")
+        raise UserError(f"{run} holds no summary.json; name the folder of a finished run")
     manifest, summary, report = (
         json.loads((run / f"{name}.json").read_text()) for name in ("manifest", "summary", "data_report")
     )
-    return RunFiles(manifest, summary, OmegaConf.to_container(OmegaConf.load(run / "config.yaml")), report)
+    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    return RunFiles(manifest, summary, config, report)
 
 
-def write(files: RunFiles, t: int) -> str:
-    """The README.md of M_t. Files are named without their folders, so that a card tells nothing of a machine."""
+def render(files: RunFiles, t: int) -> str:
+    """The README.md of M_t. It names files without their folders, so it reveals nothing about the machine."""
     manifest, config = files.manifest, files.config
     base = config["model"]["path"] if config["model"]["name"] == "hub" else None
     datasets = sorted({name.split(":")[0] for name in config["data"]["train"] if config["data"]["name"] == "hub"})
@@ -58,16 +60,16 @@ def write(files: RunFiles, t: int) -> str:
     parts = [
         f"---\n{OmegaConf.to_yaml(header)}---",
         f"# {manifest['run']}, M_{t}",
-        f"Step {t} of {len(manifest['steps'])} of preference optimisation with the `{config['loss']['name']}` loss. In "
-        "stepwise DPO every step trains on its own chunk of the data; where the reference is `previous`, the model of "
-        "the step before bounds the loss.",
+        f"The model after step {t} of {len(manifest['steps'])} of preference optimisation with the "
+        f"`{config['loss']['name']}` loss. In stepwise DPO each step trains on its own chunk of the data; with the "
+        "reference `previous`, the reference model of a step is the model that the step before produced.",
         f"## Use\n\n```python\n{_usage()}\n```",
         f"## Lineage\n\n{_lineage(files, t)}",
         f"## Data\n\n{_data(files)}",
         f"## Scores\n\n{_scores(files, t)}",
         f"## Settings\n\n{_settings(files)}",
-        "## Licence\n\nThe weights derive from the base model and the preference data above and carry the terms of "
-        "both; check these before you pass the weights on.",
+        "## Licence\n\nThe weights derive from the base model and the preference data above, and the licences of both "
+        "apply to them; check these licences before you share the weights.",
         f"## Citation\n\n{CITATION}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -82,10 +84,10 @@ def _usage() -> str:
 
 
 def _lineage(files: RunFiles, t: int) -> str:
-    """One row per step up to M_t: what it trained on, where it began, which models bound its loss."""
+    """A table with one row per step up to M_t: its start, its reference, its pairs, and its loss."""
     steps = files.manifest["steps"][:t]
     names = {files.manifest["model_key"]: "S"} | {step["key"]: f"M_{step['t']}" for step in steps}
-    names |= {handle: handle for handle in ("policy", "reference")}  # as they were when a later window began
+    names |= {handle: handle for handle in ("policy", "reference")}  # these two as they were when a later window began
 
     def name(key: str) -> str:
         return names.get(key, f"external {key[:8]}")
@@ -108,28 +110,26 @@ def _data(files: RunFiles) -> str:
     revisions = [f"{name} at {revision}" for name, revision in data["revisions"].items()]
     lines = [
         f"- sources: {', '.join(names) if names else 'the built-in laboratory'}",
-        f"- chat template: {data['template'] or 'of the tokenizer'}",
-        f"- at most {data['max_tokens']} tokens; longer pairs: {data['on_long']}",
+        f"- chat template: {data['template'] or 'from the tokenizer'}",
+        f"- longest pair: {data['max_tokens']} tokens; longer pairs: {data['on_long']}",
     ]
     lines += [f"- revisions: {', '.join(revisions)}"] if revisions else []
     dropped = files.report.get("dropped")
-    lines += [f"- dropped rows by reason: {json.dumps(dropped)}"] if dropped else []
+    lines += [f"- dropped rows, by reason: {json.dumps(dropped)}"] if dropped else []
     return "\n".join(lines)
 
 
 def _scores(files: RunFiles, t: int) -> str:
-    """Every measure of S and of M_t, with intervals; all on held-out data."""
+    """A table of every measure of S and of M_t on held-out data, with intervals."""
     before, after = files.summary["initial"]["eval"], files.summary["steps"][t - 1]["eval"]
     rows = [(name, _score(before.get(name)), _score(measure)) for name, measure in after.items()]
-    return _table(("measure", "S", f"M_{t}"), rows) + "\n\nOn held-out data; brackets are 95 % intervals."
+    return _table(("measure", "S", f"M_{t}"), rows) + "\n\nMeasured on held-out data. Brackets hold 95 % intervals."
 
 
 def _score(measure: dict | None) -> str:
     if not measure or measure["value"] is None:
         return "-"
-    if measure["low"] is None:
-        return f"{number(measure['value'])} (n = {measure['n']})"
-    return f"{number(measure['value'])} [{number(measure['low'])}, {number(measure['high'])}] (n = {measure['n']})"
+    return f"{number(measure['value'], measure['low'], measure['high'])} (n = {measure['n']})"
 
 
 def _settings(files: RunFiles) -> str:
@@ -137,17 +137,17 @@ def _settings(files: RunFiles) -> str:
     chosen = {name: config[name] for name in ("split", "reference", "start", "loss", "tune", "optim", "steps")}
     chosen |= {name: config[name] for name in ("precision", "save_dtype", "seed")}
     versions = ", ".join(f"{name} {found}" for name, found in files.manifest["versions"].items() if found)
-    commit = files.manifest["git"]["commit"]
-    return f"```yaml\n{OmegaConf.to_yaml(_bare(chosen))}```\n\nMade with {versions}; code at {commit}."
+    commit = files.manifest["git"]["commit"] or "unknown"
+    return f"```yaml\n{OmegaConf.to_yaml(_bare(chosen))}```\n\nMade with {versions}; the code was at commit {commit}."
 
 
 def _bare(value: Any) -> Any:
-    """Settings with every absolute path cut down to its last name."""
+    """The settings with every absolute path reduced to its last component."""
     if isinstance(value, dict):
         return {key: _bare(inner) for key, inner in value.items()}
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, state of the code, and machine, without names of users, hosts or folders."""
+"""The environment of a run: library versions, state of the code, machine. Names no user, host or folder."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def environment() -> dict[str, dict]:
-    """The `versions`, `git` and `machine` of manifest.json; null where something is absent."""
+    """The entries `versions`, `git` and `machine` of manifest.json; null for what is absent."""
     return {"versions": _versions(), "git": _git(), "machine": _machine()}
 
 
@@ -31,7 +31,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _git() -> dict[str, str | bool | None]:
-    """The commit, whether anything differs from it, and a hash of how the tracked files differ."""
+    """The commit, whether the checkout differs from it, and a hash of the diff of the tracked files."""
     if not (CHECKOUT / ".git").exists() or not shutil.which("git"):
         return {"commit": None, "dirty": None, "diff": None}
 
@@ -50,8 +50,8 @@ def _machine() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "gpus": _gpus(),
+        "cores": num_cores(),
+        "gpus": query_gpus("name"),
     }
 
 
@@ -62,9 +62,14 @@ def _cpu() -> str:
     return names[0] if names else platform.processor()
 
 
-def _gpus() -> list[str]:
-    """GPU names from the driver's own tool: torch would start CUDA in a process that has yet to fork."""
+def num_cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def query_gpus(field: str) -> list[str]:
+    """One field of every GPU, from nvidia-smi: torch would start CUDA, and a process that did cannot fork."""
     if not shutil.which("nvidia-smi"):
         return []
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True).stdout.splitlines()

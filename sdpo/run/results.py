@@ -1,4 +1,4 @@
-"""The run folder at the end of a run: lineage, split, trajectories, pairs and summary."""
+"""What a run writes when its last step is done: lineage, split, trajectories, pairs, answers and summary."""
 
 import json
 import os
@@ -20,18 +20,18 @@ HEADLINES = ("lab/gold", "preference/reward_accuracy_initial")
 
 
 def write(folder: Path, curriculum: Curriculum, evaluator: Evaluator, seconds: float) -> dict[str, Any]:
-    """Write everything but metrics.jsonl, and return what summary.json holds."""
+    """Write every result except metrics.jsonl, which is complete by now. Returns the content of summary.json."""
     inputs, chunks = curriculum.inputs, curriculum.chunks
-    followed = trajectory.table(inputs, evaluator, chunks)
+    trajectories = trajectory.table(inputs, evaluator, chunks)
     summary, split = _summary(evaluator, seconds), curriculum.describe()
     if not distributed.is_main():
         return summary
     write_json(folder / "data_report.json", inputs.report)
     write_json(folder / "split.json", split)
-    followed.to_parquet(folder / "trajectory.parquet", index=False)
+    trajectories.to_parquet(folder / "trajectory.parquet", index=False)
     _pairs(curriculum).to_parquet(folder / "pairs.parquet", index=False)
-    begun = json.loads((folder / "manifest.json").read_text())
-    manifest = begun | _lineage(evaluator) | environment()
+    names = json.loads((folder / "manifest.json").read_text())
+    manifest = names | _lineage(evaluator) | environment()
     write_json(folder / "manifest.json", manifest)
     _link_steps(folder / "steps", evaluator)
     _write_answers(folder / "answers", evaluator)
@@ -57,19 +57,19 @@ def _summary(evaluator: Evaluator, seconds: float) -> dict[str, Any]:
 
 
 def _lineage(evaluator: Evaluator) -> dict[str, Any]:
-    """Every step by key: its start, its windows and its result."""
+    """The key of S, and for every step the key of M_t, its start, its windows and its pairs."""
     initial, *rest = evaluator.measured
     names = ("num_pairs", "sources", "gamma_ref_mean", "reused")
     steps = []
     for t, (model, step, _, _, _, summary) in enumerate(rest, start=1):
-        assert step
+        assert step  # only S has none
         lineage = {"t": t, "key": model.key, "start": step.spec.start.key, "windows": step.windows}
         steps.append(lineage | {name: summary[name] for name in names})
     return {"model_key": initial.model.key, "steps": steps}
 
 
 def _pairs(curriculum: Curriculum) -> pd.DataFrame:
-    """One row per pair that the run trained on or held out: where it went, and its sizes."""
+    """One row per training or held-out pair: its chunk (0: held out), score, token counts and ratings."""
     table, held_out = curriculum.inputs.train, curriculum.inputs.held_out
     chunk_of = {i: t for t, indices in enumerate(curriculum.chunks, start=1) for i in indices.tolist()}
     used = sorted(chunk_of)
@@ -96,7 +96,7 @@ def _frame(table: PairTable) -> pd.DataFrame:
 
 
 def _link_steps(folder: Path, evaluator: Evaluator) -> None:
-    """Let steps/t point to M_t in the store."""
+    """Make steps/t a link to M_t in the store."""
     folder.mkdir(exist_ok=True)
     for t, measured in enumerate(evaluator.measured[1:], start=1):
         link = folder / str(t)
@@ -105,7 +105,7 @@ def _link_steps(folder: Path, evaluator: Evaluator) -> None:
 
 
 def _write_answers(folder: Path, evaluator: Evaluator) -> None:
-    """Write answers/RUN-M_t.* if a suite gave any: the formats of AlpacaEval 2 and MT-Bench, and decoding.json."""
+    """Write the answers of evaluate=generate, if any: the formats of AlpacaEval 2 and MT-Bench, and decoding.json."""
     for t, measured in enumerate(evaluator.measured):
         for given in measured.answers:
             write_formats(folder, f"{folder.parent.name}-M_{t}", given["answers"])

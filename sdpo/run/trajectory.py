@@ -1,10 +1,10 @@
-"""trajectory.parquet: log-probs of the probe set under S and every M_t, under every window's reference, and under the
-policy inside a step if `probe.every` asks for it.
+"""trajectory.parquet: log-probs of the probe pairs under S, every M_t, every window's reference, and, if `probe.every`
+is set, the policy inside a step.
 
-`t` is the step that made the policy or that read the reference. `update` counts its updates before that moment: up to
-the beginning of a reference's window; -1 for the policy at the step's end. Models and first windows have rows of the
-whole probe set; what is scored inside a step has rows of the held-out pairs and of the step's own chunk (`chunk`, 0:
-held out). A row was `seen` if the model was trained on it.
+`t` is the step that trained the policy or that used the reference. `update` is the number of updates of that step
+before the log-probs were computed; -1 stands for the policy at the step's end. S, every M_t and the first reference of
+a step have one row per probe pair; later references and policies inside a step have rows for the held-out pairs and the
+step's own chunk only. `chunk` is 0 for held-out pairs. `seen` says whether the model was trained on the pair.
 """
 
 import numpy as np
@@ -19,25 +19,25 @@ COLUMNS = ["id", "source", "held_out", "chunk", "model", "t", "update", "role", 
 
 
 def table(inputs: Inputs, evaluator: Evaluator, chunks: list[np.ndarray]) -> pd.DataFrame:
-    """One row per model and probe; log-probs in nats, summed over the response."""
+    """One row per model and probe pair; log-probs in nats, summed over the response."""
     names = {measured.model.key: f"M_{t}" for t, measured in enumerate(evaluator.measured)}
     seen = _seen(evaluator)
     frames = []
     for t, (model, step, *_) in enumerate(evaluator.measured):
-        scored = _under(model, inputs, chunks, seen[model.key])
+        scored = _score_probes(model, inputs, chunks, seen[model.key])
         frames.append(scored.assign(model=f"M_{t}", t=t, update=-1, role="policy"))
         if step and step.reference:
             trained: set[int] = set().union(*(seen.get(key, ()) for key in step.windows[0]["weights"]))
-            scored = _under(step.reference, inputs, chunks, trained)
+            scored = _score_probes(step.reference, inputs, chunks, trained)
             name = names.get(step.reference.key, step.reference.key[:8])
             frames.append(scored.assign(model=name, t=t, update=0, role="reference"))
         if step and (step.model.folder / "probes.parquet").is_file():
-            frames.append(_inside(step, inputs, seen[step.spec.start.key]))
+            frames.append(_inside_step(step, inputs, seen[step.spec.start.key]))
     return pd.concat(frames, ignore_index=True)[COLUMNS]
 
 
-def _under(model: Artifact, inputs: Inputs, chunks: list[np.ndarray], seen: set[int]) -> pd.DataFrame:
-    """The whole probe set under a model."""
+def _score_probes(model: Artifact, inputs: Inputs, chunks: list[np.ndarray], seen: set[int]) -> pd.DataFrame:
+    """The log-probs of all probe pairs under a model; `seen` are the indices of the pairs that it was trained on."""
     runner, held_out = inputs.runner, inputs.held_out
     frames = [_frame(held_out.ids, held_out.sources, runner.logprobs(model, held_out.rows), chunk=0, seen=False)]
     for t, indices in enumerate(chunks, start=1):
@@ -54,28 +54,28 @@ def _frame(ids: list[str], sources: np.ndarray, logps_N2: np.ndarray, **columns)
     return frame.assign(held_out=frame["chunk"] == 0)
 
 
-def _inside(step: Step, inputs: Inputs, seen: set[int]) -> pd.DataFrame:
-    """What was scored while the step trained; `seen` are the pairs that its start had seen."""
+def _inside_step(step: Step, inputs: Inputs, seen: set[int]) -> pd.DataFrame:
+    """The log-probs that the step computed while it trained; `seen` are the pairs that its start was trained on."""
     t = step.spec.t
-    looks = pd.read_parquet(step.model.folder / "probes.parquet")
+    probed = pd.read_parquet(step.model.folder / "probes.parquet")
     source = dict(zip(inputs.train.ids, inputs.train.sources, strict=True))
     held_out = dict(zip(inputs.held_out.ids, inputs.held_out.sources, strict=True))
     known = {inputs.train.ids[i] for i in seen}
-    return looks.assign(
-        model=f"t{t}/" + looks["role"].str[0] + looks["update"].astype(str),  # t2/p32 or t2/r32
+    return probed.assign(
+        model=f"t{t}/" + probed["role"].str[0] + probed["update"].astype(str),  # t2/p32 (policy) or t2/r32 (reference)
         t=t,
-        source=looks["id"].map(source | held_out),
-        held_out=looks["id"].isin(held_out),
-        chunk=np.where(looks["id"].isin(held_out), 0, t),
-        seen=looks["trained"] | looks["id"].isin(known),
+        source=probed["id"].map(source | held_out),
+        held_out=probed["id"].isin(held_out),
+        chunk=np.where(probed["id"].isin(held_out), 0, t),
+        seen=probed["trained"] | probed["id"].isin(known),
     )
 
 
 def _seen(evaluator: Evaluator) -> dict[str, set[int]]:
-    """The pairs that each model was trained on, by its key: its own chunk's, and all that its start had seen."""
+    """By model key, the indices of the pairs that the model was trained on: its chunk, and the pairs of its start."""
     initial, *steps = evaluator.measured
     seen: dict[str, set[int]] = {initial.model.key: set()}
     for _, step, chunk, *_ in steps:
-        assert step
+        assert step  # only S has none
         seen[step.model.key] = seen[step.spec.start.key] | set(chunk.tolist())
     return seen

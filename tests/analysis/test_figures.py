@@ -78,10 +78,10 @@ def test_more_arms_than_colours_get_a_panel_each(sweep):
 
 
 def test_series_differ_without_colour():
-    looks = figure_style.looks([str(i) for i in range(20)]).values()
-    assert len({tuple(look.values()) for look in looks}) == 20
-    first = list(looks)[:7]
-    assert len({look["linestyle"] for look in first}) == len({look["marker"] for look in first}) == 7
+    styles = figure_style.series_styles([str(i) for i in range(20)]).values()
+    assert len({tuple(style.values()) for style in styles}) == 20
+    first = list(styles)[:7]
+    assert len({style["linestyle"] for style in first}) == len({style["marker"] for style in first}) == 7
 
 
 def test_frontier_shows_the_tables_numbers(drawn, sweep):

@@ -1,4 +1,4 @@
-"""The report page: complete, self-contained, with the tables' numbers; looked at in a real browser if there is one."""
+"""The report page: complete, self-contained, with the numbers of the tables; opened in a browser if there is one."""
 
 import json
 import re
@@ -33,8 +33,8 @@ def test_page_holds_everything_and_asks_for_nothing(page):
     assert not re.search(r"<script|<link(?! rel=\"icon\" href=\"data:)|src=|@import|url\((?!#)", html)
     assert "python train.py experiment=synthetic" in html
     shared = "model=lab, data=lab, score=gamma, loss=dpo, tune=full"
-    assert f"<p>Stepwise DPO, 2 arms, 3 seeds: 6 of 6 runs ended, all with {shared}.</p>" in html
-    for heading in ("Verdicts", "What to doubt", "What was run", "Run it again"):
+    assert f"<p>Stepwise DPO, 2 arms, 3 seeds: 6 of 6 runs finished, all with {shared}.</p>" in html
+    for heading in ("Verdicts", "Reasons for doubt", "What was run", "Run it again"):
         assert f"<h2>{heading}</h2>" in html
 
 
@@ -69,7 +69,7 @@ def test_answers_stand_side_by_side(page, sweep):
     alone = report.write_report(sweep / "stepwise-s0").read_text()
     of_run = re.findall(r"<h4>(.*?)</h4><p class=\"said\">(M_. of \w+)?", alone)
     assert of_run[:3] == [("S", "M_0 of stepwise"), ("M_1", "M_1 of stepwise"), ("M_2", "M_2 of stepwise")]
-    assert len(of_run) == 9 and "What is a &lt; b?" in alone and "(nothing)" in alone
+    assert len(of_run) == 9 and "What is a &lt; b?" in alone and "(empty)" in alone
     of_sweep = re.findall(r"<h4>(.*?)</h4><p class=\"said\">(M_. of [\w ]+) says", page.read_text())
     assert of_sweep == [
         ("S", "M_0 of all at once"),
@@ -151,7 +151,7 @@ def _warnings(folder):
 
 @pytest.mark.skipif(BINARY is None, reason="no chromium on the path")
 def test_page_in_a_browser(page, sweep, tmp_path):
-    """No console message, no request, no sideways scrolling, every picture visible; narrow and wide, light and dark."""
+    """No console message, no request, no sideways scrolling, every figure visible; narrow and wide, light and dark."""
     alone = report.write_report(sweep / "stepwise-s0")
     with browser(tmp_path / "profile") as tab:
         papers = set()

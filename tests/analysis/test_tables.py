@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from math import nan
 
 import pandas as pd
 import pytest
@@ -10,6 +11,7 @@ from runs import make_run, make_sweep
 
 from analysis import collect, published, table_format, tables
 from sdpo.errors import UserError
+from sdpo.stats import Interval
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +67,19 @@ def test_runs_that_cannot_be_compared(sweep, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "said"),
+    ("number", "text"),
     [
-        ((0.8524,), "0.852"),
-        ((0.8524, 0.8414, 0.8634), "0.852 ± 0.011"),
-        ((0.8524, 0.8, 0.9), "0.852 [0.800, 0.900]"),
-        ((0.8524, float("nan"), float("nan")), "0.852"),
-        ((0.0004,), "< 0.001"),
-        ((0.0,), "0.000"),
-        ((float("nan"),), ""),
+        (0.8524, "0.852"),
+        (Interval(0.8524, 0.8414, 0.8634, 3), "0.852 ± 0.011"),
+        (Interval(0.8524, 0.8, 0.9, 3), "0.852 [0.800, 0.900]"),
+        (Interval(0.8524, nan, nan, 1), "0.852"),
+        (0.0004, "< 0.001"),
+        (0.0, "0.000"),
+        (nan, ""),
     ],
 )
-def test_number(numbers, said):
-    assert table_format.number(*numbers) == said
+def test_number(number, text):
+    assert table_format.number(number) == text
 
 
 def test_paper_facts_are_consistent():
@@ -111,10 +113,10 @@ def test_paper_beside_ours(tmp_path):
 
 def test_formats(sweep):
     table = pd.DataFrame({"arm": ["a_b|c", "50 % & {more}"], "value": ["-1.5 ± 0.1", ""]})
-    assert "| a_b\\|c | -1.5 ± 0.1 |" in table_format.setting(table, "Title", ["note"], "markdown")
-    assert r"50 \% \& \{more\} &  \\" in table_format.setting(table, "Title", [], "latex")
-    assert r"a\_b|c & $-$1.5 $\pm$ 0.1 \\" in table_format.setting(table, "Title", [], "latex")
-    lines = table_format.setting(table, "Title", [], "text").splitlines()
+    assert "| a_b\\|c | -1.5 ± 0.1 |" in table_format.render(table, "Title", ["note"], "markdown")
+    assert r"50 \% \& \{more\} &  \\" in table_format.render(table, "Title", [], "latex")
+    assert r"a\_b|c & $-$1.5 $\pm$ 0.1 \\" in table_format.render(table, "Title", [], "latex")
+    lines = table_format.render(table, "Title", [], "text").splitlines()
     assert len({len(line) for line in lines[1:]}) == 1
 
 

@@ -40,7 +40,7 @@ def test_a_job_that_is_submitted_twice_is_done_once(toy, tmp_path, monkeypatch):
     begun = (folder / "manifest.json").read_bytes()
     run_folder.Run(settings, folder, choices={}, arm="again").prepare()
     assert (folder / "manifest.json").read_bytes() == begun  # what runs is left as it is
-    with pytest.raises(UserError, match="does a run of other settings there"):
+    with pytest.raises(UserError, match="another process runs other settings there"):
         run_folder.Run(replace(settings, seed=1), folder, choices={}, arm="other").prepare()
     jobs.append(subprocess.Popen(launch.job(folder), stderr=subprocess.PIPE, text=True))
     said = [job.communicate()[1] for job in jobs]

@@ -14,8 +14,8 @@ from test_kills import alive, children, wait_until
 
 from sdpo import config
 from sdpo.errors import UserError
-from sdpo.launch import summary as summaries
-from sdpo.launch import sweep
+from sdpo.launch import forks, sweep
+from sdpo.launch.summary import summary_table
 from sdpo.run import folder as run_folder
 from sdpo.run.folder import Run
 
@@ -35,18 +35,18 @@ def asked(folder, name, **launch):
 
 def test_gpus_are_dealt_out_by_ranks(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
-    assert sweep._slots("auto", [asked(tmp_path, "a")]) == ["0", "1", "2", "3", "4"]
-    assert sweep._slots("auto", [asked(tmp_path, "a"), asked(tmp_path, "b", ranks=2)]) == ["0,1", "2,3"]
-    assert sweep._slots(3, [asked(tmp_path, "b", ranks=2)]) == ["0,1", "2,3", "0,1"]
+    assert forks.slots([asked(tmp_path, "a")], "auto") == ["0", "1", "2", "3", "4"]
+    assert forks.slots([asked(tmp_path, "a"), asked(tmp_path, "b", ranks=2)], "auto") == ["0,1", "2,3"]
+    assert forks.slots([asked(tmp_path, "b", ranks=2)], 3) == ["0,1", "2,3", "0,1"]
     with pytest.raises(UserError, match="launch.ranks=6, but there are 5 GPUs"):
-        sweep._slots("auto", [asked(tmp_path, "b", ranks=6)])
+        forks.slots([asked(tmp_path, "b", ranks=6)], "auto")
 
 
 def test_cores_are_dealt_out_by_ranks_and_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
-    assert sweep._slots("auto", [asked(tmp_path, "a", device="cpu")]) == [""] * 8
-    assert sweep._slots("auto", [asked(tmp_path, "a", device="cpu", ranks=2, threads=3)]) == [""]
-    assert sweep._slots("auto", [asked(tmp_path, "a", device="cpu", threads=16)]) == [""]
+    assert forks.slots([asked(tmp_path, "a", device="cpu")], "auto") == [""] * 8
+    assert forks.slots([asked(tmp_path, "a", device="cpu", ranks=2, threads=3)], "auto") == [""]
+    assert forks.slots([asked(tmp_path, "a", device="cpu", threads=16)], "auto") == [""]
 
 
 def test_the_table_counts_seeds_steps_and_failures(tmp_path):
@@ -62,12 +62,11 @@ def test_the_table_counts_seeds_steps_and_failures(tmp_path):
             run_folder.finish(run.config, run.folder)
     run_folder.fail(asked_for[3].folder, UserError("no\nway"))
     # Two seeds at .5 and .75: t(.975, 1) = 12.706, standard error .125, so .625 +- 1.588. a0 was finished before.
-    assert [
-        line.split() for line in summaries.of(asked_for, {tmp_path / name for name in ("a1", "b0", "b1")}).splitlines()
-    ] == [
+    table = summary_table(asked_for, {tmp_path / name for name in ("a1", "b0", "b1")})
+    assert [line.split() for line in table.splitlines()] == [
         ["arm", "seeds", "headline", "seconds", "steps", "trained", "reused"],
-        ["a", "2/2", "lab/gold", "0.6250", "[-0.9633,", "2.2133]", "4", "1", "3"],
-        ["b", "1/2", "lab/gold", "0.2500", "2", "2", "0"],
+        ["a", "2/2", "lab/gold", "0.625", "[-0.9633,", "2.213]", "4", "1", "3"],
+        ["b", "1/2", "lab/gold", "0.25", "2", "2", "0"],
         ["failed:", "b1:", "no", "way"],
         ["3", "of", "4", "runs", "finished;", "3", "steps", "trained,", "3", "reused"],
     ]
@@ -114,7 +113,7 @@ def test_a_run_that_is_prepared_is_not_finished(finished):
         ({"n": 0}, "hydra.launcher.n is 0; it can be auto or a number above 0"),
         ({"contrasts": {"order": ["a", "c"]}}, "a contrast names the arm 'c'; this sweep has 'a', 'b'"),
         ({"contrasts": {"order": ["a"]}}, "the contrast 'order' has 1 arms; it compares two"),
-        ({"contrasts": dict.fromkeys("ABCDEFGHI", ["a", "b"])}, "9 contrasts are declared; 8 is the most"),
+        ({"contrasts": dict.fromkeys("ABCDEFGHI", ["a", "b"])}, "9 contrasts are declared; at most 8 are allowed"),
     ],
 )
 def test_what_the_launcher_cannot_do_is_refused(tmp_path, changes, sentence):
@@ -193,7 +192,7 @@ def test_a_cluster_runs_what_was_submitted(multirun, tmp_path):
 @pytest.mark.slow
 def test_runs_are_forked_before_any_thread_starts():
     """A thread that exists when a process forks may hold a lock for ever in the child."""
-    imports = "from sdpo import launch; launch.set_threads(1); import os, sdpo.stepwise"
+    imports = "from sdpo import distributed; distributed.set_threads(1); import os, sdpo.stepwise"
     count = f"{imports}; print(len(os.listdir('/proc/self/task')))"
     counted = subprocess.run([sys.executable, "-c", count], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert counted.stdout == "1\n"

@@ -48,20 +48,20 @@ def train(run):
 
 def keys(run):
     """The keys of a run's steps before it runs."""
-    (foreseen,) = report.of([run])
+    (foreseen,) = report.foresee([run])
     assert not any(step.unknown for step in foreseen.steps)
     return [step.model.key for step in foreseen.steps]
 
 
 def pattern(runs):
     """Which steps are one, and how large they are, whatever they are called."""
-    steps = [step for one in report.of(runs) for step in one.steps]
+    steps = [step for one in report.foresee(runs) for step in one.steps]
     names = [step.model.key for step in steps]
     return [names.index(name) for name in names], [(step.t, step.num_pairs) for step in steps]
 
 
 def last_words(runs):
-    return report.text(report.of(runs)).split("\n\n")[-1].splitlines()
+    return report.text(report.foresee(runs)).split("\n\n")[-1].splitlines()
 
 
 def test_what_is_planned_is_what_is_trained(asked):
@@ -78,20 +78,20 @@ def test_what_is_planned_is_what_is_trained(asked):
 def test_what_scores_decide_is_known_once_they_exist(asked, tmp_path):
     settings = ["split=easy_to_hard", "split.level=pair", "split.num_chunks=2", "score.model=current"]
     (run,) = asked("scored", *settings)
-    (before,) = report.of([run])
+    (before,) = report.foresee([run])
     assert {step.unknown for step in before.steps} == {"the pairs are not scored yet"}
     assert not (tmp_path / "store").exists()
     assert train(run) == keys(run)
-    (after,) = report.of([run])
+    (after,) = report.foresee([run])
     log = json.loads((run.folder / "steps" / "2" / "train.json").read_text())
     assert after.steps[1].seconds == sum(entry["seconds"] for entry in log["entries"]) > 0
 
 
 def test_models_that_scores_need_are_planned_apart(asked):
     (run,) = asked("selective", "split=all_at_once", "split.keep=0.5", "score=validation_loss", "score.repeats=1")
-    (before,) = report.of([run])
+    (before,) = report.foresee([run])
     train(run)
-    (after,) = report.of([run])
+    (after,) = report.foresee([run])
     assert [step.model.key for step in before.for_scores] == [step.model.key for step in after.for_scores]
     assert [(step.num_pairs, step.model.reused) for step in before.for_scores] == [(21, False), (22, False)]
     assert all(step.model.reused for step in after.for_scores)
@@ -127,7 +127,7 @@ def test_all_pairs_are_known_even_if_their_order_is_not(asked):
     everything = asked("known", "split=all_at_once")
     ordered = asked("ordered", "split=easy_to_hard", "split.level=pair", "split.num_chunks=1")
     for runs in (everything + ordered, ordered + everything):
-        (step,) = report.distinct(step for one in report.of(runs) for step in one.steps).values()
+        (step,) = report.distinct(step for one in report.foresee(runs) for step in one.steps).values()
         assert step.unknown is None
 
 
@@ -135,7 +135,7 @@ def test_the_laboratory_is_planned_before_anything_of_it_exists(monkeypatch, tmp
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
     settings = [compose("experiment=smoke", "split=by_source", f"reference={name}") for name in ("previous", "initial")]
     runs = [Run(one, tmp_path / one.reference["name"], choices={}, arm=one.reference["name"]) for one in settings]
-    (initial,) = report.distinct(step for one in report.of(runs) for step in one.initial).values()
+    (initial,) = report.distinct(step for one in report.foresee(runs) for step in one.initial).values()
     lab = settings[0].data.lab
     assert (initial.t, initial.num_pairs, initial.unknown) == (0, lab.num_demonstrations, None)
     sizes = [(t, source.num_pairs) for t, source in enumerate(lab.sources.values(), start=1)]
@@ -151,8 +151,8 @@ def test_a_data_set_that_is_not_here_has_the_size_that_the_settings_give_it(aske
     hub = ["data=hub", "data.train=[me/one,me/one/other:test]", "data.held_out_share=0.25", *NOWHERE]
     sizes = "+data.nominal={one: {pairs: 100, tokens: 7}, one-other: {pairs: 40, tokens: 5}}"
     with pytest.raises(UserError, match="one is not on this machine: give the plan its size, as in .*{one: {pairs:"):
-        report.of(asked("a", *hub))
-    (foreseen,) = report.of(asked("a", *hub, sizes))
+        report.foresee(asked("a", *hub))
+    (foreseen,) = report.foresee(asked("a", *hub, sizes))
     assert [(step.num_pairs, step.tokens) for step in foreseen.steps] == [(75, 525), (30, 150)]
 
 
