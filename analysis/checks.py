@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from analysis import collect
-from analysis.statistics import INERT, LEVEL, smallest_p
+from analysis.significance import INERT, LEVEL, smallest_p
 
 NEAR = 0.03  # an accuracy this close to a baseline gives no evidence against the baseline
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import statistics
+from analysis import significance
 from sdpo.errors import UserError
 
 # Columns of `steps` that are null without a reference or, for utilisation, without a known GPU.
@@ -121,7 +121,7 @@ def by_arm(table: pd.DataFrame, keys: list[str], column: str = "value") -> pd.Da
     if len(twice):
         arm, seed = twice.iloc[0][["arm", "seed"]]
         raise UserError(f"{arm} has two runs with seed {seed}; give folders in which each arm runs a seed once")
-    summary = statistics.by_group(table, ["arm", *keys], column)
+    summary = significance.by_group(table, ["arm", *keys], column)
     if {"low", "high"} <= set(table) and column == "value":
         own = table.drop_duplicates(["arm", *keys], keep=False).set_index(["arm", *keys])
         alone = pd.MultiIndex.from_frame(summary[["arm", *keys]])

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import collect
-from analysis.statistics import sign_flip
+from analysis.significance import sign_flip
 from sdpo.stats import student
 
 AXES = ["lab/kl", "lab/gold"]

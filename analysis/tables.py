@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import collect, equal_kl, published, table_format
-from analysis.statistics import INERT, holm, paired, sign_flip, verdict
+from analysis.significance import INERT, holm, paired, sign_flip, verdict
 from sdpo.errors import UserError
 from sdpo.stats import Interval, student
 

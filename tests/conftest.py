@@ -81,6 +81,16 @@ def tokenizer():
 
 
 @pytest.fixture
+def bos_tokenizer():
+    """Adds BOS by itself, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+@pytest.fixture
 def tiny_model():
     return random_model()
 

@@ -49,7 +49,10 @@ def test_result_tables_have_the_form_of_the_command_that_is_shown(tmp_path, monk
 
 def test_what_w_and_b_does_not_have_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for name, said in {str(tmp_path): "there is no .wandb file in", "no/such": "no/such is no folder here"}.items():
+    for name, said in {
+        str(tmp_path): "there is no .wandb file in",
+        "no/such": "no/such is neither a folder nor a project that W&B can read",
+    }.items():
         monkeypatch.setattr(sys, "argv", ["analysis.from_wandb", name, "--out", "mirror"])
         with pytest.raises(SystemExit, match=f"error: {said}"):
             importlib.import_module("analysis.from_wandb").main()

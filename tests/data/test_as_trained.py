@@ -1,12 +1,15 @@
 """An exported model carries how it was trained to talk."""
 
+import pytest
 import torch
 from conftest import byte_tokenizer, random_model
+from test_tokenize import EOS, SPLITS_THOUGHTS, TURNS, pair, tokens
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from sdpo import export
-from sdpo.data.chat_format import ChatFormat
-from sdpo.data.tokenize import prompt_ids
+from sdpo.data.chat_format import ChatFormat, as_trained
+from sdpo.data.templates import TEMPLATES
+from sdpo.data.tokenize import content_hash, prompt_ids
 
 ASKED = [{"role": "user", "content": "Why?"}]
 
@@ -27,3 +30,20 @@ def test_a_model_trained_with_chatml_answers_in_chatml(run, tmp_path):
         model.lm_head.weight[own.eos_token_id] = 10 * model(**asked, output_hidden_states=True).hidden_states[-1][0, -1]
     answer = model.generate(**asked, max_new_tokens=9, do_sample=False)[0, asked["input_ids"].shape[1] :]
     assert answer.tolist() == [own.eos_token_id] and own.decode(answer, skip_special_tokens=True) == ""
+
+
+@pytest.mark.parametrize("template", [None, *TEMPLATES])
+@pytest.mark.parametrize("marks", [[], ["<|im_start|>", "<|im_end|>"]])
+def test_a_trained_tokenizer_has_the_ids_of_the_training_in_its_own_template(bos_tokenizer, template, marks, tmp_path):
+    bos_tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
+    bos_tokenizer.chat_template = SPLITS_THOUGHTS
+    carrying, stops = as_trained(bos_tokenizer, template)
+    carrying.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    asked = [pair(turns=TURNS), pair("2")]
+    rows, report = tokens(asked, bos_tokenizer, template)
+    again, _ = tokens(asked, loaded, None)
+    assert content_hash(again.values()) == content_hash(rows.values())
+    assert rows["1"].chosen[-1] == stops[0] and EOS in stops
+    assert loaded.eos_token == report["stop"]
+    assert loaded(loaded.decode(rows["1"].chosen), add_special_tokens=False).input_ids == rows["1"].chosen.tolist()

@@ -8,7 +8,7 @@ import pytest
 from conftest import byte_tokenizer
 from transformers import AddedToken, AutoTokenizer
 
-from sdpo.data.chat_format import ChatFormat, as_trained
+from sdpo.data.chat_format import ChatFormat
 from sdpo.data.preferences import Pair
 from sdpo.data.templates import TEMPLATES
 from sdpo.data.tokenize import content_hash, encode
@@ -29,16 +29,6 @@ def one(tokenizer, template="plain", max_tokens=512, on_long="error", **fields):
     """The single row's parts as lists of ids."""
     rows, _ = tokens([pair(**fields)], tokenizer, template, max_tokens, on_long)
     return [ids.tolist() for ids in rows["1"][1:]]
-
-
-@pytest.fixture
-def bos_tokenizer():
-    """Adds BOS by itself, as Llama's does."""
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return tokenizer
 
 
 def ids(tokenizer, text):
@@ -209,23 +199,6 @@ def test_tools_and_settings_are_handed_to_the_template(tokenizer):
     assert report["sources"]["s"]["specials_removed"] == 1
     with pytest.raises(UserError, match="pair 1 of source s: the chat template does not read tools, which the row has"):
         tokens([tooled], own, "plain")
-
-
-@pytest.mark.parametrize("template", [None, *TEMPLATES])
-@pytest.mark.parametrize("marks", [[], ["<|im_start|>", "<|im_end|>"]])
-def test_a_trained_tokenizer_has_the_ids_of_the_training_in_its_own_template(bos_tokenizer, template, marks, tmp_path):
-    bos_tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
-    bos_tokenizer.chat_template = SPLITS_THOUGHTS
-    carrying, stops = as_trained(bos_tokenizer, template)
-    carrying.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    asked = [pair(turns=TURNS), pair("2")]
-    rows, report = tokens(asked, bos_tokenizer, template)
-    again, _ = tokens(asked, loaded, None)
-    assert content_hash(again.values()) == content_hash(rows.values())
-    assert rows["1"].chosen[-1] == stops[0] and EOS in stops
-    assert loaded.eos_token == report["stop"]
-    assert loaded(loaded.decode(rows["1"].chosen), add_special_tokens=False).input_ids == rows["1"].chosen.tolist()
 
 
 def test_a_real_chat_model(real_model):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import statistics
+from analysis import significance
 from sdpo import stats as intervals
 from sdpo.errors import UserError
 
@@ -27,32 +27,32 @@ def test_no_interval_from_one_seed():
 def test_pairs_on_common_seeds():
     first = pd.Series({0: 5.0, 1: 6.0, 3: 9.0})
     second = pd.Series({1: 1.0, 0: 2.0, 2: 0.0})
-    assert statistics.paired(first, second).tolist() == [3, 5]
+    assert significance.paired(first, second).tolist() == [3, 5]
     with pytest.raises(UserError, match="two runs with seed 1"):
-        statistics.paired(pd.Series([1.0, 2.0], index=[1, 1]), second)
+        significance.paired(pd.Series([1.0, 2.0], index=[1, 1]), second)
 
 
 def test_sign_flip_counts_patterns():
     # of the 8 sums +-1 +-2 +-3, those at least as far from 0 as 4 are 4, 6, -4, -6
-    assert statistics.sign_flip([-1, 2, 3]) == 0.5
-    assert statistics.sign_flip([0.1] * 6) == 2 / 64 == statistics.smallest_p(6)
-    assert statistics.sign_flip([0, 0, 0]) == 1
-    assert np.isnan(statistics.sign_flip([]))
+    assert significance.sign_flip([-1, 2, 3]) == 0.5
+    assert significance.sign_flip([0.1] * 6) == 2 / 64 == significance.smallest_p(6)
+    assert significance.sign_flip([0, 0, 0]) == 1
+    assert np.isnan(significance.sign_flip([]))
 
 
 def test_sign_flip_agrees_with_scipy():
     differences = np.random.default_rng(0).normal(0.4, 1, 9)
     peer = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=2**9)
-    assert statistics.sign_flip(differences) == pytest.approx(peer.pvalue, abs=1e-12)
+    assert significance.sign_flip(differences) == pytest.approx(peer.pvalue, abs=1e-12)
     many = np.random.default_rng(1).normal(0.4, 1, 25)
-    assert statistics.sign_flip(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
+    assert significance.sign_flip(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
 
 
 def test_holm():
     # sorted .01 .03 .04, times 3 2 1: .03 .06 .04, and no adjusted value below an earlier one
-    assert statistics.holm([0.04, 0.01, 0.03]).tolist() == pytest.approx([0.06, 0.03, 0.06])
-    assert statistics.holm([0.6, 0.7]).tolist() == [1, 1]
-    assert statistics.holm([]).tolist() == []
+    assert significance.holm([0.04, 0.01, 0.03]).tolist() == pytest.approx([0.06, 0.03, 0.06])
+    assert significance.holm([0.6, 0.7]).tolist() == [1, 1]
+    assert significance.holm([]).tolist() == []
 
 
 def test_wilson_share():
@@ -76,8 +76,8 @@ def test_wilson_share():
     ],
 )
 def test_verdict(differences, inert, said):
-    difference, p = intervals.student(differences), statistics.sign_flip(differences)
-    assert statistics.verdict(difference, p, num_contrasts=1, inert=inert) == said
+    difference, p = intervals.student(differences), significance.sign_flip(differences)
+    assert significance.verdict(difference, p, num_contrasts=1, inert=inert) == said
 
 
 @pytest.mark.parametrize(
@@ -92,4 +92,4 @@ def test_verdict(differences, inert, said):
 )
 def test_what_is_higher_is_said_to_be_so_by_kl_alone(gains, said):
     difference, at_equal_kl = intervals.student([0.1] * 8), intervals.student(gains)
-    assert statistics.verdict(difference, 0.01, num_contrasts=1, inert=False, at_equal_kl=at_equal_kl) == said
+    assert significance.verdict(difference, 0.01, num_contrasts=1, inert=False, at_equal_kl=at_equal_kl) == said
