@@ -44,7 +44,7 @@ def export_pairs(run: Path, t: int, file: Path) -> Path:
     that its loss read). A DPOTrainer with this data set uses the log-probs after `trainer.precompute_ref_logps = True`
     (TRL 1.16). Raises UserError if the step had more or fewer references than one, and if the run's pairs have changed.
     """
-    from sdpo.data.chat_format import ChatFormat
+    from sdpo.data.prompt_and_answer import ChatFormat
     from sdpo.data.tokenize import content_hash
     from sdpo.train.setup import prepare
 

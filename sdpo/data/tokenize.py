@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sdpo.config import Data
 from sdpo.data.cells import BadRow
-from sdpo.data.chat_format import ChatFormat, Texts
 from sdpo.data.preferences import Pair
+from sdpo.data.prompt_and_answer import ChatFormat, Texts
 from sdpo.data.schemas import Turns
 from sdpo.errors import UserError
 from sdpo.types import TokenPair

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sdpo import distributed
 from sdpo.console import progress
-from sdpo.data.chat_format import ChatFormat
+from sdpo.data.prompt_and_answer import ChatFormat
 from sdpo.data.prompts import Prompt
 from sdpo.data.schemas import Message, Turns
 from sdpo.data.tokenize import prompt_ids

@@ -142,6 +142,11 @@ def _accumulate_in(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
     return hook
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device has bf16 arithmetic: a GPU, or a processor with avx512_bf16 or AMX."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def open_engine(
     scorer: Scorer, optim: config.Optim, precision: str, deepspeed: config.Deepspeed, device: torch.device
 ) -> Engine:
@@ -150,8 +155,7 @@ def open_engine(
     With all parameters frozen, ZeRO 1 and 2 have nothing to divide, and the engine is Plain. Raises UserError for bf16
     on a processor without bf16 arithmetic, where bf16 is 50 times slower than fp32.
     """
-    has_bf16 = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if precision == "bf16" and not has_bf16:
+    if precision == "bf16" and not has_bf16(device):
         raise UserError("precision=bf16: this processor has neither avx512_bf16 nor AMX; use precision=fp32")
     if deepspeed.stage is None or (deepspeed.stage < 3 and not trained_parameters(scorer)):
         return Plain(scorer, optim, precision, device)

@@ -17,7 +17,7 @@ from sdpo import distributed
 from sdpo.binding import bind
 from sdpo.config import Config
 from sdpo.console import progress, tell
-from sdpo.data.chat_format import as_trained
+from sdpo.data.prompt_and_answer import as_trained
 from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
 from sdpo.model import adapters, hub

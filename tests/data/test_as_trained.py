@@ -7,7 +7,7 @@ from test_tokenize import EOS, SPLITS_THOUGHTS, TURNS, pair, tokens
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from sdpo import export
-from sdpo.data.chat_format import ChatFormat, as_trained
+from sdpo.data.prompt_and_answer import ChatFormat, as_trained
 from sdpo.data.templates import TEMPLATES
 from sdpo.data.tokenize import content_hash, prompt_ids
 

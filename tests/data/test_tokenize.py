@@ -8,8 +8,8 @@ import pytest
 from conftest import byte_tokenizer
 from transformers import AddedToken, AutoTokenizer
 
-from sdpo.data.chat_format import ChatFormat
 from sdpo.data.preferences import Pair
+from sdpo.data.prompt_and_answer import ChatFormat
 from sdpo.data.templates import TEMPLATES
 from sdpo.data.tokenize import content_hash, encode
 from sdpo.errors import UserError
