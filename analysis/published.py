@@ -10,6 +10,7 @@ import pandas as pd
 import yaml
 
 from analysis import collect, table_format
+from sdpo.errors import UserError
 from sdpo.stats import Interval
 
 FACTS = Path(__file__).parent / "data" / "paper.yaml"
@@ -22,9 +23,9 @@ def facts() -> list[dict]:
 
 
 def side_by_side(table: dict, out: Path) -> pd.DataFrame:
-    """One row per printed value: model, column, paper, ours (an `Interval` over seeds), difference."""
-    ours = _ours(sweep_folder(table, out))
-    rows = []
+    """One row per printed value: model, column, paper, ours (an `Interval` over seeds, nan if unknown), difference."""
+    sweep = find_sweep(table, out)
+    ours, rows = _ours(sweep) if sweep else {}, []
     for row in table["rows"]:
         for (column, source), printed in zip(table["columns"].items(), row["paper"], strict=True):
             mean = _scaled(ours.get((row.get("arm"), row.get("t", "last"), source["measure"])), source["scale"])
@@ -32,9 +33,14 @@ def side_by_side(table: dict, out: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "column", "paper", "ours", "difference"])
 
 
-def sweep_folder(table: dict, out: Path) -> Path:
-    """The folder of the sweep that fills a table, as `python train.py experiment=...` names it."""
-    return out / table["experiment"].replace("/", "_")
+def find_sweep(table: dict, out: Path) -> Path | None:
+    """The folder of the sweep of a table's experiment, None if there is none. Raises UserError if there are several."""
+    name = table["experiment"].replace("/", "_")  # as sdpo.run.folder.sweep_name; overrides add a hyphen and a hash
+    found = sorted(folder for pattern in (name, f"{name}-*") for folder in out.glob(pattern) if folder.is_dir())
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        raise UserError(f"{out} holds several sweeps of {table['experiment']}: {names}; move all but one elsewhere")
+    return found[0] if found else None
 
 
 def render_tables(out: Path, form: str) -> list[str]:
@@ -44,15 +50,13 @@ def render_tables(out: Path, form: str) -> list[str]:
         numbers = side_by_side(table, out)
         notes = [f"Paper: {table['source']}; each number is from a single run.", *table["notes"]]
         if any(mean.n for mean in numbers["ours"]):
-            notes.append(f"Ours: {sweep_folder(table, out)}, mean and 95 % Student t interval over seeds.")
+            notes.append(f"Ours: {find_sweep(table, out)}, mean and 95 % Student t interval over seeds.")
         rendered.append(table_format.render(_wide(numbers), table["title"], notes, form))
     return rendered
 
 
 def _ours(sweep: Path) -> dict[tuple, Interval]:
-    """(arm, t or "last", measure) -> our mean over seeds; empty if the sweep was not run."""
-    if not sweep.is_dir():
-        return {}
+    """(arm, t or "last", measure) -> our mean over seeds."""
     measures = collect.measures(sweep)[["run", "arm", "seed", "t", "measure", "value"]]
     measures = pd.concat([measures, _gammas(sweep)], ignore_index=True)
     is_last = measures["t"] == measures.groupby("run")["t"].transform("max")

@@ -1,4 +1,4 @@
-"""A real headless browser for the tests of pages, driven over its debugging pipe; no port is opened."""
+"""A real headless browser for tests of pages, controlled through its debugging pipe; it opens no port."""
 
 import base64
 import json
@@ -40,8 +40,8 @@ class Browser:
         return self.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def complaints(self) -> list[str]:
-        """What the console said, and everything that was asked of a network."""
-        self.evaluate("0")  # whatever came before has arrived by now
+        """The messages of the console, and the addresses of all requests to a network."""
+        self.evaluate("0")  # when this returns, all earlier events have arrived
         said = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Network.loadingFailed")
         asked = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
         heard = [json.dumps(event["params"]) for event in self.events if event["method"] in said]
@@ -71,10 +71,10 @@ class Browser:
 
 @contextmanager
 def browser(profile: Path):
-    """A browser with a fresh profile in the folder `profile`; it reads commands at 3 and writes replies at 4."""
+    """A browser with a new profile in the folder `profile`."""
     to_read, commands = os.pipe()
     replies, to_write = os.pipe()
-    command = 'exec 3<&"$1" 4>&"$2"; shift 2; exec "$@"'  # file descriptors 3 and 4 are the protocol's
+    command = 'exec 3<&"$1" 4>&"$2"; shift 2; exec "$@"'  # it reads commands from descriptor 3 and replies on 4
     process = subprocess.Popen(
         ["bash", "-c", command, "bash", str(to_read), str(to_write), BINARY, *FLAGS, f"--user-data-dir={profile}"],
         pass_fds=(to_read, to_write),

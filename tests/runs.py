@@ -31,7 +31,7 @@ ARMS = {  # by the number of steps
     2: ["split=by_source", "reference=previous", f"optim.pairs_per_update={NUM_PAIRS // UPDATES}"],
 }
 PROMPTS = {"first": ["Rabcdef", "Nabcdef"], "second": ["Tabcdef"]}  # in the laboratory's letters
-ASKED = {"first": ["What is a < b?", "And b?"], "second": ["Say nothing."]}  # what the copies have in their place
+ASKED = {"first": ["What is a < b?", "And b?"], "second": ["Say nothing."]}  # the prompts in the copies
 
 
 @functools.cache
@@ -66,9 +66,9 @@ def real_sweep() -> Path:
 def make_run(
     folder: Path, *, arm="stepwise", seed=0, num_steps=2, gold=0.85, leverage=0.1, sweep=None, answers=True
 ) -> Path:
-    """Write one ended run: S and `num_steps` steps (1 or 2) whose last gold reward is exactly `gold`.
+    """Write one finished run: S and `num_steps` steps (1 or 2) whose last gold reward is exactly `gold`.
 
-    Without `answers` it is a run that was asked no prompts.
+    Without `answers` the run has no prompts and no answers.
     """
     shutil.copytree(real_sweep() / str(num_steps), folder, symlinks=True)
     rng = np.random.default_rng(seed)
@@ -128,7 +128,7 @@ def make_sweep(
 
 
 def _manifest(folder, arm, seed):
-    """The run's manifest with models of its own; the first step of all stepwise arms of a seed is one artifact."""
+    """The manifest with its own model keys; stepwise arms with the same seed share the first step."""
     text = (folder / "manifest.json").read_text()
     steps = json.loads(text)["steps"]
     for step in steps:
@@ -165,7 +165,7 @@ def _step(t, reused, leverage):
 
 
 def _evaluation(measures, share, gold, answers, rng):
-    """The measures of one model, after this share of the steps; the last one has the gold reward asked for."""
+    """The measures of a model after this share of the steps; the last model has the gold reward `gold`."""
     changed = {}
     for name, numbers in measures.items():
         value = _value(name, share, gold, rng)
@@ -177,7 +177,7 @@ def _evaluation(measures, share, gold, answers, rng):
 
 
 def _value(name, share, gold, rng):
-    """What a measure is to be; None where it stays as it is."""
+    """The value of a measure; None if it keeps its value."""
     suite, *between, last = name.split("/")
     if between == ["best_of"]:
         return 0.69 + 0.05 * log2(int(last))
@@ -197,7 +197,7 @@ def _value(name, share, gold, rng):
 
 
 def _answer(row, t, arm):
-    """What one model said to a prompt, of which the first has two turns."""
+    """The answers of one model to a prompt; the first prompt has two turns."""
     said = {"first": [f"M_{t} of {arm} says {'a long sentence, ' * 9}and stops.", "No."], "second": [""]}
     return row | {"turns": ASKED[row["id"]], "answers": said[row["id"]]}
 
@@ -215,7 +215,7 @@ def _summary(summary, metrics, seed):
 
 
 def _write_answers(folder, metrics):
-    """The answers of the metrics once more, in the formats of benchmarks; no folder where there are none."""
+    """Write the answers in the metrics in the formats of benchmarks, too; remove the folder if there are none."""
     from sdpo.evals.generation import write_formats
 
     for path in (folder / "answers").glob("*-M_*"):
@@ -228,7 +228,7 @@ def _write_answers(folder, metrics):
 
 
 def _write_tables(folder, rng):
-    """Scores by which a split could have ordered the pairs, and log-probabilities that training raises."""
+    """Write scores that a split could have ordered the pairs by, and log-probabilities that change with training."""
     pairs, followed = (pd.read_parquet(folder / f"{name}.parquet") for name in ("pairs", "trajectory"))
     scores = rng.normal(1 - pairs["source"].map(SOURCES.index))
     pairs["score"] = np.where(pairs["held_out"], np.nan, scores)
@@ -243,7 +243,7 @@ def _write_tables(folder, rng):
 
 
 def _finish(folder, seed, answers):
-    """The configuration of this run, and the mark that it has ended."""
+    """Write the configuration of the run, and mark the run as finished."""
     from sdpo import config
     from sdpo.run import folder as run_folder
 

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom on a run or sweep, changes nothing there, and is kept without outputs."""
+"""Every notebook runs from top to bottom on a sweep, changes nothing in it, and is stored without outputs."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The fixture's runs, or those that SDPO_RUNS names."""
+    """The folder in SDPO_RUNS if it is set, else a synthetic sweep."""
     named = os.environ.get("SDPO_RUNS")
     return Path(named).resolve() if named else make_sweep(tmp_path_factory.mktemp("out") / "synthetic")
 

@@ -1,4 +1,4 @@
-"""One sweep's numbers, followed from metrics.jsonl through every place that shows them: they agree exactly."""
+"""Every place that shows the numbers of a sweep shows exactly the numbers in metrics.jsonl."""
 
 import json
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ BASE = ["experiment=smoke", "record=wandb", "optim.lr=3e-3", "optim.pairs_per_up
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Two arms of one seed on a tiny laboratory, with W&B's offline mirror."""
+    """Two arms with one seed on a tiny laboratory, mirrored to W&B's offline files."""
     from sdpo import stepwise
     from sdpo.run import folder as run_folder
 
@@ -63,7 +63,7 @@ def check_summary(summary, lines):
 
 
 def check_mirror(folder, lines, summary, out):
-    """What W&B's offline file holds is the run folder's, number for number; and so are the tables read from it."""
+    """W&B's offline file holds the same numbers as the run folder, and gives the same tables."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     run = from_wandb.offline(path)
     assert list(from_wandb.entries(run.rows)) == lines
@@ -75,7 +75,7 @@ def check_mirror(folder, lines, summary, out):
 
 
 def check_same_table(ours, theirs):
-    """Exactly, but for the order of measures, which W&B does not keep."""
+    """The tables are equal except for the order of measures, which W&B does not keep."""
     keys = ["run", *(name for name in ("t", "measure", "update") if name in ours)]
     ours, theirs = (table.drop(columns="folder", errors="ignore").set_index(keys) for table in (ours, theirs))
     pd.testing.assert_frame_equal(ours, theirs, check_like=True, check_exact=True)
@@ -100,7 +100,7 @@ def check_tables_and_figures(folder, arm, lines):
 
 
 def check_pages(sweep):
-    """The report and a notebook show the tables' own strings."""
+    """The report and a notebook show the strings of the tables."""
     shown = [tables.show(table(sweep)) for table in (tables.arms, tables.contrasts, tables.steps, equal_kl.above_plain)]
     html = report.write_report(sweep).read_text()
     with pytest.MonkeyPatch.context() as patch:
@@ -126,7 +126,7 @@ def test_projects_online_are_read_like_offline_files(sweep, tmp_path, monkeypatc
 
     (path,) = (sweep / "stepwise").glob("wandb/offline-run-*/*.wandb")
     held = from_wandb.offline(path)
-    rows = [dict.fromkeys(("train/loss", "eval/lab/gold")) | row for row in held.rows]  # undefined is None there
+    rows = [dict.fromkeys(("train/loss", "eval/lab/gold")) | row for row in held.rows]  # None: undefined
     run = SimpleNamespace(
         name=held.name, config=held.config, summary=held.summary, state="finished", scan_history=lambda: iter(rows)
     )

@@ -1,4 +1,4 @@
-"""The benchmark's workload and arithmetic; the whole of it, against TRL, is a long test."""
+"""The workload and the arithmetic of the benchmark; a slow test runs all of it against TRL."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tidy tables from run and sweep folders: the files' numbers, under the written-down names."""
+"""Tidy tables from run and sweep folders: the numbers of the files, under the documented names."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_mixed_reference(tmp_path):
 
 
 def test_measures_equal_the_summary(sweep):
-    """Every number of summary.json stands in `measures`, exactly, and the headline is one of them."""
+    """`measures` holds exactly the numbers of summary.json, and the headline is one of them."""
     for folder in collect.folders(sweep):
         summary = json.loads((folder / "summary.json").read_text())
         recorded = {0: summary["initial"]["eval"]} | {step["t"]: step["eval"] for step in summary["steps"]}

@@ -1,4 +1,4 @@
-"""Every figure: the numbers of the tables, labelled axes, vectors only, readable in grey, no data under a legend."""
+"""Figures show the numbers of the tables; axes are labelled, graphics are vectors, no legend covers data."""
 
 import xml.etree.ElementTree as xml
 
@@ -64,7 +64,7 @@ def test_legends_cover_no_data(drawn):
 
 
 def test_more_arms_than_colours_get_a_panel_each(sweep):
-    copies = [f"arm_{i}" for i in range(9)]  # in two columns, the right one a panel shorter
+    copies = [f"arm_{i}" for i in range(9)]  # two columns of panels, one panel fewer in the right one
     measures = collect.measures(sweep / "stepwise-s0")
     figure = figures.frontier(pd.concat(measures.assign(arm=name) for name in copies))
     assert [axes.get_title(loc="left") for axes in figure.axes] == copies

@@ -1,4 +1,4 @@
-"""The folders that the tests of analysis/ read have what real runs have: files, keys, columns, kinds of lines."""
+"""The synthetic folders of runs.py have the files, keys, columns and kinds of lines of real runs."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from sdpo.run.folder import Run
 
 
 def shape(value):
-    """A value of JSON without its numbers and texts: keys (hashes are any hash), and the types below them."""
+    """The keys and types of a JSON value, without numbers and texts; every hash key becomes "hash"."""
     if isinstance(value, dict):
         return {"hash" if re.fullmatch("[0-9a-f]{64}", key) else key: shape(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -23,7 +23,7 @@ def shape(value):
 
 
 def described(path):
-    """The shape of what a file holds: of a JSON file, of every line of one, of a table's columns."""
+    """The shape of a file: of its JSON, of each of its JSON lines, or of the columns of its table."""
     if path.suffix == ".parquet":
         return dict(pd.read_parquet(path).dtypes)
     if path.suffix == ".jsonl":
@@ -33,7 +33,7 @@ def described(path):
 
 
 def files(folder):
-    """Every file of a run by its name, in which the run is called RUN; what is linked is not looked into."""
+    """Every file and link of a run by name; RUN stands for the name of the run."""
     found = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
     return {str(path.relative_to(folder)).replace(f"{folder.name}-M", "RUN-M"): path for path in found}
 

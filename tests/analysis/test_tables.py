@@ -1,12 +1,16 @@
-"""Tables of runs and of the paper: numbers exact, nothing invented, every format well formed."""
+"""Tables of runs and of the paper: exact numbers, no invented ones, and well-formed text, Markdown and LaTeX."""
 
+import re
 import shutil
 import subprocess
 import sys
 from math import nan
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import CONF
+from hydra import compose, initialize_config_dir
 from runs import make_run, make_sweep
 
 from analysis import collect, published, table_format, tables
@@ -83,7 +87,7 @@ def test_number(number, text):
 
 
 def test_paper_facts_are_consistent():
-    """H4 is the mean of its tasks within rounding, but for the one printed otherwise; every row is complete."""
+    """H4 is the mean of its tasks within rounding, except for the row that its notes name; every row is complete."""
     main = published.facts()[1]
     off = []
     for row in main["rows"]:
@@ -111,6 +115,18 @@ def test_paper_beside_ours(tmp_path):
     assert ours.loc["M_1", "difference"] == expected - -25.10
 
 
+def test_the_sweep_of_a_paper_s_table_is_found_under_the_name_that_hydra_gives_it(tmp_path, say):
+    command = ["experiment=paper/figure2", "model.path=me/sft"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        named = Path(compose("config", overrides=command, return_hydra_config=True).hydra.sweep.dir).name
+    assert re.fullmatch("paper_figure2-[0-9a-f]{6}", named)
+    make_sweep(tmp_path / named, arms=("all at once", "by_source"), seeds=1)
+    assert f"Ours: {tmp_path / named}, mean" in say("paper", "--out", tmp_path)
+    make_sweep(tmp_path / "paper_figure2", arms=("all at once", "by_source"), seeds=1)
+    with pytest.raises(SystemExit, match=f"holds several sweeps of paper/figure2: paper_figure2, {named}; "):
+        say("paper", "--out", tmp_path)
+
+
 def test_formats(sweep):
     table = pd.DataFrame({"arm": ["a_b|c", "50 % & {more}"], "value": ["-1.5 ± 0.1", ""]})
     assert "| a_b\\|c | -1.5 ± 0.1 |" in table_format.render(table, "Title", ["note"], "markdown")
@@ -122,7 +138,7 @@ def test_formats(sweep):
 
 @pytest.fixture
 def say(monkeypatch, capsys):
-    """The command line: what `python -m analysis.tables` prints."""
+    """say(*arguments) is the output of `python -m analysis.tables ARGUMENTS`."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["tables", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""kill -9 in the middle of a step of two ranks, then the same command: no orphan, and the bytes of a run left alone."""
+"""A run of two ranks is killed in a step and started again: no orphans, and the bytes of an uninterrupted run."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT
 
-SENTENCES = {"agent": "torchrun died", "rank": "a rank was killed by SIGKILL"}  # a dead parent says nothing
+SENTENCES = {"agent": "torchrun died", "rank": "a rank was killed by SIGKILL"}  # a killed parent prints nothing
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def children(pid):
 
 
 def alive(pid):
-    """Whether a process runs; one that ended and was not waited for does not."""
+    """Whether a process is running; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def final_bytes(folder):
 
 @pytest.fixture(scope="module")
 def uninterrupted(command, tmp_path_factory):
-    """The bytes at a stage of a run that nobody kills."""
+    """uninterrupted(stage) is the bytes of a run that is not killed."""
     known = {}
 
     def train(stage):

@@ -1,4 +1,4 @@
-"""How a step is computed, by the user's choice: another attention and compiled graphs give the same step."""
+"""Launch settings that change how a step is computed: other attention and compiled graphs give the same losses."""
 
 import pytest
 from conftest import read_lines
@@ -16,7 +16,7 @@ def test_plain_attention_gives_the_same_losses_and_is_a_step_of_its_own(run, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["launch.recompute_activations=true"], ["tune=lora"]])
-@pytest.mark.filterwarnings("ignore:::torch")  # of the compiler, about itself
+@pytest.mark.filterwarnings("ignore:::torch")  # the compiler's own warnings
 def test_compiled_graphs_give_the_same_losses(run, more):
     eager, compiled = (
         run("split=by_source", *more),

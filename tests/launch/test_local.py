@@ -1,4 +1,4 @@
-"""Ranks, started by the real torchrun: what one of them could not do is what the run says."""
+"""A run reports the error of its rank, under the real torchrun; a run is executed once however often it is started."""
 
 import subprocess
 import sys
@@ -21,14 +21,14 @@ def test_the_error_of_a_rank_is_the_error_of_the_run(toy, tmp_path, monkeypatch)
     command += [f"data.train=[{toy / 'a.jsonl'}]", "data.template=plain", f"hydra.run.dir={tmp_path / 'run'}"]
     command += ["launch.ranks=2", "split=random", "split.num_chunks=99"]
     ended = subprocess.run(command, capture_output=True, text=True)
-    told = "attention: sdpa (launch.attention=auto)\n"  # by the ranks, which speak on the parent's stdout
+    told = "attention: sdpa (launch.attention=auto)\n"  # printed by rank 0
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, told, 1)
     assert ended.stderr.removeprefix("error: ").strip() == (tmp_path / "run" / "error.txt").read_text().splitlines()[0]
     assert "99" in ended.stderr
 
 
 def test_a_job_that_is_submitted_twice_is_done_once(toy, tmp_path, monkeypatch):
-    """As by a sweep whose parent died, started again while the cluster still works."""
+    """As a sweep does that is started again while jobs of its first start still run."""
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
     settings, _ = toys.prepare(toy, tmp_path / "store", "split=all_at_once", "optim.epochs=60")
     folder = tmp_path / "run"
@@ -39,7 +39,7 @@ def test_a_job_that_is_submitted_twice_is_done_once(toy, tmp_path, monkeypatch):
         time.sleep(0.05)
     begun = (folder / "manifest.json").read_bytes()
     run_folder.Run(settings, folder, choices={}, arm="again").prepare()
-    assert (folder / "manifest.json").read_bytes() == begun  # what runs is left as it is
+    assert (folder / "manifest.json").read_bytes() == begun  # a running run stays as it is
     with pytest.raises(UserError, match="another process runs other settings there"):
         run_folder.Run(replace(settings, seed=1), folder, choices={}, arm="other").prepare()
     jobs.append(subprocess.Popen(launch.job(folder), stderr=subprocess.PIPE, text=True))

@@ -1,4 +1,4 @@
-"""Sweeps: names and slots worked by hand; then real ones, with a run that fails and one that is interrupted."""
+"""Sweeps: names, slots and the table worked by hand; real sweeps with a run that fails, and interrupted ones."""
 
 import json
 import os
@@ -124,7 +124,7 @@ def test_what_the_launcher_cannot_do_is_refused(tmp_path, changes, sentence):
 
 @pytest.fixture
 def multirun(toy, tmp_path, monkeypatch):
-    """multirun(*overrides) starts a sweep on the toy, with a store and an output folder of its own."""
+    """multirun(*overrides) starts a sweep on the toy in an empty folder and store."""
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
     monkeypatch.chdir(tmp_path)
     shutil.copy(toy / "a.jsonl", tmp_path)
@@ -191,7 +191,7 @@ def test_a_cluster_runs_what_was_submitted(multirun, tmp_path):
 
 @pytest.mark.slow
 def test_runs_are_forked_before_any_thread_starts():
-    """A thread that exists when a process forks may hold a lock for ever in the child."""
+    """If a process with threads forks, a lock that a thread holds is never released in the child."""
     imports = "from sdpo import distributed; distributed.set_threads(1); import os, sdpo.stepwise"
     count = f"{imports}; print(len(os.listdir('/proc/self/task')))"
     counted = subprocess.run([sys.executable, "-c", count], cwd=CHECKOUT, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The plan of runs against what training them makes; stand-ins against real pairs; costs worked by hand."""
+"""Plans agree with the runs that they describe, placeholders with real pairs; costs are worked by hand."""
 
 import json
 import math
@@ -25,7 +25,7 @@ NOWHERE = ["model=hub", "model.path=nobody/nothing"]
 
 @pytest.fixture
 def asked(toy, tmp_path, monkeypatch):
-    """asked(arm, *overrides) are the runs of an arm on two sources of the toy, with a store of their own."""
+    """asked(arm, *overrides) are the runs of an arm on two sources of the toy; the store is empty."""
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
     files = ",".join(str(toy / f"{source}.jsonl") for source in "ab")
     base = ["model=local", f"model.path={toy / 'model'}", "data=local", f"data.train=[{files}]"]
@@ -54,7 +54,7 @@ def keys(run):
 
 
 def pattern(runs):
-    """Which steps are one, and how large they are, whatever they are called."""
+    """For each step the first step with the same key; then number and size of each step."""
     steps = [step for one in report.foresee(runs) for step in one.steps]
     names = [step.model.key for step in steps]
     return [names.index(name) for name in names], [(step.t, step.num_pairs) for step in steps]
@@ -103,7 +103,7 @@ def test_the_first_step_is_one_whatever_moves_later(asked):
     assert last_words(runs)[0] == "0 of 1 steps exist; 1 will be trained (1 shared by several arms)"
 
 
-def test_stand_ins_are_shared_like_real_pairs_without_a_download(asked, monkeypatch):
+def test_placeholders_are_shared_like_real_pairs_without_a_download(asked, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a plan uses no network"))
     arms = [["split=random"], ["split=random", "reference=initial"], ["split=repeat", "start=initial"]]
     arms += [["split=stratified", "split.num_chunks=1"]]
@@ -119,7 +119,7 @@ def test_orders_that_are_not_known_are_shared_where_they_must_be_and_nowhere_els
     settings = ["split.level=pair", "split.num_chunks=2", "reference=initial", "start=initial"]
     runs = [run for split in ("easy_to_hard", "hard_to_easy") for run in asked(split, f"split={split}", *settings)]
     runs += asked("other", "split=easy_to_hard", "score=gamma_per_token", *settings)
-    # One order is the other in reverse, and here no step depends on an earlier one; another score is another order.
+    # The second order is the reverse of the first, and no step depends on an earlier one. Another score: another order.
     assert pattern(runs)[0] == [0, 1, 1, 0, 4, 5]
 
 
@@ -164,12 +164,12 @@ def chunk_of(num_pairs, tokens):
 @pytest.mark.parametrize(
     ("overrides", "lengths", "operations"),
     [
-        # 4 pairs of 5 tokens in updates of 2: 2 epochs there and back are 2 * 6 * 20 operations per weight, and a
-        # reference that reads the chunk once is 2 * 20.
+        # 4 pairs of 5 tokens in updates of 2: 2 epochs forward and backward cost 2 * 6 * 20 operations per weight,
+        # and a reference that scores the chunk once costs 2 * 20.
         ([], [4], 240 + 40),
         (["reference=none", "loss=simpo"], [], 240),
         (["tune=lora"], [4], 160 + 40),
-        # The windows of the second update and of the last two hold 2 and 4 pairs; the step follows one pair.
+        # The windows of the second update and of the last two hold 2 and 4 pairs; there is one probe pair.
         (["reference=periodic"], [1, 1, 2], 240 + 40 + 20 + 40 + 2 * 10),
         (["probe.every=1"], [4], 240 + 40 + 3 * 10),
         (["reference=external", "reference.path=x", "reference.parameters=7000"], [4], 240 + 280),
@@ -191,7 +191,7 @@ def test_weights_are_counted_where_a_model_is(toy, tiny_model, tmp_path):
     assert 1.5e5 < flops.count_parameters(settings, Artifact("", tmp_path, reused=False)) < 1.8e5  # the laboratory's
 
 
-def test_weights_that_are_only_looked_up_earn_nothing(toy, tiny_model, tmp_path):
+def test_weights_that_are_only_looked_up_cost_nothing(toy, tiny_model, tmp_path):
     whole = Artifact("", toy / "model", reused=True)
     assert throughput.multiplied(whole, tiny_model) == tiny_model.num_parameters() - 300 * 32
     tied = random_model(tie_word_embeddings=True)

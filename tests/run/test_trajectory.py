@@ -1,4 +1,4 @@
-"""trajectory.parquet and the windows of the manifest: who was scored when, and that looking changes nothing."""
+"""trajectory.parquet and the windows of the manifest: which model was scored when; probing changes no weights."""
 
 import json
 
@@ -16,7 +16,7 @@ LOGPS = ["chosen_logp", "rejected_logp"]
 
 
 def followed(folder, **where):
-    """The rows of a trajectory with these values, by id."""
+    """The rows of a trajectory with these values, indexed by id."""
     table = pd.read_parquet(folder / "trajectory.parquet")
     for column, value in where.items():
         table = table[table[column] == value]
@@ -40,13 +40,13 @@ def test_a_policy_inside_a_step_is_that_of_a_step_that_ends_there(run):
     assert (inside["held_out"] | inside["seen"]).all() and set(inside["chunk"]) == {0, 1}
 
 
-def test_looking_inside_a_step_changes_its_key_and_not_its_weights(run):
-    blind, looking = run(*FLAT, name="blind"), run(*FLAT, "probe.every=3", name="looking")
-    assert (blind / "steps/1").resolve() != (looking / "steps/1").resolve()
-    assert weights_hash(blind / "steps/1") == weights_hash(looking / "steps/1")
-    again = run(*FLAT, "probe.every=3", name="again")  # found, not trained, and as well known
+def test_probing_inside_a_step_changes_its_key_and_not_its_weights(run):
+    plain, probed = run(*FLAT, name="plain"), run(*FLAT, "probe.every=3", name="probed")
+    assert (plain / "steps/1").resolve() != (probed / "steps/1").resolve()
+    assert weights_hash(plain / "steps/1") == weights_hash(probed / "steps/1")
+    again = run(*FLAT, "probe.every=3", name="again")  # found in the store, with the same trajectory
     assert json.loads((again / "summary.json").read_text())["reused_steps"] == 1
-    pd.testing.assert_frame_equal(followed(again), followed(looking))
+    pd.testing.assert_frame_equal(followed(again), followed(probed))
 
 
 def test_every_reference_is_followed_and_named(run, toy):
@@ -64,7 +64,7 @@ def test_every_reference_is_followed_and_named(run, toy):
     assert set(start["model"]) == {"M_1"} and set(start["chunk"]) == {0, 1, 2, 3}
     np.testing.assert_array_equal(start[LOGPS], followed(folder, t=1, role="policy", update=-1)[LOGPS])
     own = start[start["chunk"] == 2]
-    gamma_ref = (own["chosen_logp"] - own["rejected_logp"]).mean()  # chunks of the toy are followed whole
+    gamma_ref = (own["chosen_logp"] - own["rejected_logp"]).mean()  # all pairs of the toy are probes
     assert first["gamma_ref_mean"] == pytest.approx(gamma_ref, abs=1e-5)
     assert not own["seen"].any() and start[start["chunk"] == 1]["seen"].all()
     assert moved[moved["chunk"] == 2]["seen"].sum() == 16  # two updates of 8 pairs
