@@ -24,6 +24,15 @@ TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}  # of the fp32 logits of one tile
 # If all logits of a pack take at most this many bytes, they are kept for the backward pass; else they are recomputed.
 KEPT_BYTES = {"cpu": 2**27, "cuda": 2**30}
 
+# Settings of a model from whose value on, in tokens, its attention may be another one.
+LIMITS = (
+    "sliding_window",
+    "window_size",
+    "attention_chunk_size",
+    "local_attention",
+    "original_max_position_embeddings",
+)
+
 
 class Head(nn.Module):
     """The model's own vocabulary projection. Returns only the log-probabilities of given tokens.
@@ -131,10 +140,10 @@ class Scorer(nn.Module):
     """A causal language model (`.model`) whose forward pass takes a pack and returns log-probs.
 
     `attention` is auto, sdpa, varlen, flex or plain. Raises UserError, which names the model, if the packed log-probs
-    differ from those of the model's own forward pass.
+    differ from those of the model's own forward pass in a check of sequences of up to `longest` tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: str = "auto"):
+    def __init__(self, model: PreTrainedModel, attention: str = "auto", longest: int = 1024):
         super().__init__()
         if model.get_decoder() is model:
             raise UserError(f"{type(model).__name__} has no decoder apart from its head, and cannot be scored here")
@@ -146,7 +155,7 @@ class Scorer(nn.Module):
         self.longest_packed = rotary.longest_with_fixed_frequencies(model.config.get_text_config())
         rotary.forget_lengths(model)
         self.train(model.training)
-        _check(self)
+        check_packing(self, longest)
 
     @property
     def backend(self) -> str:
@@ -195,19 +204,28 @@ class Scorer(nn.Module):
         return output.last_hidden_state[0]
 
 
-def _check(scorer: Scorer) -> None:
-    """Raise UserError if packed and naive log-probs of two short pairs differ.
+def check_packing(scorer: Scorer, longest: int) -> None:
+    """Raise UserError if packed and naive log-probs of a few pairs differ, on the scorer's device and in its dtype.
 
     The check catches models that do something with attention or logits that this code does not know: ALiBi, recurrence,
-    another scaling.
+    another scaling. Pairs are longer than each limit that the configuration names (sliding windows, lengths from which
+    on rotary frequencies change), but not longer than `longest`, which no sequence that is scored exceeds.
     """
+    config = scorer.model.config.get_text_config()
+    named = {getattr(config, name, None) or 0 for name in LIMITS} | {scorer.longest_packed}
+    beyond = [int(limit) + 1 for limit in sorted(named) if 0 < limit < longest - 24]
+    tokens = np.random.default_rng(0).integers(1, config.vocab_size, longest + 64, dtype=np.int32)
     rows = [
-        TokenPair("", *(np.arange(n, dtype=np.int32) % 3 + 1 for n in lengths)) for lengths in [(5, 4, 6), (1, 7, 2)]
+        TokenPair("", tokens[:prompt], *(tokens[prompt : prompt + n] for n in responses))
+        for prompt, responses in [(1, (7, 2)), (5, (12, 24)), *((prompt, (17, 24)) for prompt in beyond)]
     ]
     training = scorer.training
     scorer.eval()
     with torch.no_grad():
-        packed = torch.stack(scorer(pack(rows).to(scorer.head.weight.device)), 1)
+        try:
+            packed = torch.stack(scorer(pack(rows).to(scorer.head.weight.device)), 1)
+        except (AttributeError, TypeError) as error:  # of model code that computes with the mask
+            raise UserError(backends.refusal(scorer.model, f"its attention reads its mask ({error})")) from error
         naive = torch.stack([torch.stack(naive_logprobs(scorer.model, row)) for row in rows])
     scorer.train(training)
     tolerance = 1e-4 if packed.dtype == scorer.head.weight.dtype else 2e-2

@@ -22,7 +22,7 @@ from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
 from sdpo.model import adapters, hub
 from sdpo.model.engine import Engine, open_engine
-from sdpo.model.logprobs import Scorer, naive_logprobs, score
+from sdpo.model.logprobs import Scorer, check_packing, naive_logprobs, score
 from sdpo.model.memory import explained
 from sdpo.model.packing import tokens_of
 from sdpo.store import Artifact, Store, check, damaged
@@ -46,6 +46,7 @@ class Runner:
         self.foreign: dict[str, dict[str, TokenPair]] = {}  # key of a model with another tokenizer -> row id -> its row
         self.scored = np.zeros(2)  # tokens and seconds of all passes for log-probs so far
         self._reported_backend = ""
+        self._checked: set[tuple[str, ...]] = set()
         self._engine: Engine | None = None
         self._loaded: str | None = None  # the key of the weights in memory
         self._adapter: adapters.AdapterSpec | None = None  # if one is trained
@@ -89,25 +90,30 @@ class Runner:
         distributed.barrier()
 
     def _open(self, model: Artifact, loaded: PreTrainedModel, config: Config) -> Engine:
-        scorer = Scorer(loaded, self.config.launch.attention)
-        if (
-            config.deepspeed.stage == 3
-            and distributed.world_size() > 1
-            and scorer.longest_packed < config.data.max_tokens
-        ):
-            raise UserError(  # under ZeRO-3 every rank must run the same number of forward passes
-                f"{type(loaded).__name__} reads its rotary frequencies off a sequence's length above "
-                f"{scorer.longest_packed} tokens, which deepspeed=zero3 cannot do on several ranks: "
-                f"set data.max_tokens={scorer.longest_packed}, or use deepspeed=zero2"
-            )
+        scorer = Scorer(loaded, self.config.launch.attention, longest=0)
         if self.config.launch.compile:
             scorer.compile_decoder()
         self._engine = open_engine(scorer, config.optim, config.precision, config.deepspeed, self.device)
         self._loaded = model.key
+        self._check(scorer, config)
         if self._reported_backend != scorer.backend:
             self._reported_backend = scorer.backend
             tell(f"attention: {scorer.backend} (launch.attention={self.config.launch.attention})")
         return self._engine
+
+    def _check(self, scorer: Scorer, config: Config) -> None:
+        """Check the scorer where it runs, once per architecture and backend, at lengths that the data can have."""
+        kind = (scorer.model.config.to_json_string(), scorer.backend, config.precision)
+        if kind in self._checked:
+            return
+        self._checked.add(kind)
+        longest, name = config.data.max_tokens, type(scorer.model).__name__
+        if config.deepspeed.stage == 3 and distributed.world_size() > 1 and scorer.longest_packed < longest:
+            raise UserError(  # the ranks would run different numbers of forward passes, and wait for each other
+                f"{name} has other rotary frequencies for each length above {scorer.longest_packed} tokens, which "
+                f"deepspeed=zero3 cannot do: set data.max_tokens={scorer.longest_packed}, or use deepspeed=zero2"
+            )
+        check_packing(scorer, longest)
 
     def release(self) -> None:
         """Unload the model in memory."""

@@ -7,8 +7,10 @@ from test_packing import rows_of
 
 from sdpo.errors import UserError
 from sdpo.model.attention import cuda as cuda_attention
+from sdpo.model.attention import sdpa
+from sdpo.model.attention.cpu_blocks import attend_in_blocks
 from sdpo.model.attention.interface import Flex, Rule, Sdpa, Varlen, choose_backend, own_attention, reshapes_scores
-from sdpo.model.logprobs import Scorer, naive_logprobs
+from sdpo.model.logprobs import Scorer, check_packing, naive_logprobs
 from sdpo.model.packing import pack
 
 PACK = pack(rows_of([(1, 1, 1), (5, 9, 3), (5, 9, 3), (1, 7, 1), (12, 1, 30), (70, 65, 3), (4, 3, 0)]))
@@ -91,6 +93,24 @@ def test_models_that_cannot_share_prompts_are_refused_by_name_and_run_plain(arch
     model = random_model(architecture, **({"n_head": 4} if architecture == "bloom" else {}))
     with pytest.raises(UserError, match=f"(?i){architecture}.*launch.attention=plain"):
         Scorer(model)
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "phimoe"])
+def test_a_window_that_is_not_applied_is_refused_at_any_length_that_is_scored(architecture, monkeypatch):
+    monkeypatch.setattr(sdpa, "attend_in_blocks", lambda q, k, v, scale, window: attend_in_blocks(q, k, v, scale, None))
+    model = random_model(
+        architecture, sliding_window=100, **({"num_local_experts": 4} if "moe" in architecture else {})
+    )
+    with pytest.raises(UserError, match=f"(?i){architecture}.*launch.attention=plain"):
+        Scorer(model)
+    scorer = Scorer(model, longest=99)  # no sequence is longer than the window
+    with pytest.raises(UserError, match="cannot share prompts"):
+        check_packing(scorer, longest=200)
+
+
+def test_a_model_that_computes_with_its_mask_is_refused_by_name():
+    with pytest.raises(UserError, match="DogeForCausalLM.*reads its mask.*launch.attention=plain"):
+        Scorer(random_model("doge", sliding_window=8))
 
 
 @pytest.mark.filterwarnings("ignore:.*RoPE")

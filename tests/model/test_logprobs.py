@@ -38,6 +38,15 @@ ARCHITECTURES = {
     "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.2},
     "gpt_oss": {"sliding_window": 8, "num_local_experts": 4},
     "phi": {},  # its head has a bias
+    # Two models whose window is in the mask alone.
+    "phimoe": {"sliding_window": 8, "num_local_experts": 4},
+    "qwen2_moe": {
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
 }
 
 

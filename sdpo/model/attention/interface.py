@@ -83,7 +83,7 @@ def attend(
     query_1HTD: Tensor,
     key_1HTD: Tensor,
     value_1HTD: Tensor,
-    attention_mask: None,
+    attention_mask: int | None,
     *,
     packed: Sdpa | Varlen | Flex | None = None,
     scaling: float | None = None,
@@ -95,6 +95,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in every layer, which is why its parameters have transformers' names.
 
+    Some models tell a layer's sliding window by `sliding_window`, others by the mask alone, which is `_window` here.
     Returns the output [1, T, H, D]. Raises UserError if the forward pass was given no pack.
     """
     if packed is None:
@@ -103,7 +104,7 @@ def attend(
             "if this is a Scorer, the model does not pass keyword arguments on to its layers: "
             "choose launch.attention=plain"
         )
-    rule = Rule(scaling, sliding_window, softcap, s_aux, dropout)
+    rule = Rule(scaling, attention_mask if sliding_window is None else sliding_window, softcap, s_aux, dropout)
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
     return packed(query_THD, key_THD, value_THD, rule)[None], None
 
@@ -113,9 +114,10 @@ def leave_out_of_graphs() -> None:
     AttentionInterface.register(NAME, torch.compiler.disable(attend))
 
 
-def _no_mask(**_arguments: Any) -> None:
-    """No mask: the backends know what each token sees, and a model's own mask would be [T, T]."""
+def _window(local_size: int | None = None, **_arguments: Any) -> int | None:
+    """The window of a mask in place of the mask, which would be [T, T]: the backends know what else a token sees."""
+    return local_size
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionMaskInterface.register(NAME, _window)
