@@ -26,6 +26,10 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing catches it."""
 
 
+CHAT = "{% for m in messages %}{{ m.role[0] + ':' + m.content + (eos_token if m.role == 'assistant' else '') + '\n' }}"
+CHAT += "{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+
+
 def interrupt_after(monkeypatch, num_updates):
     """The process ends after some optimiser updates; returns the list that counts them."""
     done, update = [], engine.Plain.update
@@ -150,6 +154,22 @@ def test_a_checkpoint_swapped_behind_its_path_is_another_model(run, toy):
     starts = [read_lines(folder, "train")[0] for folder in (first, second)]
     assert starts[0]["chosen_logp"] != starts[1]["chosen_logp"]
     assert [start["margin"] for start in starts] == [0.0, 0.0]
+
+
+def test_a_repaired_chat_template_trains_and_exports_anew(run, toy):
+    def exported(name):
+        folder = run("split=all_at_once", "optim.pairs_per_update=99", "data.template=null", name=name)
+        assert json.loads((folder / "summary.json").read_text())["reused_steps"] == 0
+        return (folder / "steps/1/chat_template.jinja").read_text()
+
+    template = toy / "model" / "chat_template.jinja"
+    try:
+        template.write_text(CHAT)
+        assert exported("first") == CHAT
+        template.write_text(CHAT + "{# repaired #}")
+        assert exported("second") == CHAT + "{# repaired #}"
+    finally:
+        template.unlink()
 
 
 def test_tokens_that_changed_are_scored_anew(run):

@@ -46,6 +46,13 @@ SHAPE = {  # config.json, written without transformers, which would add its vers
     "eos_token_id": 2,
     "dtype": "float32",
 }
+TOKENIZER = {  # tokenizer_config.json
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "pad_token": "<pad>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "model_max_length": 512,
+}
 SIZES = {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32), "gate": (48, 32), "up": (48, 32), "down": (32, 48)}
 TRAINED = "split=easy_to_hard probe.every=2"  # the run whose folder is looked at
 VOLATILE = ("torch", "transformers", "lm_eval", "tokenizer", "answers")  # libraries, and what floating point decides
@@ -71,6 +78,7 @@ def place(tmp_path_factory):
     """A folder with the model, two sources of 16 rated pairs each, two prompts and a benchmark's file."""
     folder = tmp_path_factory.mktemp("pins")
     byte_tokenizer().save_pretrained(folder / "model")
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps(TOKENIZER))
     (folder / "model" / "config.json").write_text(json.dumps(SHAPE))
     save_file(weights(), folder / "model" / "model.safetensors", metadata={"format": "pt"})
     rng = random.Random(0)

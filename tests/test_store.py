@@ -93,10 +93,17 @@ def test_another_run_makes_the_artifact_of_a_killed_one(tmp_path):
     assert [path.name for path in sorted(artifact.folder.iterdir())] == ["manifest.json", "text"]
 
 
-def test_the_fingerprint_of_a_model_depends_on_weights_configuration_and_code(tmp_path):
+def test_a_model_made_elsewhere_is_known_by_all_that_it_carries(tmp_path):
     random_model().save_pretrained(tmp_path)
-    before = fingerprint(tmp_path)
-    (tmp_path / "moments-0.safetensors").write_bytes(b"of an optimiser")
-    assert fingerprint(tmp_path) == before
-    (tmp_path / "modeling_own.py").write_text("# runs where trust_remote_code is set")
-    assert fingerprint(tmp_path) != before
+    known = fingerprint(tmp_path)
+    (tmp_path / "moments-0.safetensors").write_bytes(b"of an optimiser, beside a finished step")
+    assert fingerprint(tmp_path) == known
+    (tmp_path / "README.md").write_text("a card")
+    assert fingerprint(tmp_path) == known
+    carried = ["modeling_own.py", "generation_config.json", "chat_template.jinja", "tokenizer.json", "vocab.txt"]
+    carried += ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"]
+    for name in [*carried, "additional_chat_templates/tools.jinja"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"another {name}")
+        assert fingerprint(tmp_path) != known, name
+        known = fingerprint(tmp_path)

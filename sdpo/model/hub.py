@@ -18,6 +18,9 @@ from sdpo.store import hash_files, key_of
 transformers.utils.logging.disable_progress_bar()  # it shows one per shard; we show our own
 
 WEIGHTS = "*.safetensors"
+# The files beside the weights that decide what a model computes and how it is talked to.
+CARRIED = ["config.json", "generation_config.json", "*.py", "*token*.json", "vocab*", "merges.txt", "*.model"]
+CARRIED += ["*.tiktoken", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -75,9 +78,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """The content hash of a model made elsewhere: of its weights, configuration and code, not of its path."""
-    files = [*weight_files(folder), folder / "config.json", *folder.glob("*.py")]
-    return key_of("external", {"files": hash_files(folder, files)})
+    """The content hash of all that a model made elsewhere carries, not of its path.
+
+    This is its weights, configuration and code, its tokenizer and chat template, and its generation config, because
+    a step's folder carries them on.
+    """
+    carried = {path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()}
+    return key_of("external", {"files": hash_files(folder, sorted({*weight_files(folder), *carried}))})
 
 
 def fingerprint_weights(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
