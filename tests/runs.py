@@ -216,7 +216,7 @@ def _summary(summary, metrics, seed):
 
 def _write_answers(folder, metrics):
     """Write the answers in the metrics in the formats of benchmarks, too; remove the folder if there are none."""
-    from sdpo.evals.generation import write_formats
+    from sdpo.evals.answer_formats import write_formats
 
     for path in (folder / "answers").glob("*-M_*"):
         path.unlink()
