@@ -29,6 +29,21 @@ def longest_with_fixed_frequencies(config: PretrainedConfig) -> float:
     return min(limits)
 
 
+def longest_readable(config: PretrainedConfig) -> float:
+    """The number of positions that a model has; infinite if its configuration names none.
+
+    Scaling of rotary frequencies extends the length of pre-training, which some configurations name and some already
+    name extended: the larger number counts.
+    """
+    named = getattr(config, "max_position_embeddings", None) or math.inf
+    extended = [
+        rope["factor"] * (rope.get("original_max_position_embeddings") or named)
+        for rope in settings(config)
+        if rope.get("factor")
+    ]
+    return max(named, *extended) if extended else named
+
+
 def forget_lengths(model: PreTrainedModel) -> None:
     """Make the frequencies of dynamic NTK depend on the sequence of a forward pass alone, not on earlier passes."""
     for module in model.modules():

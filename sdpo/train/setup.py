@@ -22,7 +22,7 @@ from sdpo.errors import UserError
 from sdpo.lab import exam as lab_exam
 from sdpo.lab import model as lab_model
 from sdpo.lab import pairs as lab_pairs
-from sdpo.model import adapters, hub
+from sdpo.model import adapters, hub, limits
 from sdpo.store import Artifact, Store
 from sdpo.train import probes
 from sdpo.train.reference_windows import external
@@ -75,9 +75,12 @@ def prepare(config: Config, store: Store, take: TakeStep = take_step) -> Inputs:
     else:
         preferences = preference_files.load(config.data)
     _check_ratings(config, preferences.train)
+    train, held_out, report = _encode(config, runner, preferences)
+    if config.model.name != "lab":
+        limits.check_rows([*train.rows, *held_out.rows], base.folder, config.model.trust_remote_code)
     if config.tune.get("quantize", "none") != "none":
         initial = adapters.rounded(initial, runner.loading, store, runner.tokenizer)
-    return Inputs(runner, initial, *_encode(config, runner, preferences), exam)
+    return Inputs(runner, initial, train, held_out, report, exam)
 
 
 def open_runner(config: Config, store: Store) -> tuple[Runner, Artifact]:
@@ -141,14 +144,10 @@ def _encode_for_external(reference: Settings, config: Config, runner: Runner, pa
     model = external(reference)
     tokenizer = hub.load_tokenizer(model.folder)
     longest = max(tokenizer.model_max_length, config.data.max_tokens)
-    runner.foreign[model.key], _ = encode(
-        pairs,
-        tokenizer,
-        template=reference.get("template"),
-        template_date=config.data.template_date,
-        max_tokens=longest,
-        on_long="error",
-    )
+    template, date = reference.get("template"), config.data.template_date
+    rows, _ = encode(pairs, tokenizer, template=template, template_date=date, max_tokens=longest, on_long="error")
+    limits.check_rows(rows.values(), model.folder)
+    runner.foreign[model.key] = rows
 
 
 def _base_model(config: Config, store: Store) -> tuple[Artifact, PreTrainedTokenizerBase]:
