@@ -1,6 +1,7 @@
 """Loads, fingerprints and saves models and tokenizers: Hugging Face folders with safetensors. Nothing is unpickled."""
 
 import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def locate(path: str | None, revision: str | None, on_hub: bool, trust_remote_code: bool = False) -> Path:
     """The folder of a model that was made elsewhere. A repository of the Hub is downloaded first, code only if trusted.
 
-    Raises UserError if there is no such folder or repository, or if it lacks config.json or safetensors weights.
+    Raises UserError if there is no such folder or repository, if it lacks config.json or safetensors weights, if the
+    weights are quantised, and if it holds an adapter.
     """
     if not path:
         raise UserError("model.path is not set; name a folder (model=local) or a repository (model=hub)")
@@ -43,11 +45,32 @@ def locate(path: str | None, revision: str | None, on_hub: bool, trust_remote_co
         except OSError as error:
             raise Unreachable(path, error) from error
     folder = Path(path)
-    if not (folder / "config.json").is_file():
+    has_config = (folder / "config.json").is_file()
+    if (folder / "adapter_config.json").is_file():
+        held = "an adapter beside whole weights, so that it names two models" if has_config else "only an adapter"
+        raise UserError(
+            f"{folder} holds {held}: merge the adapter into its base with peft (merge_and_unload), save the result "
+            "with save_pretrained, and name that folder; or remove the adapter's files"
+        )
+    if not has_config:
         raise UserError(f"{folder} holds no config.json; name a Hugging Face model folder")
     if not any(folder.glob(WEIGHTS)):
         raise UserError(f"{folder} holds no *.safetensors; save it with save_pretrained first")
+    _check_not_quantised(folder)
     return folder
+
+
+def _check_not_quantised(folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} is not JSON ({error}); copy or download it again") from error
+    if quantised := config.get("quantization_config") or config.get("compression_config"):
+        method = quantised.get("quant_method", "unknown method")
+        raise UserError(
+            f"{folder} holds quantised weights ({method}), which cannot be trained or scored here; name the model that "
+            "they were made from (tune=lora tune.quantize=4bit rounds its weights to 4 bits while it trains)"
+        )
 
 
 def is_here(path: str, revision: str | None = None) -> bool:
@@ -106,7 +129,8 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 def load(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a folder: fp32, in eval mode, with its own attention.
 
-    Raises UserError if its files are damaged or lack weights, which transformers would initialise at random.
+    Raises UserError if its files are damaged, lack weights, which transformers would initialise at random, have others
+    that it would ignore, or hold a number that is not finite.
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -121,6 +145,14 @@ def load(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{folder} cannot be loaded: it lacks {len(missing)} weights, {missing[0]} among them")
+    if unexpected := sorted(report["unexpected_keys"]):
+        raise UserError(
+            f"{folder} cannot be loaded: {type(model).__name__} has no place for {len(unexpected)} of its weights, "
+            f"{unexpected[0]} among them; remove them, or correct the architecture in config.json"
+        )
+    for name, param in model.named_parameters():
+        if param.numel() and not torch.stack(param.detach().aminmax()).isfinite().all():
+            raise UserError(f"{folder} cannot be used: its weight {name} holds NaN or infinity; save the model again")
     return model
 
 
@@ -148,8 +180,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 def save(
     model: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Write whole weights (named as in `model.state_dict()`), the configuration and the tokenizer."""
-    model.save_pretrained(folder, state_dict=state)
+    """Write whole weights (named as in `model.state_dict()`), the configuration with their dtype, and the tokenizer."""
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    model.save_pretrained(folder, state_dict=state)  # empties `state`
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("dtype") != dtype:  # transformers writes that of the model in memory
+        path.write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
 
 

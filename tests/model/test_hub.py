@@ -1,16 +1,80 @@
-"""Moving a model to its device and precision."""
+"""Model folders that cannot be used are refused by one sentence; what is saved says its dtype; casts."""
 
+import json
+
+import pytest
 import torch
+from conftest import byte_tokenizer, random_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sdpo.model.hub import cast
+from sdpo.errors import UserError
+from sdpo.model import hub
+
+
+@pytest.fixture
+def folder(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def locate(folder):
+    return hub.locate(str(folder), None, on_hub=False)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors"])
+def test_quantised_weights_are_refused(folder, method):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(UserError, match=rf"quantised weights \({method}\).*name the model that they were made from"):
+        locate(folder)
+
+
+@pytest.mark.parametrize(("beside", "held"), [(True, "beside whole weights"), (False, "holds only an adapter")])
+def test_an_adapter_is_refused_beside_whole_weights_and_alone(folder, beside, held):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "elsewhere"}))
+    if not beside:
+        (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=f"{held}.*merge_and_unload"):
+        locate(folder)
+
+
+def with_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(folder, value):
+    name = "model.layers.1.mlp.up_proj.weight"
+    with_weights(folder, lambda weights: weights[name][3].fill_(value))
+    with pytest.raises(UserError, match=f"its weight {name} holds NaN or infinity"):
+        hub.load(folder)
+
+
+def test_weights_that_the_architecture_has_no_place_for_are_named(folder):
+    with_weights(folder, lambda weights: weights.update({"model.layers.0.mlp.extra.weight": torch.ones(2)}))
+    with pytest.raises(UserError, match="LlamaForCausalLM has no place for 1 of its weights, model.layers.0.mlp.extra"):
+        hub.load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("in_memory", ["float32", "bfloat16"])
+def test_the_saved_configuration_names_the_dtype_of_the_files(tmp_path, dtype, in_memory):
+    model = random_model().to(getattr(torch, in_memory))
+    state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in model.state_dict().items()}
+    hub.save(model, state, byte_tokenizer(), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
+    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "model.safetensors").values()} == {f"torch.{dtype}"}
+    hub.load(tmp_path)
 
 
 def test_a_cast_changes_float_parameters_alone():
     module = nn.Linear(2, 1)
     module.packed = nn.Parameter(torch.tensor([3, 200], dtype=torch.uint8), requires_grad=False)  # as 4-bit weights are
     module.register_buffer("frequencies", torch.tensor([1 / 3]))
-    cast(module, torch.device("cpu"), torch.bfloat16)
+    hub.cast(module, torch.device("cpu"), torch.bfloat16)
     assert module.weight.dtype == module.bias.dtype == torch.bfloat16
     assert module.packed.dtype == torch.uint8 and module.packed.tolist() == [3, 200]
     assert module.frequencies.dtype == torch.float32
