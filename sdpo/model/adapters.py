@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.pytorch_utils import Conv1D
 
 from sdpo import distributed
+from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.model import hub
 from sdpo.store import Artifact, Store
@@ -70,15 +71,18 @@ class Loading(NamedTuple):
 def load(spec: AdapterSpec, seed: int, loading: Loading) -> PreTrainedModel:
     """The start of a step with a new adapter. Before training, its outputs are those of the start.
 
-    Only the adapter and the modules of `modules_to_save` require gradients. Raises UserError if a target is not a
-    linear layer of the model's body, or if a module does not exist.
+    Only the adapter and the modules of `modules_to_save` require gradients. The first of a chain of adapters says what
+    it adapts. Raises UserError if a target is not a linear layer of the model's body, or if a target or module does
+    not exist.
     """
     from peft import LoraModel
 
     adapter = spec.adapter
     model = _base(spec, loading.trust_remote_code) if adapter.quantize == "none" else _quantised(spec.base, loading)
     targets = _all_linear(model) if adapter.targets == ["all-linear"] else adapter.targets
-    whole = {name: _modules(model, name) for name in adapter.modules_to_save}
+    for name in targets:
+        _modules(model, name, "targets")
+    whole = {name: _modules(model, name, "modules_to_save") for name in adapter.modules_to_save}
     torch.manual_seed(seed * 1_000_003 - 1 - spec.num_earlier)  # the seeds of updates count up from seed * 1_000_003
     tuner = LoraModel(model, _lora_config(spec, 1, targets, adapter.dropout), TRAINED)
     if spec.is_stacked:
@@ -90,6 +94,8 @@ def load(spec: AdapterSpec, seed: int, loading: Loading) -> PreTrainedModel:
     _check_targets(model)
     for name, modules in whole.items():
         _train_whole(name, modules)
+    if spec.num_earlier == 0:
+        tell(_describe(model, whole, hub.count_weights(spec.base.folder)))
     return model.train(adapter.dropout > 0)
 
 
@@ -239,11 +245,31 @@ def _check_targets(model: PreTrainedModel) -> None:
             )
 
 
-def _modules(model: PreTrainedModel, name: str) -> list[nn.Module]:
-    """The modules whose path ends in `name`."""
+def _describe(model: PreTrainedModel, whole: dict[str, list[nn.Module]], num_weights: int) -> str:
+    """What is adapted and what is trained whole, as one line: names and shares of the model's weights."""
+    from peft.tuners.lora import LoraLayer
+
+    adapted: dict[str, int] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            name = path.rpartition(".")[2]
+            adapted[name] = adapted.get(name, 0) + layer.in_features * layer.out_features
+    parts = [f"adapts {', '.join(sorted(adapted))} ({sum(adapted.values()) / num_weights:.1%} of the weights)"]
+    if whole:
+        size = sum({param: param.numel() for each in whole.values() for m in each for param in m.parameters()}.values())
+        parts.append(f"trains {', '.join(whole)} whole ({size / num_weights:.1%})")
+    frozen = [(name, param.numel()) for name, param in model.named_parameters() if ".experts." in name]
+    if frozen := [(name, size) for name, size in frozen if "lora_" not in name and "base_layer" not in name]:
+        share = sum(size for _, size in frozen) / num_weights
+        parts.append(f"leaves the experts frozen ({share:.1%}), which are stacked tensors and no linear layers")
+    return "tune=lora " + ", ".join(parts)
+
+
+def _modules(model: PreTrainedModel, name: str, setting: str) -> list[nn.Module]:
+    """The modules whose path ends in `name`, which the setting tune.`setting` names."""
     found = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
     if not found:
-        raise UserError(f"tune.modules_to_save names {name}, which {type(model).__name__} does not have")
+        raise UserError(f"tune.{setting} names {name}, which {type(model).__name__} does not have")
     return found
 
 
