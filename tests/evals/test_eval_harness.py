@@ -194,5 +194,5 @@ def test_data_that_cannot_be_reached_is_one_sentence(toy, tmp_path, monkeypatch,
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"^the data of arc_challenge cannot be loaded \(Couldn't reach the Hub\); "):
-        eval_harness.benchmark(tiny_model, tokenizer, tasks=["arc_challenge"])
+    with pytest.raises(UserError, match=r"^the data of arc_.* cannot be loaded \(Couldn't reach the Hub\); "):
+        eval_harness.h4(tiny_model, tokenizer)
