@@ -19,12 +19,12 @@ def test_the_error_of_a_rank_is_the_error_of_the_run(toy, tmp_path, monkeypatch)
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
     command = [sys.executable, str(CHECKOUT / "train.py"), "model=local", f"model.path={toy / 'model'}", "data=local"]
     command += [f"data.train=[{toy / 'a.jsonl'}]", "data.template=plain", f"hydra.run.dir={tmp_path / 'run'}"]
-    command += ["launch.ranks=2", "split=random", "split.num_chunks=99"]
+    command += ["launch.ranks=2", "split=all_at_once", "optim.lr=1e30", "optim.warmup=0", "optim.pairs_per_update=8"]
     ended = subprocess.run(command, capture_output=True, text=True)
     told = "attention: sdpa (launch.attention=auto)\n"  # printed by rank 0
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, told, 1)
     assert ended.stderr.removeprefix("error: ").strip() == (tmp_path / "run" / "error.txt").read_text().splitlines()[0]
-    assert "99" in ended.stderr
+    assert "not finite" in ended.stderr
 
 
 def test_a_job_that_is_submitted_twice_is_done_once(toy, tmp_path, monkeypatch):
