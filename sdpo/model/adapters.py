@@ -253,6 +253,7 @@ def _describe(model: PreTrainedModel, whole: dict[str, list[nn.Module]], num_wei
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             name = path.rpartition(".")[2]
+            assert layer.in_features and layer.out_features
             adapted[name] = adapted.get(name, 0) + layer.in_features * layer.out_features
     parts = [f"adapts {', '.join(sorted(adapted))} ({sum(adapted.values()) / num_weights:.1%} of the weights)"]
     if whole:

@@ -1,0 +1,77 @@
+"""Settings of adapters: what is refused by which sentence, and what is said of the weights that are adapted."""
+
+import shutil
+
+import pytest
+from conftest import compose, random_model
+from test_adapters import LORA
+
+from sdpo import validate
+from sdpo.errors import UserError
+from sdpo.variants import tune
+
+REFUSED = {
+    "would score rounded ones": ["tune.between=stack", "save_dtype=bf16"],
+    "nothing to carry": ["optim.moments=carry"],
+    "4bit needs tune.between=stack": ["tune.quantize=4bit"],
+    "4bit needs bitsandbytes": ["tune.quantize=4bit", "tune.between=stack"],
+    "it can be merge, stack": ["tune.between=sum"],
+    "it can be none, 4bit": ["tune.quantize=8bit"],
+    "rank must be at least 1": ["tune.rank=0"],
+    "alpha must be above 0": ["tune.alpha=0"],
+    "dropout must be at least 0 and below 1": ["tune.dropout=1.0"],
+    "targets is empty": ["tune.targets=[]"],
+    "unknown key ranks": ["+tune.ranks=3"],
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_settings_that_contradict_adapters_are_refused_at_composition(message, monkeypatch):
+    monkeypatch.setattr(tune, "find_spec", lambda name: None)
+    files = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]
+    with pytest.raises(UserError, match=message):
+        validate.check(compose(*files, "tune=lora", *REFUSED[message]))
+
+
+def test_a_mixed_reference_is_refused_with_4_bit_weights(monkeypatch):
+    monkeypatch.setattr(tune, "find_spec", lambda name: name)
+    quantised = ["tune=lora", "tune.quantize=4bit", "tune.between=stack", "reference=mixed", "reference.alpha=0.6"]
+    with pytest.raises(UserError, match="reference=mixed changes the frozen weights, which tune.quantize=4bit holds"):
+        validate.check(compose("model=local", "model.path=m", "data=local", "data.train=[a.jsonl]", *quantised))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_only_linear_layers_of_the_body_are_targets(run, target):
+    with pytest.raises(UserError, match=rf"tune.targets names (model\.)?{target}"):
+        run("tune=lora", f"tune.targets=[q_proj,{target}]")
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [("head", "does not have"), ("mlp", "holds adapters"), ("base_layer", "does not have")],
+)
+def test_only_existing_modules_without_adapters_are_trained_whole(run, module, message):
+    with pytest.raises(UserError, match=f"tune.modules_to_save names {module}, which .*{message}"):
+        run("tune=lora", f"tune.modules_to_save=[{module}]")
+
+
+def test_a_misspelt_target_among_right_ones_is_refused(run):
+    with pytest.raises(UserError, match="tune.targets names v_porj, which LlamaForCausalLM does not have"):
+        run("tune=lora", "tune.targets=[q_proj,v_porj]")
+
+
+def test_what_is_adapted_and_what_stays_frozen_is_said_once(run, toy, tmp_path, capsys):
+    """Weights: two embeddings of 300 x 32, and in each of two layers q and o of 32 x 32, k and v of 16 x 32, a router
+    of 4 x 32 that is no linear layer, three projections of 48 x 32 in each of 4 experts, two norms; one norm more."""
+    model = tmp_path / "model"
+    shutil.copytree(toy / "model", model)
+    random_model("mixtral", num_local_experts=4, num_experts_per_tok=2).save_pretrained(model)
+    run(*LORA, f"model.path={model}", "tune.modules_to_save=[lm_head]", "optim.epochs=1")
+    total = 2 * 300 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 4 * 32 + 3 * 4 * 48 * 32 + 2 * 32) + 32
+    shares = [2 * (2 * 32 * 32 + 2 * 16 * 32) / total, 300 * 32 / total, 2 * 3 * 4 * 48 * 32 / total]
+    adapted, whole, experts = (f"{share:.1%}" for share in shares)
+    said = [line for line in capsys.readouterr().err.splitlines() if "tune=lora" in line]
+    assert said == [
+        f"tune=lora adapts k_proj, o_proj, q_proj, v_proj ({adapted} of the weights), trains lm_head whole ({whole}), "
+        f"leaves the experts frozen ({experts}), which are stacked tensors and no linear layers"
+    ]
