@@ -2,7 +2,7 @@
 
 T1  steps chained in one process: a reference that is S still      below
 T2  steps of adapters: the third one fails, or starts off zero     test_adapters.py
-T3  cached log-probs under ZeRO-3: two models have one key         test_zero.py
+T3  cached log-probs under ZeRO-3: two models have one key         test_engine.py
 T4  cached log-probs of tokens cut at another length               test_faults.py
 T6  a stale cache: the first loss is not ln 2, and training goes on  test_faults.py
 T9  a resumed step whose reference is the checkpoint               below
