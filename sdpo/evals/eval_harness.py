@@ -9,24 +9,20 @@ import io
 import json
 import logging
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from functools import cache
 from importlib.metadata import version
-from inspect import signature
-from itertools import zip_longest
 from math import nan
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval.tasks
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo import distributed, stats
 from sdpo.errors import UserError, one_line
@@ -112,10 +108,7 @@ class DistributedHFLM(HFLM):
     """lm-eval's Hugging Face model. Every rank has the whole model; the requests are divided over the ranks by item.
 
     lm-eval itself would divide the items before it draws their shots, so that the shots would depend on the number of
-    ranks. It would also compute the shots and question of an item again for every choice; here a context that several
-    continuations share is computed once.
-
-    Shapes: N continuations of one context, R tokens, V vocabulary.
+    ranks.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
@@ -129,39 +122,6 @@ class DistributedHFLM(HFLM):
 
     def generate_until(self, requests: list[Instance], **options) -> list:
         return _answer_divided(super().generate_until, requests)
-
-    def _loglikelihood_tokens(self, requests: list[tuple], **options) -> list[tuple[float, bool]]:
-        """The log-prob of every continuation, and whether it is the greedy one."""
-        by_context: dict[tuple, list[int]] = defaultdict(list)
-        for i, (_, context, continuation) in enumerate(requests):
-            kept = self.max_length + 1 - len(continuation)  # a context that is too long is cut on the left
-            by_context[tuple(context[-kept:])].append(i)
-        single = [members[0] for members in by_context.values() if len(members) == 1]
-        scores = dict(zip(single, super()._loglikelihood_tokens([requests[i] for i in single], **options), strict=True))
-        for context, members in by_context.items():
-            if len(members) > 1:
-                several = self._score_continuations(list(context), [requests[i][2] for i in members])
-                scores |= zip(members, several, strict=True)
-        return [scores[i] for i in range(len(requests))]
-
-    @torch.no_grad()
-    def _score_continuations(self, context: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
-        """The same for several continuations of one context, which is computed once and kept in a cache."""
-        tokens_NR = torch.tensor(list(zip_longest(*continuations, fillvalue=0)), device=self.device).T
-        cache = DynamicCache(config=self.model.config)
-        parameters = signature(self.model.forward).parameters
-        caching = {"cache" if "cache" in parameters else "past_key_values": cache}  # renamed in transformers 5.24
-        logits_1RV = self.model(torch.tensor([context], device=self.device), logits_to_keep=1, **caching).logits
-        logits_NRV = logits_1RV.expand(len(continuations), -1, -1)
-        if tokens_NR.shape[1] > 1:
-            cache.batch_repeat_interleave(len(continuations))
-            logits_NRV = torch.cat([logits_NRV, self.model(tokens_NR[:, :-1], **caching).logits], dim=1)
-        logps_NR = logits_NRV.log_softmax(dim=-1).gather(2, tokens_NR[:, :, None])[:, :, 0]
-        greedy_NR = logits_NRV.argmax(dim=-1) == tokens_NR
-        return [
-            (logps_NR[n, : len(ids)].sum().item(), bool(greedy_NR[n, : len(ids)].all()))
-            for n, ids in enumerate(continuations)
-        ]
 
 
 def _answer_divided(answer: Callable[[list[Instance]], list], requests: list[Instance]) -> list:

@@ -66,8 +66,11 @@ def best_ending(model, tokenizer, row, by_length):
     return scores.index(max(scores))
 
 
-def test_scores_equal_those_of_naive_log_probs(monkeypatch, tmp_path, tokenizer):
-    model = random_model(seed=5)
+@pytest.mark.parametrize("architecture", ["llama", "mamba", "lfm2"])  # attention, recurrence, and both
+@pytest.mark.filterwarnings("ignore:.*kernels", "ignore:.*fast path")
+def test_scores_equal_those_of_naive_log_probs(architecture, monkeypatch, tmp_path, tokenizer):
+    hybrid = {"layer_types": ["conv", "full_attention"]} if architecture == "lfm2" else {}
+    model = random_model(architecture, seed=3, **hybrid)
     rows = [
         {
             "activity_label": "Rowing",
