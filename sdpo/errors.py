@@ -10,6 +10,7 @@ from contextlib import contextmanager
 REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space or ask for a larger quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EACCES: "change the permissions or use another folder",
     errno.EPERM: "change the permissions or use another folder",
     errno.EROFS: "use a folder on another disk",
@@ -33,19 +34,26 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-@contextmanager
-def disk_as_user_error() -> Iterator[None]:
-    """Turn the errors in REMEDIES into UserErrors; all others pass.
+def of_disk(error: BaseException) -> UserError | None:
+    """The UserError for an error in REMEDIES; None for all others.
 
     safetensors raises no OSError; the number of its error is only in the text.
     """
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if number not in REMEDIES:
+        return None
+    file = getattr(error, "filename", None)
+    condition = os.strerror(number) + (f": {file}" if file else "")
+    return UserError(f"{condition}; {REMEDIES[number]}, then start the same command again")
+
+
+@contextmanager
+def disk_as_user_error() -> Iterator[None]:
+    """Turn the errors in REMEDIES into UserErrors; all others pass."""
     try:
         yield
     except Exception as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-        if number not in REMEDIES:
-            raise
-        file = getattr(error, "filename", None)
-        condition = os.strerror(number) + (f": {file}" if file else "")
-        raise UserError(f"{condition}; {REMEDIES[number]}, then start the same command again") from error
+        if known := of_disk(error):
+            raise known from error
+        raise

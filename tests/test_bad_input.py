@@ -76,6 +76,12 @@ SETTINGS = {
         ["+steps.2.optim.moments=carry"],
         "steps.2.optim.moments: this setting must be equal in all steps: set optim.moments=...",
     ),
+    "letters without quotes": (
+        ["data.train=[ä/b.jsonl,a.jsonl]"],
+        "data.train=[ä/b.jsonl,a.jsonl] has letters outside ASCII, which Hydra reads in quotes only: "
+        "write 'data.train=[\"ä/b.jsonl\",a.jsonl]'",
+    ),
+    "a folder without quotes": (["hydra.run.dir=läuf"], "hydra.run.dir=läuf has letters outside ASCII"),
     "no sweep": (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
     "overlap": ([HELD_OUT], "a.jsonl, row 1: field 'prompt' is held out too, in held_out.jsonl, row 1; repair it or"),
 }

@@ -9,10 +9,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from conftest import random_model, read_lines
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sdpo.errors import UserError
+from sdpo.errors import UserError, disk_as_user_error
 from sdpo.model import engine
+from sdpo.run import folder as run_folder
 from sdpo.store import hash_files
 
 RULES = {
@@ -185,12 +187,19 @@ def test_a_full_disk_leaves_the_store_valid(run, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes; a model of the toy has 140,000
     try:
-        with pytest.raises(Exception, match="File too large"):
+        with pytest.raises(UserError, match="File too large; raise the limit.*start the same"), disk_as_user_error():
             run("split=all_at_once")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "store" / "step").iterdir())
     assert read_lines(run("split=all_at_once"), "step")[0]["reused"] is False
+
+
+def test_a_full_disk_is_one_sentence_in_a_run_s_folder_too(tmp_path):
+    """From there the parent of several ranks, and a sweep, read why a run failed."""
+    run_folder.fail(tmp_path, SafetensorError("Error while serializing: I/O error: No space left (os error 28)"))
+    sentence = run_folder.failure(tmp_path)
+    assert sentence == "No space left on device; free some space, then start the same command again"
 
 
 def test_a_diverging_step_stops_with_its_update_and_rows(run):

@@ -10,7 +10,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from sdpo import config, errors
@@ -46,6 +46,9 @@ def options(group: str) -> list[str]:
 
 def explain(error: Exception, arguments: list[str]) -> str:
     """One line for an error in a command: what is wrong with its arguments, and what exists instead."""
+    if isinstance(error, OverrideParseException) and not error.override.isascii():
+        quoted = re.sub(r"""[^][,='"\s]*[^\x00-\x7f][^][,='"\s]*""", r'"\g<0>"', error.override)
+        return f"{error.override} has letters outside ASCII, which Hydra reads in quotes only: write '{quoted}'"
     if isinstance(error, HydraException):
         error = _cause(error, arguments)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdpo import config as configuration
 from sdpo import store
 from sdpo.config import Config
-from sdpo.errors import UserError, one_line
+from sdpo.errors import UserError, of_disk, one_line
 
 LOCK = ".lock"  # a file in the run folder, locked by the process that executes the run
 NAMED_AXES = ("model", "arm", "split", "reference", "loss")  # their options form the name of a run folder
@@ -129,7 +129,8 @@ def finish(config: Config, folder: Path) -> None:
 
 def fail(folder: Path, error: BaseException) -> None:
     """Write an error's sentence and traceback to error.txt. Only the first of several ranks to fail writes it."""
-    sentence = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+    known = error if isinstance(error, UserError) else of_disk(error)
+    sentence = one_line(known) if known else f"{type(error).__name__}: {one_line(error)}"
     with suppress(FileExistsError), (folder / "error.txt").open("x") as file:
         file.write(f"{sentence}\n\n{''.join(traceback.format_exception(error))}")
 
