@@ -183,8 +183,12 @@ def asked(place, ask, tmp_path_factory):
 
 def by_name(settings, store):
     """The keys of the steps that a run would take, S's and those of its scores first, as far as its pairs are known."""
-    prepared = dry_run.prepare_by_name(settings, store)
-    planned = [*prepared.steps, *dry_run.for_scores(settings, prepared), *dry_run.steps(settings, prepared)]
+    prepared = dry_run.prepare(settings, store)
+    planned = [
+        *prepared.steps,
+        *dry_run.plan_scoring_models(settings, prepared),
+        *dry_run.plan_steps(settings, prepared),
+    ]
     return [step.model.key for step in planned if not step.unknown]
 
 
