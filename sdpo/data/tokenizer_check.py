@@ -54,7 +54,7 @@ def _read_tokenizer_json(folder: Path) -> list[int] | None:
     tokenizer.no_padding()
     try:
         return tokenizer.encode(PROBE, add_special_tokens=False).ids
-    except Exception:
+    except Exception:  # a character that its model has no token for; the tokenizers library raises nothing narrower
         return None
 
 

@@ -132,6 +132,7 @@ def multirun(toy, tmp_path, monkeypatch):
     base += ["data.template=plain", "data.held_out_share=0.2", "launch.device=cpu", "hydra.sweep.dir=sweep"]
 
     def start(*overrides):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of `nohup ... &` would ignore Ctrl-C
         command = [sys.executable, str(CHECKOUT / "train.py"), *base, *overrides]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
