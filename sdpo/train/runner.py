@@ -22,7 +22,7 @@ from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
 from sdpo.model import adapters, hub
 from sdpo.model.engine import Engine, open_engine
-from sdpo.model.logprobs import Scorer, check_packing, naive_logprobs, score
+from sdpo.model.logprobs import Scorer, check_packing, exceeds_rounding, naive_logprobs, score
 from sdpo.model.memory import explained
 from sdpo.model.packing import tokens_of
 from sdpo.store import Artifact, Store, check, damaged
@@ -33,7 +33,6 @@ from sdpo.types import TokenPair
 from sdpo.variants import tune
 
 NUM_AUDITED = 4  # rows of every reference table that are scored again when a step reads it
-TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # relative, between the packed pass and the model's own forward pass
 
 
 class Runner:
@@ -195,27 +194,22 @@ class Runner:
             f"{', '.join(wrong[:5]) or 'no row'}; remove the folder and start again"
         )
 
-    def audit(self, model: Artifact, rows: list[TokenPair], logps_N2: np.ndarray) -> float:
+    def audit(self, model: Artifact, rows: list[TokenPair], logps_N2: np.ndarray) -> None:
         """Score a fixed sample of rows again with the model's own forward pass, one sequence at a time.
 
-        Returns the largest relative difference from the table. Raises UserError, with the row's id, if it is above
-        the tolerance.
+        Raises UserError, with the row's id, if a log-prob differs from the table by more than rounding explains.
         """
         rows = self._as_read_by(model, rows)
         sample = np.random.default_rng(len(rows)).choice(len(rows), min(NUM_AUDITED, len(rows)), replace=False)
         engine = self.load(model)
-        worst = 0.0
-        for index in map(int, sample):
+        for row, stored in zip([rows[i] for i in sample], logps_N2[sample], strict=True):
             with torch.no_grad():
-                fresh = np.array([float(logp) for logp in naive_logprobs(engine.scorer.model, rows[index])])
-            error = float((np.abs(fresh - logps_N2[index]) / np.maximum(1.0, np.abs(fresh))).max())
-            if not error <= TOLERANCE[self.config.precision]:
+                fresh = np.array([float(logp) for logp in naive_logprobs(engine.scorer.model, row)])
+            if exceeds_rounding(stored[None], fresh[None], [row], engine.scorer.head.weight.dtype):
                 raise UserError(
-                    f"the reference log-probs of row {rows[index].id} are {logps_N2[index].tolist()}, but its model "
-                    f"gives {fresh.tolist()}: the stored numbers are not this model's; remove them and start again"
+                    f"the reference log-probs of row {row.id} are {stored.tolist()}, but its model gives "
+                    f"{fresh.tolist()}: the stored numbers are not this model's; remove them and start again"
                 )
-            worst = max(worst, error)
-        return worst
 
 
 def verify(model: Artifact) -> None:
