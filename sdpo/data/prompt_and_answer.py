@@ -1,6 +1,5 @@
 """Where a prompt ends and where an answer stops in the text that a chat template writes."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -12,7 +11,7 @@ from sdpo.config import Data
 from sdpo.data.cells import BadRow
 from sdpo.data.preferences import Pair
 from sdpo.data.schemas import Message, Turns
-from sdpo.data.templates import ANSWERS, MARK, NO_INPUTS, QUESTION, REASONING, TEMPLATES, Writer, chat_template
+from sdpo.data.templates import ANSWERS, MARK, NO_INPUTS, QUESTION, REASONING, TEMPLATES, Writer, any_of, chat_template
 from sdpo.errors import UserError
 
 
@@ -100,9 +99,7 @@ class ChatFormat:
             for id, token in self.tokenizer.added_tokens_decoder.items()
             if id != unknown and (token.special or MARK.fullmatch(token.content))
         }
-        longest_first = sorted(filter(str.strip, marks), key=len, reverse=True)
-        found = longest_first and re.search("|".join(map(re.escape, longest_first)), self.writer.ending)
-        if found:
+        if found := any_of(filter(str.strip, marks)).search(self.writer.ending):
             return marks[found[0]], found[0]
         if eos is None:
             raise UserError("the tokenizer has no EOS token and its template ends an answer with no special token")

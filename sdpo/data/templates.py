@@ -1,7 +1,7 @@
 """Chat templates: how a tokenizer and a template write a conversation as text."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from os.path import commonprefix
 from types import MappingProxyType
@@ -60,12 +60,18 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None, tools: l
     return tokenizer.get_chat_template(tools=tools) if name is None else TEMPLATES[name]
 
 
+def any_of(marks: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds each of the marks, and where several of them begin the longest one."""
+    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
+
+
 class Writer:
     """Writes conversations as text, and makes the marks in their words harmless first.
 
     `date` (ISO) is what templates are told to be the day on which they are rendered, so that the same conversation
-    has the same tokens tomorrow. `ending` is what the template writes behind a last answer. Raises UserError for a
-    template that does not exist or leaves words out, and for an invalid date.
+    has the same tokens tomorrow. `ending` is what the template writes behind a last answer; `writes_system` says
+    whether it writes system turns. Raises UserError for a template that does not exist or leaves words out, and for an
+    invalid date.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, date: str = Data.template_date):
@@ -80,8 +86,9 @@ class Writer:
             raise UserError("the chat template reads the clock in a way that data.template_date cannot set")
         first, second = (self._try_on_text(answer) for answer in ANSWERS)
         self.ending = commonprefix([first[::-1], second[::-1]])[::-1]
-        self._with_system = self._try_system()
-        self._set_marks(source, first + self._with_system)
+        with_system = self._write_if_accepted([RULES, QUESTION])
+        self.writes_system = RULES["content"] in with_system
+        self._marks = any_of(self._find_marks(source, first + with_system))
 
     def write(self, turns: Iterable[Mapping], invite: bool = False, inputs: Mapping[str, Any] = NO_INPUTS) -> str:
         """The conversation as the template writes it, followed by the invitation to answer if `invite`.
@@ -95,7 +102,8 @@ class Writer:
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns],
-                chat_template=CLOCK.sub(self._stop_clock, template),
+                # A reading of the clock becomes text, because transformers takes no clock from outside.
+                chat_template=CLOCK.sub(lambda reading: repr(self._now.strftime(reading[2])), template),
                 tokenize=False,
                 add_generation_prompt=invite,
                 **inputs,
@@ -103,15 +111,6 @@ class Writer:
         except FAILURES as error:
             raise UserError(f"the chat template fails ({error})") from error
         return cast(str, text)
-
-    def _stop_clock(self, reading: re.Match) -> str:
-        """What stands in the template instead of a reading of the clock: transformers takes no clock from outside."""
-        return repr(self._now.strftime(reading[2]))
-
-    @property
-    def writes_system(self) -> bool:
-        """Whether the template writes a system turn."""
-        return RULES["content"] in self._with_system
 
     def harmless(self, value: Any) -> tuple[Any, int]:
         """Text, or lists and dictionaries of text, without special tokens, and how many were removed."""
@@ -138,47 +137,31 @@ class Writer:
             problem = "the chat template reads messages as lists of pictures and text, not as text"
         raise UserError(f"{problem}; set data.template to one of {', '.join(TEMPLATES)}")
 
-    def _try_system(self) -> str:
-        """A conversation with a system turn; "" if the template refuses it."""
+    def _write_if_accepted(self, turns: Iterable[Mapping]) -> str:
+        """The conversation; "" if the template refuses it."""
         try:
-            return self.write([RULES, QUESTION])
+            return self.write(turns)
         except UserError:
             return ""
 
     def _reads_parts(self) -> bool:
         """Whether the template is one of a model that sees: it reads a message as a list of its parts."""
         words = QUESTION["content"]
-        try:
-            text = self.write([{"role": "user", "content": [{"type": "text", "text": words}]}])
-        except UserError:
-            return False
+        text = self._write_if_accepted([{"role": "user", "content": [{"type": "text", "text": words}]}])
         return words in text and "'type'" not in text
 
-    def _set_marks(self, source: str, example: str) -> None:
-        """The marks are all special tokens, and the added tokens with which the template divides a conversation."""
+    def _find_marks(self, source: str, example: str) -> list[str]:
+        """All special tokens, and the added tokens with which the template divides a conversation."""
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
         dividing = {token.content for token in added if MARK.fullmatch(token.content) and token.content in example}
         marks = (special | dividing) - {mark for mark in REASONING if mark in source}
-        self._marks = {mark for mark in marks if mark.strip()}
-        self._lengths = sorted({len(mark) for mark in self._marks}, reverse=True)
-        self._first = re.compile("|".join(re.escape(first) for first in {mark[0] for mark in self._marks}) or r"(?!)")
+        return [mark for mark in marks if mark.strip()]
 
     def _without_marks(self, text: str) -> tuple[str, int]:
         """What is removed may leave another mark behind, <|im_<s>end|>, so this goes on until nothing is found."""
         removed = 0
-        while spans := list(self._spans(text)):
-            removed += len(spans)
-            begins, ends = [*(begin for begin, _ in spans), None], [0, *(end for _, end in spans)]
-            text = "".join(text[end:begin] for end, begin in zip(ends, begins, strict=True))
+        while self._marks.search(text):
+            text, num = self._marks.subn("", text)
+            removed += num
         return text, removed
-
-    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where marks stand in the text, the longest one at every place: begin and end."""
-        end = 0
-        for found in self._first.finditer(text):
-            begin = found.start()
-            length = next((n for n in self._lengths if text[begin : begin + n] in self._marks), 0)
-            if length and begin >= end:
-                end = begin + length
-                yield begin, end
