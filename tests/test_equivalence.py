@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo import config
+from sdpo.config import Data
 from sdpo.data import preferences
 from sdpo.data.tokenize import encode
 from sdpo.model import hub
@@ -40,7 +41,7 @@ def chunks(folder):
     settings = config.load(folder / "config.yaml")
     tokenizer = AutoTokenizer.from_pretrained(settings.model.path)
     pairs = preferences.load(settings.data).train
-    rows, _ = encode(pairs, tokenizer, template="plain", max_tokens=1024, on_long="error")
+    rows, _ = encode(pairs, tokenizer, Data("local", template="plain", max_tokens=1024))
     split = json.loads((folder / "split.json").read_text())
     return settings, [[rows[id] for id in ids] for ids in split["chunks"]]
 

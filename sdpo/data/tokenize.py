@@ -18,7 +18,6 @@ from sdpo.types import TokenPair
 
 Ids = list[int]
 
-ON_LONG = ("error", "drop", "truncate_prompt", "truncate_response")
 BATCH = 1000  # pairs tokenised at a time, because Python's lists of ids are large
 COUNTS = (
     *("pairs", "kept", "long", "truncated", "dropped_long", "dropped_empty", "dropped_identical", "dropped_template"),
@@ -36,15 +35,7 @@ LENGTHS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
 
 
 def encode(
-    pairs: list[Pair],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    template: str | None,
-    max_tokens: int,
-    on_long: str,
-    template_date: str = Data.template_date,
-    on_bad_row: str = "error",
-    side: str = "train",
+    pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, settings: Data, side: str = "training"
 ) -> tuple[dict[str, TokenPair], dict[str, Any]]:
     """Token ids by pair id, in the order of `pairs` less the dropped ones, and a report of counts per source.
 
@@ -53,24 +44,22 @@ def encode(
     boundary mismatch, which is counted), the response is tokenised alone. `max_tokens` bounds prompt + chosen and
     prompt + rejected. Truncation keeps the end of a prompt behind its BOS, or the beginning of a response, which
     then has no stop token: its text goes on. A pair is dropped and counted if a cut leaves nothing of a part, if the
-    responses are equal, or with `on_bad_row="skip"` if the template cannot write it.
+    responses are equal, or with `on_bad_row="skip"` if the template cannot write it. An error calls the pairs `side`.
 
     Raises UserError for a template that is missing or fails, for a pair that the template cannot write, and for a
     pair over the limit if `on_long="error"`.
     """
-    if on_long not in ON_LONG:
-        raise UserError(f"data.on_long={on_long} is none of {', '.join(ON_LONG)}")
-    chat = ChatFormat(tokenizer, template, template_date)
+    chat, max_tokens = ChatFormat(tokenizer, settings.template, settings.template_date), settings.max_tokens
     rows: dict[str, TokenPair] = {}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for start in range(0, len(pairs), BATCH):
-        written = list(_write(pairs[start : start + BATCH], chat, on_bad_row, counts))
+        written = list(_write(pairs[start : start + BATCH], chat, settings.on_bad_row, counts))
         for (pair, _), row in zip(written, _tokenise(written, chat, counts), strict=True):
             tally = counts[pair.source]
             kept: TokenPair | None = row
             if _num_tokens(row) > max_tokens:
                 tally["long"] += 1
-                kept = _shorten(row, max_tokens, on_long, num_bos=int(chat.bos in row.prompt[:1]))
+                kept = _shorten(row, max_tokens, settings.on_long, num_bos=int(chat.bos in row.prompt[:1]))
                 tally["truncated" if kept else "dropped_long"] += 1
             if kept and (flaw := _flaw(kept, demonstration=not pair.rejected)):
                 tally[flaw] += 1
@@ -81,12 +70,12 @@ def encode(
     if pairs and not rows:
         raise UserError(_explain_none_left(whole, side, max_tokens))
     report = {
-        "template": template or "tokenizer",
-        "template_date": template_date,
+        "template": settings.template or "tokenizer",
+        "template_date": settings.template_date,
         "bos": tokenizer.bos_token,
         "stop": tokenizer.convert_ids_to_tokens(chat.stop),
         "max_tokens": max_tokens,
-        "on_long": on_long,
+        "on_long": settings.on_long,
         "notes": [f"{whole[name]} {sentence}" for name, sentence in NOTES.items() if whole[name]],
         "sources": {source: _summary(tally) for source, tally in counts.items()},
     }
@@ -177,8 +166,7 @@ def _explain_none_left(counts: Counter[str], side: str, max_tokens: int) -> str:
     advice = (
         f"raise data.max_tokens={max_tokens}" if counts["dropped_long"] else "repair the rows, or set data.template"
     )
-    named = {"train": "training", "held_out": "held-out"}[side]
-    return f"no {named} pair of {counts['pairs']} is left after tokenisation ({', '.join(reasons)}); {advice}"
+    return f"no {side} pair of {counts['pairs']} is left after tokenisation ({', '.join(reasons)}); {advice}"
 
 
 def _num_tokens(row: TokenPair) -> int:
@@ -190,7 +178,7 @@ def _shorten(row: TokenPair, max_tokens: int, on_long: str, *, num_bos: int) -> 
     if on_long == "error":
         raise UserError(
             f"pair {row.id} has {_num_tokens(row)} tokens, more than data.max_tokens={max_tokens}; "
-            f"raise it or set data.on_long to one of {', '.join(ON_LONG[1:])}"
+            "raise it or set data.on_long to one of drop, truncate_prompt, truncate_response"
         )
     room = max_tokens - max(len(row.chosen), len(row.rejected)) - num_bos
     if on_long == "truncate_prompt" and room > 0:

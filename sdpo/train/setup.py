@@ -91,14 +91,12 @@ def open_runner(config: Config, store: Store) -> tuple[Runner, Artifact]:
 
 def _encode(config: Config, runner: Runner, preferences: Preferences) -> tuple[PairTable, PairTable, dict]:
     """The training pairs and the held-out pairs as tokens, and the data report."""
-    names = ("template", "template_date", "max_tokens", "on_long", "on_bad_row")
-    settings = {name: getattr(config.data, name) for name in names}
     tables, reports = [], {}
-    for side in ("train", "held_out"):
-        rows, reports[side] = encode(getattr(preferences, side), runner.tokenizer, side=side, **settings)
+    for side, pairs, name in ("train", preferences.train, "training"), ("held_out", preferences.held_out, "held-out"):
+        rows, reports[side] = encode(pairs, runner.tokenizer, config.data, name)
         for note in reports[side]["notes"]:
             tell(f"{side}: {note}")
-        tables.append(PairTable.join(getattr(preferences, side), rows))
+        tables.append(PairTable.join(pairs, rows))
     for reference in external_references(config):
         _refuse_truncated(config, *reports.values())
         _encode_for_external(reference, config, runner, [*tables[0].pairs, *tables[1].pairs])
@@ -144,8 +142,8 @@ def _encode_for_external(reference: Settings, config: Config, runner: Runner, pa
     model = external(reference)
     tokenizer = hub.load_tokenizer(model.folder)
     longest = max(tokenizer.model_max_length, config.data.max_tokens)
-    template, date = reference.get("template"), config.data.template_date
-    rows, _ = encode(pairs, tokenizer, template=template, template_date=date, max_tokens=longest, on_long="error")
+    theirs = replace(config.data, template=reference.get("template"), max_tokens=longest)
+    rows, _ = encode(pairs, tokenizer, replace(theirs, on_long="error", on_bad_row="error"))
     limits.check_rows(rows.values(), model.folder)
     runner.foreign[model.key] = rows
 

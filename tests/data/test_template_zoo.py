@@ -100,9 +100,9 @@ def test_ids_are_the_templates_own(name, bos):
             pairs = [Pair("1", "s", prompt, answer, f"No, {END}")]
             if sentence:
                 with pytest.raises(UserError, match=sentence):
-                    encode(pairs, tokenizer, template=None, max_tokens=9999, on_long="error")
+                    encode(pairs, tokenizer, Data("local", max_tokens=9999))
                 continue
-            rows, report = encode(pairs, tokenizer, template=None, max_tokens=9999, on_long="error")
+            rows, report = encode(pairs, tokenizer, Data("local", max_tokens=9999))
             prompt_ids, chosen_ids, begins = expected(tokenizer, prompt, answer)
             _, rejected_ids, rejected_begins = expected(tokenizer, prompt, f"No, {END}")
             assert [part.tolist() for part in rows["1"][1:]] == [prompt_ids, chosen_ids, rejected_ids], asked

@@ -24,7 +24,7 @@ def test_drop(tokenizer):
 
 def test_no_pair_is_short_enough(tokenizer):
     with pytest.raises(UserError, match=r"no held-out pair of 2 is left .* \(2 long\); raise data.max_tokens=3"):
-        tokens([pair("1"), pair("2")], tokenizer, max_tokens=3, on_long="drop", side="held_out")
+        tokens([pair("1"), pair("2")], tokenizer, max_tokens=3, on_long="drop", side="held-out")
 
 
 def test_truncate_prompt(tokenizer, bos_tokenizer):

@@ -8,6 +8,7 @@ import pytest
 from conftest import byte_tokenizer
 from transformers import AddedToken, AutoTokenizer
 
+from sdpo.config import Data
 from sdpo.data.preferences import Pair
 from sdpo.data.prompt_and_answer import ChatFormat
 from sdpo.data.templates import TEMPLATES
@@ -21,8 +22,10 @@ def pair(id="1", prompt="Why?", chosen="So.", rejected="No!", source="s", turns=
     return Pair(id, source, (*turns, {"role": "user", "content": prompt}), chosen, rejected)
 
 
-def tokens(pairs, tokenizer, template="plain", max_tokens=512, on_long="error", **more):
-    return encode(pairs, tokenizer, template=template, max_tokens=max_tokens, on_long=on_long, **more)
+def tokens(pairs, tokenizer, template="plain", max_tokens=512, on_long="error", side="training", **more):
+    return encode(
+        pairs, tokenizer, Data("local", template=template, max_tokens=max_tokens, on_long=on_long, **more), side
+    )
 
 
 def one(tokenizer, template="plain", max_tokens=512, on_long="error", **fields):
@@ -102,7 +105,7 @@ def test_special_tokens_in_the_text_are_removed_and_counted(bos_tokenizer):
     with pytest.raises(
         UserError, match=r"no held-out pair of 1 is left .* \(1 empty\); repair the rows, or set data.templ"
     ):
-        tokens([pair(chosen="</s>")], bos_tokenizer, on_bad_row="skip", side="held_out")
+        tokens([pair(chosen="</s>")], bos_tokenizer, on_bad_row="skip", side="held-out")
     rows, report = tokens([pair(chosen="</s>"), pair("2")], bos_tokenizer, on_bad_row="skip")
     assert list(rows) == ["2"] and report["sources"]["s"]["dropped_empty"] == 1
 
@@ -242,8 +245,6 @@ def test_templates_that_fail(tokenizer):
         tokens([pair()], tokenizer, None)
     with pytest.raises(UserError, match="data.template=llama is none of"):
         tokens([pair()], tokenizer, "llama")
-    with pytest.raises(UserError, match="data.on_long=cut is none of"):
-        tokens([pair()], tokenizer, on_long="cut")
     own = byte_tokenizer()
     own.chat_template = (
         TEMPLATES["plain"] + "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}"

@@ -33,7 +33,7 @@ def test_demonstrations_have_the_token_ids_that_template_and_tokenizer_give(toke
     texts = [[tokenizer.decode(ids) for ids in (row.prompt, row.chosen[:-1])] for row in rows]
     turns = [({"role": "user", "content": prompt},) for prompt, _ in texts]
     again = [Pair(row.id, "", turn, answer, "") for row, turn, (_, answer) in zip(rows, turns, texts, strict=True)]
-    encoded, _ = encode(again, tokenizer, template="plain", max_tokens=99, on_long="error")
+    encoded, _ = encode(again, tokenizer, Data("local", template="plain", max_tokens=99))
     assert content_hash(encoded.values()) == content_hash(rows)
     assert {world.role(prompt) for prompt, _ in texts} == {"train"} and len({answer for _, answer in texts}) > 40
 
