@@ -51,14 +51,9 @@ def best_of_n(initial_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     Of K answers, the expected best of n <= K has an unbiased estimate: the i-th smallest is the best of
     (i - 1 choose n - 1) of the (K choose n) subsets.
     """
-    rounds = range(BEST_OF[-1] // ANSWER_BATCH)
-    gold_PK = np.concatenate(
-        [
-            _gold(exam.prompts, sample(initial_model, tokenizer, exam.prompts, ANSWER_BATCH, seed + i).text)
-            for i in rounds
-        ],
-        axis=1,
-    )
+    seeds = range(seed, seed + BEST_OF[-1] // ANSWER_BATCH)
+    batches = (sample(initial_model, tokenizer, exam.prompts, ANSWER_BATCH, one).text for one in seeds)
+    gold_PK = np.concatenate([_gold(exam.prompts, text) for text in batches], axis=1)
     return {f"lab/best_of/{n}": mean(_expected_best(gold_PK, n)) for n in BEST_OF}
 
 

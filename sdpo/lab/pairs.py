@@ -56,13 +56,17 @@ def preferences(data: config.Data, initial_model: PreTrainedModel, tokenizer: Pr
     pairs: dict[str, list[Pair]] = {"train": [], "held_out": []}
     taken: set[str] = set()
     for name, source in data.lab.sources.items():
-        _check_families(name, source.families)
+        if unknown := set(source.families) - set(world.FAMILIES):
+            known = ", ".join(world.FAMILIES)
+            raise UserError(f"data.lab.sources.{name}.families: there is no {min(unknown)!r}; there are {known}")
         if source.num_pairs == 0:
             continue
         for role, num in ("train", source.num_pairs), ("held_out", data.lab.num_held_out):
             rng = random.Random(f"{name} {role} {data.seed}")
             judged = islice(_judged(source, samplers[source.sampler], role, rng, taken), num)
-            pairs[role] += [_pair(f"{name}-{role}-{i:05d}", name, *row) for i, row in enumerate(judged)]
+            for i, (prompt, (high, chosen), (low, rejected)) in enumerate(judged):
+                turns = (Message(role="user", content=prompt),)
+                pairs[role].append(Pair(f"{name}-{role}-{i:05d}", name, turns, chosen, rejected, high, low))
     return Preferences(**pairs, report={"sources": {role: describe(some) for role, some in pairs.items()}})
 
 
@@ -111,17 +115,3 @@ def _judge(source: config.LabSource, prompt: str, texts: list[str], rng: random.
     if rng.random() < source.flipped:
         better, worse = worse, better
     return (high, better), (low, worse)
-
-
-def _pair(id: str, source: str, prompt: str, chosen: Rated, rejected: Rated) -> Pair:
-    return Pair(id, source, _turns(prompt), chosen[1], rejected[1], chosen[0], rejected[0])
-
-
-def _turns(prompt: str) -> tuple[Message]:
-    return ({"role": "user", "content": prompt},)
-
-
-def _check_families(name: str, families: list[str]) -> None:
-    if unknown := set(families) - set(world.FAMILIES):
-        known = ", ".join(world.FAMILIES)
-        raise UserError(f"data.lab.sources.{name}.families: there is no {min(unknown)!r}; there are {known}")

@@ -182,8 +182,6 @@ def _ordered_sources(rows: list[SplitRow], order: list[str], num_chunks: int, eq
 
 
 def _equal_shares(num_chunks: int) -> list[float]:
-    if num_chunks < 1:
-        raise UserError(f"split.num_chunks must be at least 1, not {num_chunks}")
     return [1 / num_chunks] * num_chunks
 
 

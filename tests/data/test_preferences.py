@@ -136,10 +136,7 @@ def test_columns_and_sources_of_rows(tmp_path):
 
 
 SETTINGS = [
-    ({"train": []}, "data.train names no file"),
-    ({"on_bad_row": "drop"}, "data.on_bad_row=drop is none of error, skip"),
-    ({"source_from": "column"}, "data.source_from=column is none of file, row"),
-    ({"held_out_share": 1.0}, "data.held_out_share=1.0"),
+    ({"held_out_share": 1.0}, "no training pair is left; lower data.held_out_share"),
     ({"columns": {"answer": "x", "chosen": "a", "rejected": "b"}}, "data.columns has answer"),
     ({"columns": {"prompt": "x"}}, "chosen and rejected among them"),
     ({"name": "hub", "revisions": {"a/b": "main"}}, "data.revisions names a/b"),
