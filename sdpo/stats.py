@@ -53,8 +53,8 @@ def wilson(values: np.ndarray) -> Interval:
 
 
 def share_above(values: np.ndarray) -> np.ndarray:
-    """Return 1 for each positive value, 0 for each negative one and one half for each zero."""
-    return (values > 0) + 0.5 * (values == 0)
+    """Return 1 for each positive value, 0 for each negative one, one half for each zero and nan for each nan."""
+    return (np.sign(values) + 1) / 2
 
 
 def as_measure(interval: Interval) -> Measure:
@@ -62,9 +62,9 @@ def as_measure(interval: Interval) -> Measure:
     return {name: None if isnan(part) else part for name, part in interval._asdict().items()}
 
 
-def mean(values: np.ndarray | None) -> Measure:
+def mean(values: Sequence[float] | np.ndarray) -> Measure:
     """Return the mean of one number per pair, prompt or item as a measure; undefined if there are none."""
-    return as_measure(student([] if values is None else values))
+    return as_measure(student(values))
 
 
 def length_controlled(wins: np.ndarray, longer: np.ndarray) -> Measure:

@@ -12,7 +12,7 @@ def test_mean_and_its_interval():
     assert (found["value"], found["n"]) == (2.0, 3)
     assert found["high"] - 2 == 2 - found["low"] == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
     assert mean(np.array([True]))["value"] == 1.0 and mean(np.array([1.0]))["low"] is None
-    assert mean(None) == mean(np.array([])) == {"value": None, "low": None, "high": None, "n": 0}
+    assert mean([]) == mean(np.array([])) == {"value": None, "low": None, "high": None, "n": 0}
 
 
 def test_wilson_by_hand():
@@ -29,6 +29,7 @@ def test_wilson_by_hand():
 
 def test_ties_are_half():
     assert share_above(np.array([2.0, -1.0, 0.0])).tolist() == [1.0, 0.0, 0.5]
+    assert np.isnan(share_above(np.array([np.nan])))
 
 
 def grouped(*groups):

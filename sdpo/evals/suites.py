@@ -38,26 +38,25 @@ def preference(
     `preference/shorter_accuracy` is a baseline: the accuracy of always preferring the response with fewer tokens
     (`lengths` [N, 2]).
     """
-    gamma = policy[:, 0] - policy[:, 1]
-    ratio = None if initial is None else policy - initial
+    unknown = np.full_like(policy, np.nan)
+    reference, initial = (unknown if logps is None else logps for logps in (reference, initial))
+    gamma, ratio = policy[:, 0] - policy[:, 1], policy - initial
     columns = {
         "ranking_accuracy": share_above(gamma),
         "gamma": gamma,
         "chosen_logp": policy[:, 0],
         "rejected_logp": policy[:, 1],
-        "log_ratio_chosen": None if ratio is None else ratio[:, 0],
-        "log_ratio_rejected": None if ratio is None else ratio[:, 1],
+        "log_ratio_chosen": ratio[:, 0],
+        "log_ratio_rejected": ratio[:, 1],
         "shorter_accuracy": share_above(lengths[:, 1] - lengths[:, 0]),
     }
     for name, other in (("step", reference), ("initial", initial)):
-        margin = None if other is None else gamma - (other[:, 0] - other[:, 1])
-        columns[f"reward_accuracy_{name}"] = None if margin is None else share_above(margin)
-        columns[f"margin_{name}"] = margin
+        margin = gamma - (other[:, 0] - other[:, 1])
+        columns |= {f"reward_accuracy_{name}": share_above(margin), f"margin_{name}": margin}
     measures = {f"preference/{name}": mean(values) for name, values in columns.items()}
     for source in dict.fromkeys(sources):
         for name in ("ranking_accuracy", "reward_accuracy_initial", "gamma", "shorter_accuracy"):
-            values = columns[name]
-            measures[f"preference/{source}/{name}"] = mean(None if values is None else values[sources == source])
+            measures[f"preference/{source}/{name}"] = mean(columns[name][sources == source])
     return measures
 
 
@@ -132,7 +131,7 @@ def win_rate(
     """
     names = ("", "/length_controlled", "/reward_gap", "/longer")
     if model.key == initial_model.key:
-        return {f"win_rate{name}": mean(None) for name in names}
+        return {f"win_rate{name}": mean([]) for name in names}
     prompts, decoding = prompt_files.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
     first_turns = [
         [turns[0]["text"] for turns in generation.answers(one, prompts, decoding, runner)]
@@ -156,7 +155,7 @@ def h4(
 
     `local` is a folder with copies of the data; `limit` is the largest number of items per task.
     """
-    return _benchmark("h4", model, runner, local, batch_size=batch_size, limit=limit)
+    return _benchmark("h4", model, runner, local, batch_size, limit=limit)
 
 
 def lm_eval(
@@ -170,11 +169,12 @@ def lm_eval(
     limit: int | None = None,
 ) -> Measures:
     """Any tasks of lm-eval, by name; `num_fewshot` None is each task's own number. The rest is as in `h4`."""
-    options = {"tasks": tasks, "num_fewshot": num_fewshot, "batch_size": batch_size, "limit": limit}
-    return _benchmark("benchmark", model, runner, local, **options)
+    return _benchmark("benchmark", model, runner, local, batch_size, limit=limit, tasks=tasks, num_fewshot=num_fewshot)
 
 
-def _benchmark(name: str, model: Artifact, runner: Runner, local: str | None, **options: Any) -> Measures:
+def _benchmark(
+    name: str, model: Artifact, runner: Runner, local: str | None, batch_size: int, **options: Any
+) -> Measures:
     """The measures of the function `name` of sdpo.evals.eval_harness, which takes `local` and the options.
 
     Raises UserError if `local` is not a folder.
@@ -190,6 +190,7 @@ def _benchmark(name: str, model: Artifact, runner: Runner, local: str | None, **
         "tokenizer": hub.fingerprint_tokenizer(runner.tokenizer),
         "lm_eval": version("lm_eval"),
         "local": hash_files(folder, folder.iterdir()) if folder else None,  # the content, wherever it is
+        "batch_size": batch_size,
         **options,
     }
 
@@ -197,6 +198,7 @@ def _benchmark(name: str, model: Artifact, runner: Runner, local: str | None, **
         runner.release()  # the engine would take memory on the device
         network = runner.load_verified(model)
         hub.cast(network, runner.device, hub.DTYPES["fp32"])
-        return getattr(eval_harness, name)(network, runner.tokenizer, local=local, **options)
+        lm = eval_harness.DistributedHFLM(network, runner.tokenizer, batch_size)
+        return getattr(eval_harness, name)(lm, local, **options)
 
     return runner.store.make_json("evaluation", determinants, compute)
