@@ -66,6 +66,12 @@ def gather(value: Any) -> list:
     return values
 
 
+def gather_numbered(share: dict[int, Any]) -> list:
+    """Return the values that the ranks hold by their numbers from 0, in the order of numbers, on every rank."""
+    values = {number: value for part in gather(share) for number, value in part.items()}
+    return [values[number] for number in range(len(values))]
+
+
 def total(tensor: "torch.Tensor") -> "torch.Tensor":
     """Sum a tensor over the ranks, in place and on every rank."""
     if world_size() > 1:

@@ -42,35 +42,20 @@ ALL_FOLDERS = (".",)  # thousands of definitions, which take ten seconds to read
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
-def h4(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    local: str | None = None,
-    batch_size: int = 16,
-    limit: int | None = None,
-) -> Measures:
+def h4(lm: "DistributedHFLM", local: str | None, limit: int | None) -> Measures:
     """ARC-Challenge (25 shots), HellaSwag (10), MMLU (5), TruthfulQA MC2 (0), and their mean `h4`.
 
     `local` is a folder with copies of the tasks' data. `limit` is the largest number of items per task, and for MMLU
-    per subject. Every rank has the whole model and takes a share of the items. Raises UserError if a local copy is
-    missing.
+    per subject. Raises UserError if a local copy is missing.
     """
     tasks = {name: {"num_fewshot": shots} for name, (shots, _) in H4.items()}
-    scores = _evaluate(DistributedHFLM(model, tokenizer, batch_size), tasks, _definitions(H4_FOLDERS), local, limit)
+    scores = _evaluate(lm, tasks, _definitions(H4_FOLDERS), local, limit)
     measures = {f"h4/{name}": scores[name][metric] for name, (_, metric) in H4.items()}
     return {"h4": _mean(list(measures.values()))} | measures
 
 
 def benchmark(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    tasks: list[str],
-    num_fewshot: int | None = None,
-    local: str | None = None,
-    batch_size: int = 16,
-    limit: int | None = None,
+    lm: "DistributedHFLM", local: str | None, limit: int | None, tasks: list[str], num_fewshot: int | None
 ) -> Measures:
     """Every metric of any tasks and groups of lm-eval, as `task/metric`.
 
@@ -81,7 +66,6 @@ def benchmark(
     if unknown := set(tasks) - {*known.all_subtasks, *known.all_groups}:
         raise UserError(f"lm-eval has no task {', '.join(sorted(unknown))}; `lm_eval ls tasks` lists what it has")
     overrides = {} if num_fewshot is None else {"num_fewshot": num_fewshot}
-    lm = DistributedHFLM(model, tokenizer, batch_size)
     scores = _evaluate(lm, dict.fromkeys(tasks, overrides), known, local, limit)
     return {f"{task}/{metric}": measure for task in tasks for metric, measure in scores[task].items()}
 
@@ -126,11 +110,9 @@ class DistributedHFLM(HFLM):
 
 def _answer_divided(answer: Callable[[list[Instance]], list], requests: list[Instance]) -> list:
     """The answers to all requests, in order and on every rank; each rank answers the requests of its own items."""
-    ranks = range(distributed.world_size())
-    shares = [[i for i, request in enumerate(requests) if request.doc_id % len(ranks) == rank] for rank in ranks]
-    answers = distributed.gather(answer([requests[i] for i in shares[distributed.rank()]]))
-    by_request = {i: a for pair in zip(shares, answers, strict=True) for i, a in zip(*pair, strict=True)}
-    return [by_request[i] for i in range(len(requests))]
+    rank, num_ranks = distributed.rank(), distributed.world_size()
+    own = [i for i, request in enumerate(requests) if request.doc_id % num_ranks == rank]
+    return distributed.gather_numbered(dict(zip(own, answer([requests[i] for i in own]), strict=True)))
 
 
 @cache
@@ -154,9 +136,8 @@ def _evaluate(
     except ConnectionError as error:
         reason = f"the data of {', '.join(tasks)} cannot be loaded ({one_line(error)})"
         raise UserError(f"{reason}; `local` names a folder with copies of it") from error
-    if distributed.is_main():
-        scores = {name: _measures(name, results) for name in tasks}
-    return distributed.broadcast(scores if distributed.is_main() else None)
+    # lm-eval gives its results to rank 0 alone.
+    return distributed.broadcast({name: _measures(name, results) for name in tasks} if results else None)
 
 
 def _measures(name: str, results: dict) -> Measures:

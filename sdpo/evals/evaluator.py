@@ -46,9 +46,7 @@ class Evaluator:
 
     def add_initial(self) -> None:
         """Measure S."""
-        measures, answers = self._measure(self.inputs.initial, None)
-        self._log_evaluation(0, measures, answers)
-        self.measured.append(Measured(self.inputs.initial, None, np.array([], dtype=int), measures, answers, {}))
+        self._evaluate(self.inputs.initial, None, np.array([], dtype=int), {})
 
     def add(self, step: Step, chunk: np.ndarray, seconds: float) -> None:
         """Log a step that was trained or found, and measure its model. `chunk` are its training pairs."""
@@ -65,23 +63,17 @@ class Evaluator:
             "seconds": seconds,
         }
         self.log("step", step.spec.t, summary)
-        measures, answers = self._measure(step.model, step.reference)
-        self._log_evaluation(step.spec.t, measures, answers)
-        self.measured.append(Measured(step.model, step, chunk, measures, answers, summary))
+        self._evaluate(step.model, step, chunk, summary)
 
     def log(self, kind: str, t: int, entry: dict[str, Any]) -> None:
         """Write an entry of step t to metrics.jsonl; ranks without a recorder write nothing."""
         if self.recorder:
             self.recorder.log({"kind": kind, "t": t} | entry)
 
-    def _log_evaluation(self, t: int, measures: Measures, answers: list[dict]) -> None:
-        self.log("eval", t, {"eval": measures})
-        for entry in answers:
-            self.log("answers", t, entry)
-
-    def _measure(self, model: Artifact, reference: Artifact | None) -> tuple[Measures, list[dict]]:
-        """Run every suite on one model; `reference` is the reference of its step. Returns measures and answers."""
+    def _evaluate(self, model: Artifact, step: Step | None, chunk: np.ndarray, summary: dict[str, Any]) -> None:
+        """Run every suite on one model, and log and keep what they measure and report."""
         runner, held_out, initial = self.inputs.runner, self.inputs.held_out, self.inputs.initial
+        reference = step.reference if step else None
         answers: list[dict] = []
         data = {
             "policy": lambda: runner.logprobs(model, held_out.rows),
@@ -99,7 +91,11 @@ class Evaluator:
         for settings in self.config.evaluate.values():
             suite = bind(suites, settings)
             measures |= suite(*(data[name]() for name in inputs_of(suite)))
-        return measures, answers
+        t = len(self.measured)
+        self.log("eval", t, {"eval": measures})
+        for entry in answers:
+            self.log("answers", t, entry)
+        self.measured.append(Measured(model, step, chunk, measures, answers, summary))
 
     def _reference_statistics(self, step: Step, chunk: np.ndarray) -> dict[str, float | None]:
         """REFERENCE_STATISTICS of the step; those that it does not have are None."""

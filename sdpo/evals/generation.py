@@ -16,7 +16,7 @@ from sdpo.data.prompts import Prompt
 from sdpo.data.schemas import Message, Turns
 from sdpo.data.tokenize import prompt_ids
 from sdpo.errors import UserError
-from sdpo.model import hub
+from sdpo.model import hub, rotary
 from sdpo.model.attention.interface import own_attention
 from sdpo.store import Artifact, key_of
 from sdpo.train.runner import Runner
@@ -92,10 +92,10 @@ def load_alone(model: Artifact, runner: Runner) -> PreTrainedModel:
 def _generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int]], decoding: Decoding) -> list[Answer]:
     """An answer to every prompt. A batch's random numbers depend on the seed and its number, not on its rank."""
     longest = max(map(len, prompts)) + decoding.max_new_tokens
-    context_length = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    if context_length and longest > context_length:
+    context_length = rotary.longest_readable(network.config.get_text_config())
+    if longest > context_length:
         raise UserError(
-            f"the model reads {context_length} tokens, but the longest prompt and its answer may have {longest}; "
+            f"the model reads {context_length:.0f} tokens, but the longest prompt and its answer may have {longest}; "
             f"lower max_new_tokens={decoding.max_new_tokens} or shorten the prompt"
         )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -115,8 +115,7 @@ def _generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int
                 text = cast(str, chat.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
                 own[i] = {"text": text, "prompt_ids": prompts[i], "ids": ids, "ended": ended}
             bar.advance(len(members))
-    by_prompt = {i: answer for share in distributed.gather(own) for i, answer in share.items()}
-    return [by_prompt[i] for i in range(len(prompts))]
+    return distributed.gather_numbered(own)
 
 
 def _generation_config(decoding: Decoding, stops: list[int]) -> GenerationConfig:

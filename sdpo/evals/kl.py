@@ -36,9 +36,8 @@ def kl_to_initial(
         policy, initial = (load_alone(one, runner) for one in (model, initial_model))
         own = range(distributed.rank(), len(sampled), distributed.world_size())
         with own_attention(policy), own_attention(initial):
-            shares = distributed.gather({i: sum(_kl(policy, initial, answer) for answer in sampled[i]) for i in own})
-        sums = {i: value for share in shares for i, value in share.items()}
-        return [sums[i] for i in range(len(sampled))]
+            share = {i: sum(_kl(policy, initial, answer) for answer in sampled[i]) for i in own}
+        return distributed.gather_numbered(share)
 
     return cast(list[float], runner.store.make_json("evaluation", determinants, compute))
 

@@ -17,7 +17,7 @@ from sdpo.data.preferences import Pair
 from sdpo.data.templates import Writer
 from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
-from sdpo.model import hub
+from sdpo.model import hub, rotary
 from sdpo.store import Artifact
 from sdpo.train.reference_windows import external
 from sdpo.train.runner import Runner
@@ -106,9 +106,9 @@ def _classify(network: PreTrainedModel, sequences: list[np.ndarray], runner: Run
     Raises UserError if a sequence is longer than the model can read.
     """
     text_config = network.config.get_text_config()
-    longest, context_length = max(map(len, sequences)), getattr(text_config, "max_position_embeddings", None)
-    if context_length and longest > context_length:
-        raise UserError(f"the reward model reads {context_length} tokens, but one conversation has {longest}")
+    longest, context_length = max(map(len, sequences)), rotary.longest_readable(text_config)
+    if longest > context_length:
+        raise UserError(f"the reward model reads {context_length:.0f} tokens, but one conversation has {longest}")
     if text_config.pad_token_id is None:
         text_config.pad_token_id = -1  # no token is padding, but transformers refuses batches if this is not set
     batches = _batches(sequences, runner.config.launch.tokens_per_pack)[distributed.rank() :: distributed.world_size()]

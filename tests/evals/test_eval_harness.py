@@ -32,7 +32,7 @@ SPLITS = {  # task -> where lm-eval defines it, and its splits in the slices
 @pytest.fixture(scope="module")
 def stories(real_data):
     folder = real_data / "model" / "stories260K"
-    return hub.load(folder), hub.load_tokenizer(folder)
+    return eval_harness.DistributedHFLM(hub.load(folder), hub.load_tokenizer(folder), batch_size=16)
 
 
 def command_line(real_data, task, shots, limit, place):
@@ -84,11 +84,12 @@ def test_scores_equal_those_of_naive_log_probs(architecture, monkeypatch, tmp_pa
     (tmp_path / "hellaswag.validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "hellaswag.train.jsonl").write_text(json.dumps(rows[0]))
     monkeypatch.setattr(eval_harness, "H4_FOLDERS", ("hellaswag",))
+    lm = eval_harness.DistributedHFLM(model, tokenizer, batch_size=16)
     state = torch.get_rng_state()
     values = {}
     for metric in ("acc", "acc_norm"):
         monkeypatch.setattr(eval_harness, "H4", {"hellaswag": (0, metric)})
-        values[metric] = eval_harness.h4(model, tokenizer, local=str(tmp_path))["h4"]["value"]
+        values[metric] = eval_harness.h4(lm, str(tmp_path), limit=None)["h4"]["value"]
         by_length = metric == "acc_norm"
         right = [best_ending(model, tokenizer, row, by_length) == int(row["label"]) for row in rows]
         assert values[metric] == sum(right) / 16
@@ -101,7 +102,7 @@ def test_scores_equal_those_of_naive_log_probs(architecture, monkeypatch, tmp_pa
 def test_scores_equal_those_of_the_command_line(stories, real_data, task, tmp_path):
     shots, _ = eval_harness.H4[task]
     local = str(real_data / "eval")
-    ours = eval_harness.benchmark(*stories, tasks=[task], num_fewshot=shots, local=local, limit=60)
+    ours = eval_harness.benchmark(stories, local, 60, [task], shots)
     theirs = command_line(real_data, task, shots, 60, tmp_path)
     for metric in ("acc", "acc_norm"):
         measure = ours[f"{task}/{metric}"]
@@ -132,7 +133,7 @@ def test_the_paper_s_columns_are_measures_of_h4():
 
 @pytest.mark.slow
 def test_h4_is_the_mean_of_its_four(stories, real_data):
-    measures = eval_harness.h4(*stories, local=str(real_data / "eval"), limit=2)
+    measures = eval_harness.h4(stories, str(real_data / "eval"), limit=2)
     four = [measures[f"h4/{task}"] for task in eval_harness.H4]
     assert [measure["n"] for measure in four] == [2, 2, 57 * 2, 2] and measures["h4"]["n"] == 120
     assert measures["h4"]["value"] == pytest.approx(sum(measure["value"] for measure in four) / 4, rel=1e-15)
@@ -154,7 +155,8 @@ torch.distributed.init_process_group("gloo")
 data = Path(sys.argv[1])
 eval_harness.H4, eval_harness.H4_FOLDERS = {"hellaswag": (1, "acc_norm")}, ("hellaswag",)
 folder = data / "model" / "stories260K"
-found = eval_harness.h4(hub.load(folder), hub.load_tokenizer(folder), local=str(data / "eval"), limit=21)
+lm = eval_harness.DistributedHFLM(hub.load(folder), hub.load_tokenizer(folder), batch_size=16)
+found = eval_harness.h4(lm, str(data / "eval"), limit=21)
 Path(sys.argv[2], f"{distributed.rank()}.json").write_text(json.dumps(found))
 """
 
@@ -167,7 +169,7 @@ def test_two_ranks_score_as_one(stories, real_data, tmp_path, monkeypatch):
     subprocess.run(command, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, check=True, capture_output=True)
     monkeypatch.setattr(eval_harness, "H4", {"hellaswag": (1, "acc_norm")})
     monkeypatch.setattr(eval_harness, "H4_FOLDERS", ("hellaswag",))
-    alone = eval_harness.h4(*stories, local=str(real_data / "eval"), limit=21)
+    alone = eval_harness.h4(stories, str(real_data / "eval"), limit=21)
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [alone, alone]
 
 
@@ -198,4 +200,4 @@ def test_data_that_cannot_be_reached_is_one_sentence(toy, tmp_path, monkeypatch,
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError, match=r"^the data of arc_.* cannot be loaded \(Couldn't reach the Hub\); "):
-        eval_harness.h4(tiny_model, tokenizer)
+        eval_harness.h4(eval_harness.DistributedHFLM(tiny_model, tokenizer, batch_size=16), local=None, limit=None)
