@@ -66,9 +66,8 @@ def seen_by_reference(references: pd.DataFrame) -> Warning:
 
 def length_bias(measures: pd.DataFrame) -> Warning:
     """Arms whose last model ranks pairs no better than a rule that prefers the shorter response."""
-    last = _last(measures)
     cases = []
-    for (arm, source), group in last.groupby(["arm", "source"], sort=False):
+    for (arm, source), group in collect.last(measures).groupby(["arm", "source"], sort=False):
         means = group.groupby("name")["value"].mean()
         ranking, shorter = (means.get(f"preference/{name}_accuracy", float("nan")) for name in ("ranking", "shorter"))
         if abs(ranking - shorter) < NEAR:
@@ -82,7 +81,7 @@ def length_bias(measures: pd.DataFrame) -> Warning:
 
 def displacement(measures: pd.DataFrame) -> Warning:
     """Arms that made the chosen responses less likely, too."""
-    moved = _last(measures).query("measure == 'preference/log_ratio_chosen'").dropna(subset="value")
+    moved = collect.last(measures).query("measure == 'preference/log_ratio_chosen'").dropna(subset="value")
     summary = collect.by_arm(moved, [])
     return Warning(
         "Displacement: chosen responses became less likely",
@@ -100,8 +99,3 @@ def too_few_seeds(runs: pd.DataFrame) -> Warning:
         f"With fewer than six seeds an exact sign-flip test cannot reach p < {LEVEL}; take differences as hints.",
         [f"{arm}: {n} seed{'s' * (n > 1)}" for arm, n in few.items()],
     )
-
-
-def _last(measures: pd.DataFrame) -> pd.DataFrame:
-    """The measures of the last model of each run."""
-    return measures[measures["t"] == measures.groupby("run")["t"].transform("max")]

@@ -3,8 +3,8 @@
 Each function takes any mix of run and sweep folders and returns one table. `runs` lists every run, the other tables
 only runs that finished. Every table begins with `run` (folder name), `arm` (label without seed) and `seed`, then has
 
-    runs        one row per run: sweep, done, error, headline_name, headline, headline_n, seconds, trained_steps,
-                reused_steps, model_key, folder, and one column `choices.<group>` per axis
+    runs        one row per run: sweep, done, error, headline_name, headline, seconds, trained_steps, reused_steps,
+                model_key, folder, and one column `choices.<group>` per axis
     steps       run x t (1..T): num_pairs, sources, first_loss, last_loss, gamma_ref_mean,
                 gamma_ref_negative_share, lambda_mean, lambda_std, reference_leverage, reused, seconds, key,
                 start, and reference (as "M_1" or "0.4 M_0 + 0.6 M_1")
@@ -29,6 +29,7 @@ import pandas as pd
 
 from analysis import significance
 from sdpo.errors import UserError
+from sdpo.metrics import OUTCOME
 
 # Columns of `steps` that are null without a reference or, for utilisation, without a known GPU.
 MAYBE_NULL = (
@@ -60,7 +61,7 @@ def folders(*paths: Path | str) -> list[Path]:
 
 def declared(*paths: Path | str) -> dict:
     """What the sweeps among `paths` declare: `runs` (names) and `contrasts` (what is tested -> the two arms)."""
-    sweeps = [_read(Path(path) / "sweep.json") for path in paths if (Path(path) / "sweep.json").is_file()]
+    sweeps = [_read(file) for path in paths if (file := Path(path) / "sweep.json").is_file()]
     pairs = {name: tuple(pair) for sweep in sweeps for name, pair in sweep.get("contrasts", {}).items()}
     names = [name for sweep in sweeps for name in sweep["runs"]]
     return {"runs": names, "contrasts": pairs}
@@ -80,8 +81,8 @@ def steps(*paths: Path | str) -> pd.DataFrame:
 
 def measures(*paths: Path | str) -> pd.DataFrame:
     """Every measure of S (t = 0) and of each M_t, one per row."""
-    columns = ["run", "arm", "seed", "t", "measure", "source", "name", "value", "low", "high", "n"]
-    return _rows(paths, _measures).reindex(columns=columns).astype(dict.fromkeys(("value", "low", "high"), float))
+    columns = ["t", "measure", "source", "name", "value", "low", "high", "n"]
+    return _rows(paths, _measures, columns).astype(dict.fromkeys(("value", "low", "high"), float))
 
 
 def train(*paths: Path | str) -> pd.DataFrame:
@@ -91,8 +92,7 @@ def train(*paths: Path | str) -> pd.DataFrame:
 
 def answers(*paths: Path | str) -> pd.DataFrame:
     """The answers of S (t = 0) and of each M_t to the prompts of evaluate=generate; empty without that suite."""
-    columns = ["run", "arm", "seed", "t", "id", "turn", "prompt", "answer"]
-    return _rows(paths, _answers).reindex(columns=columns)
+    return _rows(paths, _answers, ["t", "id", "turn", "prompt", "answer"])
 
 
 def trajectory(*paths: Path | str) -> pd.DataFrame:
@@ -109,6 +109,11 @@ def references(*paths: Path | str) -> pd.DataFrame:
 def pairs(*paths: Path | str) -> pd.DataFrame:
     """Every pair of each run with its chunk (0: held out), score, token counts and ratings."""
     return _parquet(paths, "pairs.parquet")
+
+
+def last(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the last model of each run."""
+    return table[table["t"] == table.groupby("run")["t"].transform("max")]
 
 
 def by_arm(table: pd.DataFrame, keys: list[str], column: str = "value") -> pd.DataFrame:
@@ -152,9 +157,10 @@ def _identified(paths: Paths) -> Iterator[tuple[Path, dict]]:
         yield folder, {name: manifest[name] for name in ("run", "arm", "seed")}
 
 
-def _rows(paths: Paths, read: Callable[[Path], Iterable[dict]]) -> pd.DataFrame:
-    """One table of the rows that `read` yields for each run folder."""
-    return pd.DataFrame(names | row for folder, names in _identified(paths) for row in read(folder))
+def _rows(paths: Paths, read: Callable[[Path], Iterable[dict]], columns: list[str] | None = None) -> pd.DataFrame:
+    """One table of the rows that `read` yields for each run folder, after its run, arm and seed."""
+    rows = [names | row for folder, names in _identified(paths) for row in read(folder)]
+    return pd.DataFrame(rows, columns=columns and ["run", "arm", "seed", *columns])
 
 
 def _parquet(paths: Paths, name: str) -> pd.DataFrame:
@@ -163,9 +169,8 @@ def _parquet(paths: Paths, name: str) -> pd.DataFrame:
     for folder, names in _identified(paths):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}; W&B does not store it, so give the folder that the run wrote")
-        tables.append(pd.read_parquet(folder / name))
-        for i, (column, value) in enumerate(names.items()):
-            tables[-1].insert(i, column, value)
+        table = pd.read_parquet(folder / name)
+        tables.append(pd.DataFrame(names, index=table.index).join(table))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -179,8 +184,7 @@ def _run(folder: Path) -> dict:
         "error": error_file.read_text(encoding="utf-8").splitlines()[0] if error_file.is_file() else None,
         "headline_name": headline.get("name"),
         "headline": headline.get("value"),
-        "headline_n": headline.get("n"),
-        **{name: summary.get(name) for name in ("seconds", "trained_steps", "reused_steps")},
+        **{name: summary.get(name) for name in OUTCOME},
         "model_key": manifest.get("model_key"),
         "folder": folder,
         **{f"choices.{axis}": option for axis, option in manifest["choices"].items()},

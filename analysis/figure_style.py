@@ -7,7 +7,6 @@ so that one picture suits light and dark themes.
 import re
 from collections.abc import Callable
 from io import StringIO
-from itertools import islice, product
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -80,10 +79,9 @@ def by_panel(names: list[str]) -> dict[str, list[str]]:
 
 def series_styles(names: list[str]) -> dict[str, dict]:
     """A colour, line style and marker for every name; after seven names colours get other line styles and markers."""
-    shifted = product(range(len(COLOURS)), range(len(COLOURS)))
     return {
-        name: {"color": COLOURS[i], "linestyle": LINES[(i + shift) % 7], "marker": MARKERS[(i + shift) % 7]}
-        for name, (shift, i) in zip(names, islice(shifted, len(names)), strict=True)
+        name: {"color": COLOURS[i % 7], "linestyle": LINES[(i + i // 7) % 7], "marker": MARKERS[(i + i // 7) % 7]}
+        for i, name in enumerate(names)
     }
 
 

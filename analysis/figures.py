@@ -135,40 +135,23 @@ def memorisation(trajectory: pd.DataFrame) -> Figure:
     groups = ["trained on", "still to come", "held out"]
     kind = np.select([ended["held_out"], ended["seen"]], ["held out", "trained on"], "still to come")
     per_run = ended.assign(rise=rise, kind=kind).groupby(["arm", "seed", "t", "kind"], as_index=False)["rise"].mean()
-    figure, rows = panels(ended["arm"].nunique(), 1.9, sharex=True, sharey=True)
-    for axes, arm in zip(rows, ended["arm"].unique(), strict=True):
-        mine = per_run[per_run["arm"] == arm]
-        for group, style in series_styles(groups).items():
-            summary = collect.by_arm(mine[mine["kind"] == group], ["t"], "rise")
-            _line(axes, summary, "t", group, style)
-        axes.set(title=arm, ylabel="gamma over S (nats)")
-    _name_models(rows, ended["t"])
-    legend(figure, rows[0])
-    return figure
+    return _lines_over_models(per_run, "kind", groups, "gamma over S (nats)", "rise")
 
 
 @styled
 def accuracy_by_source(measures: pd.DataFrame, name: str = "preference/ranking_accuracy") -> Figure:
     """Held-out accuracy of S and every M_t for each source. Dotted: the accuracy of "the shorter one is better"."""
-    arms, by_source = measures["arm"].unique(), measures[measures["source"] != ""]
-    styles = series_styles(list(by_source["source"].unique()))
-    figure, rows = panels(len(arms), 2.0, sharex=True, sharey=True)
-    for axes, arm in zip(rows, arms, strict=True):
-        mine = by_source[by_source["arm"] == arm]
-        for source, style in styles.items():
-            here = mine[mine["source"] == source]
-            if here.empty:  # a source of another arm: only the legend names it
-                axes.plot([], [], label=source, **style)
-                continue
-            _line(axes, collect.by_arm(here[here["name"] == name], ["t"]), "t", source, style)
-            shorter = here.loc[here["name"] == "preference/shorter_accuracy", "value"].mean()
-            axes.axhline(shorter, color=style["color"], linewidth=0.9, linestyle=":")
-        unit = "share" if name.endswith("accuracy") else "nats"
-        axes.set(title=arm, ylabel=f"{name.rpartition('/')[2].replace('_', ' ')} ({unit})")
+    by_source = measures[measures["source"] != ""]
+    unit = "share" if name.endswith("accuracy") else "nats"
+    ylabel = f"{name.rpartition('/')[2].replace('_', ' ')} ({unit})"
+    shown, sources = by_source[by_source["name"] == name], list(by_source["source"].unique())
+    figure = _lines_over_models(shown, "source", sources, ylabel)
+    shorter = by_source[by_source["name"] == "preference/shorter_accuracy"].groupby(["arm", "source"])["value"].mean()
+    for axes in figure.axes:
+        for source, accuracy in shorter[axes.get_title(loc="left")].items():
+            axes.axhline(accuracy, color=series_styles(sources)[source]["color"], linewidth=0.9, linestyle=":")
         if unit == "share":  # an interval over few seeds may exceed 0 or 1
             axes.set_ylim(max(-0.02, axes.get_ylim()[0]), min(1.02, axes.get_ylim()[1]))
-    _name_models(rows, measures["t"])
-    legend(figure, rows[0])
     return figure
 
 
@@ -177,16 +160,10 @@ def displacement(measures: pd.DataFrame) -> Figure:
     """Change of the log-probabilities of chosen and rejected held-out responses from S. Often both fall."""
     moved = measures[measures["measure"].str.startswith("preference/log_ratio_")].copy()
     moved.loc[moved["t"] == 0, ["value", "low", "high"]] = 0.0  # S against itself
-    arms = moved["arm"].unique()
-    figure, rows = panels(len(arms), 1.9, sharex=True, sharey=True)
-    for axes, arm in zip(rows, arms, strict=True):
-        for side, style in series_styles(["chosen", "rejected"]).items():
-            here = (moved["arm"] == arm) & (moved["measure"] == f"preference/log_ratio_{side}")
-            _line(axes, collect.by_arm(moved[here], ["t"]), "t", f"{side} responses", style)
+    moved["side"] = moved["measure"].str.removeprefix("preference/log_ratio_") + " responses"
+    figure = _lines_over_models(moved, "side", ["chosen responses", "rejected responses"], "log-ratio to S (nats)")
+    for axes in figure.axes:
         axes.axhline(0, color="#000000", linewidth=0.8)
-        axes.set(title=arm, ylabel="log-ratio to S (nats)")
-    _name_models(rows, measures["t"])
-    legend(figure, rows[0])
     return figure
 
 
@@ -236,11 +213,19 @@ def sweep_cost(steps: pd.DataFrame, train: pd.DataFrame) -> Figure:
     return figure
 
 
-def _line(axes: Axes, summary: pd.DataFrame, x: str, label: str, style: dict) -> None:
-    """A line and its band, from a table of `collect.by_arm`."""
-    axes.plot(summary[x], summary["value"], label=label, **style)
-    if not summary.empty:
-        axes.fill_between(summary[x], summary["low"], summary["high"], color=style["color"], alpha=0.15, linewidth=0)
+def _lines_over_models(table: pd.DataFrame, by: str, names: list[str], ylabel: str, column: str = "value") -> Figure:
+    """A panel per arm, with a line and its band over S and every M_t for each of the names in the column `by`."""
+    arms = table["arm"].unique()
+    figure, rows = panels(len(arms), 1.9, sharex=True, sharey=True)
+    for axes, arm in zip(rows, arms, strict=True):
+        for name, style in series_styles(names).items():
+            line = collect.by_arm(table[(table["arm"] == arm) & (table[by] == name)], ["t"], column)
+            axes.plot(line["t"], line["value"], label=name, **style)  # the legend names also what this arm lacks
+            axes.fill_between(line["t"], line["low"], line["high"], color=style["color"], alpha=0.15, linewidth=0)
+        axes.set(title=arm, ylabel=ylabel)
+    _name_models(rows, table["t"])
+    legend(figure, rows[0])
+    return figure
 
 
 def _frame_points(axes: Axes) -> None:
@@ -257,15 +242,13 @@ def _errors(summary: pd.DataFrame) -> np.ndarray:
 
 def _best_of_n(axes: Axes, measures: pd.DataFrame) -> None:
     """The best of n answers of S by gold reward. Its KL to S is at most log n - (n - 1)/n (arXiv 2401.01879)."""
-    rows = measures[measures["measure"].str.startswith("lab/best_of/")].groupby("measure")["value"].mean()
-    if rows.empty:
-        return
-    n = np.array([int(name.rpartition("/")[2]) for name in rows.index])
-    order = np.argsort(n)
-    kl = np.log(n) - (n - 1) / n
-    axes.plot(kl[order], rows.to_numpy()[order], "-", color="#000000", linewidth=0.9, label="best of n from S, by gold")
-    for i in order[1:]:
-        axes.annotate(f"{n[i]}", (kl[i], rows.iloc[i]), (3, -9), textcoords="offset points", fontsize=7)
+    rows = measures[measures["measure"].str.startswith("lab/best_of/")]
+    gold = rows.groupby(rows["measure"].str.removeprefix("lab/best_of/").astype(int))["value"].mean()
+    kl = [log(n) - (n - 1) / n for n in gold.index]
+    if kl:
+        axes.plot(kl, gold, "-", color="#000000", linewidth=0.9, label="best of n from S, by gold")
+    for n, x, y in list(zip(gold.index, kl, gold, strict=True))[1:]:
+        axes.annotate(f"{n}", (x, y), (3, -9), textcoords="offset points", fontsize=7)
 
 
 def _violins(axes: Axes, groups: dict[int, pd.Series], colour: str, hatch: str | None = None) -> None:

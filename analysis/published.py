@@ -28,7 +28,9 @@ def side_by_side(table: dict, out: Path) -> pd.DataFrame:
     ours, rows = _ours(sweep) if sweep else {}, []
     for row in table["rows"]:
         for (column, source), printed in zip(table["columns"].items(), row["paper"], strict=True):
-            mean = _scaled(ours.get((row.get("arm"), row.get("t", "last"), source["measure"])), source["scale"])
+            mean = ours.get((row.get("arm"), row.get("t", "last"), source["measure"]), UNKNOWN)
+            value, low, high = (source["scale"] * number for number in mean[:3])
+            mean = Interval(value, low, high, mean.n)
             rows.append((row["model"], column, printed, mean, mean.value - printed))
     return pd.DataFrame(rows, columns=["model", "column", "paper", "ours", "difference"])
 
@@ -59,8 +61,7 @@ def _ours(sweep: Path) -> dict[tuple, Interval]:
     """(arm, t or "last", measure) -> our mean over seeds."""
     measures = collect.measures(sweep)[["run", "arm", "seed", "t", "measure", "value"]]
     measures = pd.concat([measures, _gammas(sweep)], ignore_index=True)
-    is_last = measures["t"] == measures.groupby("run")["t"].transform("max")
-    named = pd.concat([measures, measures[is_last].assign(t="last")])
+    named = pd.concat([measures, collect.last(measures).assign(t="last")])
     means = collect.by_arm(named, ["t", "measure"])
     return {(m.arm, m.t, m.measure): Interval(m.value, m.low, m.high, m.seeds) for m in means.itertuples()}
 
@@ -73,18 +74,12 @@ def _gammas(sweep: Path) -> pd.DataFrame:
     return means.assign(measure=names, value=means["gamma"])[["run", "arm", "seed", "t", "measure", "value"]]
 
 
-def _scaled(mean: Interval | None, scale: float) -> Interval:
-    return Interval(scale * mean.value, scale * mean.low, scale * mean.high, mean.n) if mean else UNKNOWN
-
-
 def _wide(numbers: pd.DataFrame) -> pd.DataFrame:
     """One row per model: for each column the paper's number, ours with its interval, and the difference."""
-    lines, heads = [], ["model"]
+    lines = []
     for model, group in numbers.groupby("model", sort=False):
-        lines.append([model])
-        for row in group.itertuples():
-            lines[-1] += [table_format.number(value, digits=2) for value in (row.paper, row.ours, row.difference)]
-        lines[-1].append(str(group["ours"].map(lambda mean: mean.n).max() or ""))
-    for column in numbers["column"].unique():
-        heads += [column, "ours", "diff"]
-    return pd.DataFrame(lines, columns=[*heads, "seeds"])
+        values = group[["paper", "ours", "difference"]].to_numpy().flat
+        seeds = max(mean.n for mean in group["ours"])
+        lines.append([model, *(table_format.number(value, digits=2) for value in values), str(seeds or "")])
+    heads = [head for column in numbers["column"].unique() for head in (column, "ours", "diff")]
+    return pd.DataFrame(lines, columns=["model", *heads, "seeds"])

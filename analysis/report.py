@@ -10,7 +10,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
@@ -25,13 +24,7 @@ AXES = ("model", "data", "arm", "split", "score", "reference", "loss", "tune")  
 MOST_PROMPTS = 20  # with their answers on the page
 TEMPLATES = Path(__file__).parent / "templates"
 
-FigureCall = tuple[str, Callable[..., Figure], tuple]  # title, figure function, its arguments
-
-
-class Picture(NamedTuple):
-    title: str
-    caption: str
-    svg: Markup
+FigureCall = tuple[str, Callable[..., Figure], tuple]  # title, figure function (its docstring: caption), arguments
 
 
 def write_report(folder: Path | str) -> Path:
@@ -59,7 +52,10 @@ def _content(folder: Path) -> dict:
         "equal_kl": tables.show(equal_kl.above_plain(folder)),
         "arms": tables.show(tables.arms(folder)),
         "steps": tables.show(tables.steps(folder)),
-        "pictures": list(map(_picture, _figure_calls(folder, measures, steps, references))),
+        "pictures": [
+            {"title": title, "svg": Markup(to_svg(draw(*tables_read), title)), "caption": draw.__doc__}
+            for title, draw, tables_read in _figure_calls(folder, measures, steps, references)
+        ],
         "answers": list(_answers(collect.answers(folder))),
         "lineage": _lineage(steps),
         "data": _data(runs),
@@ -71,20 +67,13 @@ def write_figures(folder: Path | str, into: Path) -> list[Path]:
     """Write every figure of the report into a folder as .svg and .pdf, named after its function. Returns the paths."""
     into.mkdir(parents=True, exist_ok=True)
     folder, written = Path(folder), []
-    for _, draw, arguments in _figure_calls(
-        folder, collect.measures(folder), collect.steps(folder), collect.references(folder)
-    ):
+    tables_read = (read(folder) for read in (collect.measures, collect.steps, collect.references))
+    for _, draw, arguments in _figure_calls(folder, *tables_read):
         figure = draw(*arguments)
         for ending in ("svg", "pdf"):
             written.append(into / f"{draw.__name__}.{ending}")
             save(figure, written[-1])
     return written
-
-
-def _picture(call: FigureCall) -> Picture:
-    """A figure for the page; its caption is the docstring of its function."""
-    title, draw, arguments = call
-    return Picture(title, " ".join((draw.__doc__ or "").split()), Markup(to_svg(draw(*arguments), title)))
 
 
 def _figure_calls(
@@ -145,33 +134,23 @@ def _lineage(steps: pd.DataFrame) -> pd.DataFrame:
     """The start, reference and pairs of each model, for the first seed of every arm."""
     first = steps[steps["seed"] == steps.groupby("arm")["seed"].transform("min")]
     chunks = [", ".join(f"{n} {source}" for source, n in sources.items()) for sources in first["sources"]]
-    made = {
-        "arm": first["arm"],
-        "model": "M_" + first["t"].astype(str),
-        "from": first["start"],
-        "reference": first["reference"],
-        "pairs": chunks,
-        "key in the store": first["key"].str[:16],
-        "reused": first["reused"].map({True: "yes", False: "no"}),
-    }
-    return pd.DataFrame(made)
+    made = first.assign(model="M_" + first["t"].astype(str), pairs=chunks, key=first["key"].str[:16])
+    made["reused"] = first["reused"].map({True: "yes", False: "no"})
+    shown = made[["arm", "model", "start", "reference", "pairs", "key", "reused"]]
+    return shown.rename(columns={"start": "from", "key": "key in the store"})
 
 
 def _data(runs: pd.DataFrame) -> pd.DataFrame:
-    """data_report.json of the first finished run as a flat table."""
+    """data_report.json of the first finished run as a flat table; a long list is replaced by its length."""
     report = json.loads((runs[runs["done"]].iloc[0]["folder"] / "data_report.json").read_text(encoding="utf-8"))
-    return pd.DataFrame(_leaves(report), columns=["name", "value"])
+    flat = pd.json_normalize(report, sep=" / ").to_dict("records")[0]
 
+    def said(value: object) -> str:
+        if isinstance(value, list) and len(value) > 3:
+            return f"{len(value)} entries in data_report.json"
+        return table_format.number(value) if isinstance(value, float) else str(value)
 
-def _leaves(value: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """The names and values of nested JSON; a long list is replaced by its length."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{name} / {key}" if name else key)
-    elif isinstance(value, list) and len(value) > 3:
-        yield name, f"{len(value)} entries in data_report.json"
-    else:
-        yield name, table_format.number(value) if isinstance(value, float) else str(value)
+    return pd.DataFrame([(name, said(value)) for name, value in flat.items()], columns=["name", "value"])
 
 
 def _origin(folder: Path, runs: pd.DataFrame) -> dict:

@@ -47,9 +47,8 @@ def arms(*paths: Path | str) -> pd.DataFrame:
     runs, measures = collect.runs(*paths), collect.measures(*paths)
     headline = headline_name(runs)
     names = {name: COMPANIONS.get(name, name) for name in (headline, *COMPANIONS) if name}
-    final = measures[measures["t"] == measures.groupby("run")["t"].transform("max")]
     gains = collect.by_arm(_gains(measures[measures["measure"] == headline]), []).set_index("arm")
-    values = collect.by_arm(final, ["measure"]).set_index(["arm", "measure"])
+    values = collect.by_arm(collect.last(measures), ["measure"]).set_index(["arm", "measure"])
     rows = [_start(measures, names)]
     for arm, group in runs.groupby("arm", sort=False):
         cells = {title: _cell(values, (arm, name)) for name, title in names.items()}
@@ -69,22 +68,18 @@ def contrasts(*paths: Path | str) -> pd.DataFrame:
     """
     runs, steps, gains = collect.runs(*paths), collect.steps(*paths), equal_kl.gains(*paths)
     declared = collect.declared(*paths)["contrasts"]
-    table = pd.DataFrame(
+    rows = [
         {"of": name} | _contrast(first, second, runs, steps) | _at_equal_kl(first, second, gains)
         for name, (first, second) in declared.items()
         if {first, second} <= set(runs["arm"])
-    )
-    if table.empty:
-        return table
-    table["p, Holm"] = holm(table["p"])
-    table["verdict"] = [
-        verdict(difference, p, num_contrasts=len(table), inert=inert, at_equal_kl=at_equal_kl)
-        for difference, p, inert, at_equal_kl in zip(
-            *(table[name] for name in ("difference", "p, Holm", "inert", "at equal KL")), strict=True
-        )
     ]
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p, Holm"] = p
+        row["verdict"] = verdict(
+            row["difference"], p, num_contrasts=len(rows), inert=row["inert"], at_equal_kl=row["at equal KL"]
+        )
     tested, by_kl = ["contrast", "difference", "seeds", "p", "p, Holm"], ["at equal KL", "seeds there"]
-    return table[["of", "verdict", *tested, *by_kl, "leverage"]].dropna(axis=1, how="all")
+    return pd.DataFrame(rows, columns=["of", "verdict", *tested, *by_kl, "leverage"]).dropna(axis=1, how="all")
 
 
 def steps(*paths: Path | str) -> pd.DataFrame:
@@ -96,12 +91,8 @@ def steps(*paths: Path | str) -> pd.DataFrame:
         columns[COMPANIONS.get(headline, headline)] = collect.by_arm(measures[measures["measure"] == headline], ["t"])
     columns = {title: column.set_index(["arm", "t"]) for title, column in columns.items()}
     return pd.DataFrame(
-        {
-            "arm": arm,
-            "t": t,
-            "reference": "; ".join(group["reference"].unique()),
-            "pairs": round(group["num_pairs"].mean()),
-        }
+        {"arm": arm, "t": t, "reference": "; ".join(group["reference"].unique())}
+        | {"pairs": round(group["num_pairs"].mean())}
         | {title: _cell(column, (arm, t)) for title, column in columns.items()}
         for (arm, t), group in table.groupby(["arm", "t"], sort=False)
     )

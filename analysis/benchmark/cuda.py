@@ -1,10 +1,10 @@
 """The part of the benchmark that needs a GPU: speed, utilisation and memory at real sizes; attention; the head."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 from transformers import LlamaForCausalLM
 
 from analysis.benchmark.work import SHAPES, from_profile, shape
@@ -56,16 +56,9 @@ def _rows() -> list[TokenPair]:
     ]
 
 
-def _seconds(function: Callable[[], object], repeats: int = 5) -> float:
-    """Median wall seconds of a call, after one call that compiles and allocates."""
-    spent = []
-    for _ in range(repeats + 1):
-        torch.cuda.synchronize()
-        began = time.monotonic()
-        function()
-        torch.cuda.synchronize()
-        spent.append(time.monotonic() - began)
-    return sorted(spent[1:])[repeats // 2]
+def _seconds(function: Callable[[], object]) -> float:
+    """Median wall seconds of a call, after calls that compile and allocate."""
+    return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=5.0).median
 
 
 def _train(size: str, rows: list[TokenPair], peak: float | None) -> dict:

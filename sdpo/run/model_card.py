@@ -70,7 +70,7 @@ def _lineage(files: RunFiles, t: int) -> list[tuple[str, ...]]:
     def mixture(weights: dict[str, float]) -> str:
         return " + ".join(name(key) if share == 1 else f"{share:g} {name(key)}" for key, share in weights.items())
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for step, result in zip(steps, files.summary["steps"], strict=False):
         reference = "; ".join(dict.fromkeys(mixture(window["weights"]) for window in step["windows"])) or "none"
         sources = ", ".join(f"{source} ({count})" for source, count in step["sources"].items())
