@@ -46,13 +46,8 @@ OmegaConf.register_new_resolver("over", lambda value, *divisors: value / prod(di
 class Arms(Launcher):
     """Does all runs of a sweep together; the keywords are those of conf/hydra/launcher/arms.yaml."""
 
-    def __init__(self, n: int | str, backend: str, slurm: DictConfig, contrasts: DictConfig):
-        self.settings: dict[str, Any] = {
-            "n": n,
-            "backend": backend,
-            "slurm": dict(slurm),
-            "contrasts": OmegaConf.to_container(contrasts),
-        }
+    def __init__(self, **settings: Any):
+        self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config

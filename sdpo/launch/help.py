@@ -19,13 +19,16 @@ from sdpo.errors import UserError
 CONF = Path(__file__).parents[2] / "conf"
 MOST_LINES = 4  # for the options of one axis in the overview
 EXAMPLES = """\
-python train.py                                         stepwise DPO on the built-in laboratory
-python train.py split=all_at_once reference=initial     plain DPO
-python train.py -m seed=0,1,2 reference=initial,previous   a sweep
-python train.py experiment=demo                         a sweep from a file
-python train.py data=local 'data.train=[a.jsonl,b.parquet]' model=hub model.path=HuggingFaceTB/SmolLM2-135M
-python train.py steps.2.optim.lr=1e-6                   another learning rate in step 2
-python train.py experiment=demo plan=true               the steps that exist, those to train, and their cost"""
+examples
+  python train.py                                         stepwise DPO on the built-in laboratory
+  python train.py split=all_at_once reference=initial     plain DPO
+  python train.py -m seed=0,1,2 reference=initial,previous   a sweep
+  python train.py experiment=demo                         a sweep from a file
+  python train.py data=local 'data.train=[a.jsonl,b.parquet]' model=hub model.path=HuggingFaceTB/SmolLM2-135M
+  python train.py steps.2.optim.lr=1e-6                   another learning rate in step 2
+  python train.py experiment=demo plan=true               the steps that exist, those to train, and their cost
+
+python train.py --help loss    explains one axis or key"""
 
 
 def show(names: list[str]) -> str:
@@ -106,14 +109,7 @@ def _overview() -> str:
             body[MOST_LINES - 1 :] = [f"... and others, see --help {group}"]
         lines += [f"  {group:<12}{body[0]}", *(f"  {'':<12}{line}" for line in body[1:])]
     lines += ["", "keys"] + [f"  {text.splitlines()[0]}" for text in _sections().values()]
-    lines += [
-        "",
-        "examples",
-        textwrap.indent(EXAMPLES, "  "),
-        "",
-        "python train.py --help loss    explains one axis or key",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", EXAMPLES])
 
 
 def _option(group: str, option: str) -> str:

@@ -119,12 +119,9 @@ def _missing_from_hub(config: Config) -> str | None:
     """A model or data set of the Hub that the run needs and that is not on this machine; None if all are."""
     models = [(config.model.path, config.model.revision)] if config.model.name == "hub" else []
     models += [(one["path"], one.get("revision")) for one in setup.external_references(config)]
-    for path, revision in models:
-        if path and not hub.is_here(path, revision):
-            return path
-    return next(
-        (name for name in readers.on_hub(config.data) if not readers.is_here(name, config.data.revisions)), None
-    )
+    missing = [path for path, revision in models if path and not hub.is_here(path, revision)]
+    missing += [name for name in readers.on_hub(config.data) if not readers.is_here(name, config.data.revisions)]
+    return missing[0] if missing else None
 
 
 def _chunks(config: Config, prepared: Prepared, history: list[Artifact]) -> Iterator[tuple[Chunk, str | None]]:

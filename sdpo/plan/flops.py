@@ -48,17 +48,17 @@ def flops_of_step(spec: StepSpec, windows: Windows) -> float:
         return float(trained)
     begins = np.cumsum([window["num_updates"] for window in windows.listed])
     moved = sum(tokens_N[np.unique(np.concatenate(plan[a:b]))].sum() for a, b in pairwise(begins))
-    first = _count_external(config, windows) if config.reference["name"] == "external" else size
+    first = size
+    if config.reference["name"] == "external":
+        first = _count_stored(windows.first) or config.reference.get("parameters") or math.nan
     return float(trained + 2 * first * tokens_N.sum() + 2 * size * moved)
 
 
 def count_parameters(config: Config, initial: Artifact) -> float:
     """The number of weights of S: counted if S exists or can be built, else model.parameters, else nan."""
-    if any(initial.folder.glob(hub.WEIGHTS)):
-        return hub.count_weights(initial.folder)
-    if config.model.name == "lab":
+    if config.model.name == "lab" and not initial.reused:
         return _count_built(**asdict(config.model.lab))
-    return config.model.parameters or math.nan
+    return _count_stored(initial) or config.model.parameters or math.nan
 
 
 @cache
@@ -67,7 +67,6 @@ def _count_built(**settings: int) -> int:
     return sum(weights.numel() for weights in new_model(LabModel(**settings), seed=0).parameters())
 
 
-def _count_external(config: Config, windows: Windows) -> float:
-    if windows.first and any(windows.first.folder.glob(hub.WEIGHTS)):
-        return hub.count_weights(windows.first.folder)
-    return config.reference.get("parameters") or math.nan
+def _count_stored(model: Artifact | None) -> int | None:
+    """The number of weights of a model; None if it does not exist."""
+    return hub.count_weights(model.folder) if model and any(model.folder.glob(hub.WEIGHTS)) else None
