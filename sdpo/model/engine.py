@@ -1,4 +1,6 @@
-"""The engine: one scorer on its device, with the optimiser that trains it. Two kinds, one interface: Plain and Zero.
+"""The engine: one scorer on its device, with the optimiser that trains it. With all parameters frozen it only scores.
+
+There are two kinds, Plain and Zero, with the same attributes and methods; Plain describes them.
 
 Masters are the fp32 weights that the optimiser changes. With precision=fp32 they are the parameters themselves; with
 bf16 they are kept beside the parameters, because at DPO's learning rates a bf16 weight would hardly ever move.
@@ -10,7 +12,6 @@ number of pairs of the update on all ranks.
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -25,55 +26,19 @@ from sdpo.model.zero import Zero
 from sdpo.types import ChosenRejected
 
 
-class Engine(Protocol):
-    """What training and scoring need of a model in memory. With all parameters frozen it only scores."""
-
-    scorer: Scorer
-    module: nn.Module  # to run forward passes with: the scorer, or DeepSpeed's wrapper of it
-    optimizer: torch.optim.Optimizer  # absent if all parameters are frozen; memory then holds only the weights
-    stage: int | None  # the ZeRO stage; None: plain PyTorch
-    part: int  # which part of the masters this rank has; ranks with the same number have the same part
-
-    @property
-    def parts(self) -> list[torch.Tensor]:
-        """The masters that this rank has. Whoever changes them calls `refresh` afterwards."""
-
-    def forward(self, pack: Pack) -> ChosenRejected:
-        """Log-probs of a pack, with gradients."""
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the gradients of one micro-batch; `last` tells that it is the last one of its update."""
-
-    def update(self, lr: float) -> torch.Tensor:
-        """Take one optimiser step with the gradients so far; returns their norm before clipping."""
-
-    def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
-        """A copy of the trained weights (of all weights if none is trained): whole, fp32, on the host, by name.
-
-        If the masters are divided over the ranks, only rank 0 gets the weights unless `everywhere` is set.
-        """
-
-    def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Set the trained weights, given as `weights` returns them."""
-
-    def deltas_added(self, deltas: dict[str, torch.Tensor]) -> AbstractContextManager:
-        """Context in which `deltas` are added to frozen parameters; at its end they are bit for bit as before."""
-
-    def refresh(self) -> None:
-        """Copy the masters to the parameters that the forward pass reads."""
-
-    def close(self) -> None:
-        """Release what the garbage collector does not."""
-
-
 class Plain:
-    """Every rank holds the whole model; gradients are summed over ranks once per update."""
+    """Plain PyTorch: every rank holds the whole model; gradients are summed over ranks once per update.
+
+    `module` runs forward passes: the scorer, or DeepSpeed's wrapper of it. `stage` is the ZeRO stage. `part` says which
+    part of the masters this rank has; ranks with the same number have the same part. If all parameters are frozen there
+    is no `optimizer`, so that memory holds only the weights.
+    """
 
     def __init__(self, scorer: Scorer, optim: config.Optim, precision: str, device: torch.device):
         self.scorer, self.clip = scorer, optim.clip or math.inf
         self.module: nn.Module = scorer
         self.stage: int | None = None
-        self.part = 0  # every rank has all masters
+        self.part = 0
         self.params = trained_parameters(scorer)
         self.masters: dict[str, torch.Tensor] = dict(self.params)
         self.is_mixed = precision != "fp32"
@@ -88,15 +53,19 @@ class Plain:
 
     @property
     def parts(self) -> list[torch.Tensor]:
+        """The masters that this rank has. Whoever changes them calls `refresh` afterwards."""
         return list(self.masters.values())
 
     def forward(self, pack: Pack) -> ChosenRejected:
+        """Log-probs of a pack, with gradients."""
         return self.scorer(pack)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradients of one micro-batch; `last` tells that it is the last one of its update."""
         loss.backward()
 
     def update(self, lr: float) -> torch.Tensor:
+        """Take one optimiser step with the gradients so far; returns their norm before clipping."""
         if distributed.world_size() > 1:
             for master in self.parts:
                 torch.distributed.all_reduce(master.grad)
@@ -109,26 +78,33 @@ class Plain:
         return norm
 
     def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
+        """A copy of the trained weights (of all weights if none is trained): whole, fp32, on the host, by name.
+
+        If the masters are divided over the ranks, only rank 0 gets the weights unless `everywhere` is set.
+        """
         full = self.masters or dict(self.scorer.named_parameters())
         return {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in full.items()}
 
     @torch.no_grad()
     def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Set the trained weights, given as `weights` returns them."""
         for name, master in self.masters.items():
             master.copy_(weights[name])
         self.refresh()
 
     def deltas_added(self, deltas: dict[str, torch.Tensor]) -> AbstractContextManager:
+        """Context in which `deltas` are added to frozen parameters; at its end they are bit for bit as before."""
         return temporarily_add(self.scorer, deltas, lambda _params: nullcontext())
 
     @torch.no_grad()
     def refresh(self) -> None:
+        """Copy the masters to the parameters that the forward pass reads."""
         if self.is_mixed:
             for name, param in self.params.items():
                 param.copy_(self.masters[name])
 
     def close(self) -> None:
-        """The garbage collector releases everything."""
+        """Release what the garbage collector does not: here nothing."""
 
 
 def _accumulate_in(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
@@ -140,6 +116,9 @@ def _accumulate_in(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
         param.grad = None
 
     return hook
+
+
+Engine = Plain | Zero
 
 
 def has_bf16(device: torch.device) -> bool:

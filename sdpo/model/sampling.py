@@ -78,22 +78,21 @@ def _next_token_logps(model: PreTrainedModel, answers: Answers) -> Tensor:
 
 def response_logp(model: PreTrainedModel, answers: Answers) -> Tensor:
     """The log-prob [S] of every answer, stop token included."""
-    return torch.cat([_response_logp(model, batch) for batch in _batches(answers)])
-
-
-def _response_logp(model: PreTrainedModel, answers: Answers) -> Tensor:
-    token_SR = _next_token_logps(model, answers).gather(2, answers.response_SR[:, :, None])[:, :, 0]
-    return (token_SR * answers.mask_SR).sum(dim=1)
+    sums = []
+    for batch in _batches(answers):
+        token_SR = _next_token_logps(model, batch).gather(2, batch.response_SR[:, :, None])[:, :, 0]
+        sums.append((token_SR * batch.mask_SR).sum(dim=1))
+    return torch.cat(sums)
 
 
 def kl(model: PreTrainedModel, initial_model: PreTrainedModel, answers: Answers) -> Tensor:
     """The exact next-token KL(model || initial) [S], in nats, summed over the positions of every answer."""
-    return torch.cat([_kl(model, initial_model, batch) for batch in _batches(answers)])
-
-
-def _kl(model: PreTrainedModel, initial_model: PreTrainedModel, answers: Answers) -> Tensor:
-    logps_SRV, initial_SRV = (_next_token_logps(each, answers) for each in (model, initial_model))
-    return ((logps_SRV.exp() * (logps_SRV - initial_SRV)).sum(dim=-1) * answers.mask_SR).sum(dim=1)
+    sums = []
+    for batch in _batches(answers):
+        logps_SRV, initial_SRV = (_next_token_logps(each, batch) for each in (model, initial_model))
+        kl_SR = (logps_SRV.exp() * (logps_SRV - initial_SRV)).sum(dim=-1)
+        sums.append((kl_SR * batch.mask_SR).sum(dim=1))
+    return torch.cat(sums)
 
 
 def _batches(answers: Answers) -> Iterator[Answers]:

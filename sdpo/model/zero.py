@@ -17,7 +17,10 @@ from sdpo.types import ChosenRejected
 
 
 class Zero:
-    """DeepSpeed ZeRO: the ranks share optimiser state (stage 1), gradients (2) and parameters (3)."""
+    """DeepSpeed ZeRO: the ranks share optimiser state (stage 1), gradients (2) and parameters (3).
+
+    Attributes and methods are described in Plain.
+    """
 
     def __init__(
         self,
@@ -36,7 +39,7 @@ class Zero:
         # On a CPU, DeepSpeed would compile this extension, which only inference needs, at its first use. A rank that is
         # killed during the compilation leaves a lock behind, and the next run waits for it forever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.stage = settings.stage
+        self.stage: int | None = settings.stage
         trained = trained_parameters(scorer)
         exact = {name: p.detach().clone() for name, p in trained.items()} if precision == "bf16" else None
         self.module, wrapped, _, _ = deepspeed.initialize(

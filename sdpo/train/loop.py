@@ -64,7 +64,10 @@ class TrainingLoop:
         UserError if it does not, and if a loss or gradient is not finite.
         """
         reference.keep_start(self.engine)
-        entries = self._resume(reference, checkpoint)
+        entries: list[dict] = []
+        if saved := checkpoint.restore(self.engine):
+            reference.restore(saved.tensors, saved.log["windows"])
+            entries = saved.log["entries"]
         yield from entries
         self.budget = fitting_budget(self.engine, [self._rows(i) for i in range(len(self.plan))], self.config.launch)
         pending: list[Pending] = []
@@ -84,14 +87,6 @@ class TrainingLoop:
                     log = {"entries": entries, "windows": reference.report}
                     checkpoint.save(self.engine, Saved(reference.state(), log))
                 pending, began = [], time.monotonic()
-
-    def _resume(self, reference: ReferenceLogprobs, checkpoint: Checkpoint) -> list[dict]:
-        """Bring engine and reference to the newest checkpoint; returns its log entries, none if there is none."""
-        saved = checkpoint.restore(self.engine)
-        if saved is None:
-            return []
-        reference.restore(saved.tensors, saved.log["windows"])
-        return saved.log["entries"]
 
     def _take_update(self, number: int, reference: ReferenceLogprobs, start_N2: np.ndarray) -> Pending:
         torch.manual_seed(self.config.seed * 1_000_003 + number)  # for dropout; the same after a resume
@@ -199,16 +194,14 @@ class TrainingLoop:
 
     def _entries(self, pending: list[Pending], seconds: float) -> Iterator[dict]:
         """The log entries of some updates, which took `seconds` together; statistics are summed over all ranks."""
-        totals = torch.stack([torch.cat([update.stats, update.norm.reshape(1).to(update.stats)]) for update in pending])
-        totals = distributed.total(totals).cpu().double()
-        norms = (totals[:, -1] / distributed.world_size()).tolist()
+        totals = distributed.total(torch.stack([update.stats for update in pending])).cpu().double()
+        norms = torch.stack([update.norm for update in pending]).tolist()  # of all ranks together, on every rank
         for update, sums, norm in zip(pending, totals, norms, strict=True):
-            means = (sums[:-1] / len(self.plan[update.number])).tolist()
-            yield self._entry(update, means, norm, seconds / len(pending))
+            yield self._entry(update, sums / len(self.plan[update.number]), norm, seconds / len(pending))
 
-    def _entry(self, update: Pending, means: list[float], norm: float, seconds: float) -> dict:
-        entry: dict[str, Any] = dict(zip(STATS, means, strict=True))
-        if not all(map(math.isfinite, [norm, *means])):
+    def _entry(self, update: Pending, means: torch.Tensor, norm: float, seconds: float) -> dict:
+        entry: dict[str, Any] = dict(zip(STATS, means.tolist(), strict=True))
+        if not all(map(math.isfinite, [norm, *entry.values()])):
             ids = ", ".join([row.id for row in self._rows(update.number)][:8])
             raise UserError(
                 f"update {update.number + 1}: the loss ({entry['loss']}) or the gradient norm ({norm}) is not finite; "

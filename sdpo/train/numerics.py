@@ -1,42 +1,27 @@
 """The settings that change the last digits of a result. The key of an artifact has those that matter to its kind."""
 
 from dataclasses import asdict
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 from sdpo import distributed
 from sdpo.config import Config
 
 
-class Numerics(NamedTuple):
-    """How a run computes. The field names are those in the keys of artifacts."""
+class Numerics:
+    """How a run computes, by the names in the keys of artifacts; `device` is the type that this machine has for it."""
 
-    precision: str
-    save_dtype: str
-    ranks: int
-    threads: int
-    attention: str
-    compile: bool
-    deepspeed: dict[str, Any]
-    device: str
-
-    @classmethod
-    def from_config(cls, config: Config) -> Self:
-        """The numerics of a run; `device` is the type of the device that this machine has for it."""
+    def __init__(self, config: Config):
         launch = config.launch
-        return cls(
-            config.precision,
-            config.save_dtype,
-            launch.ranks,
-            launch.threads,
-            launch.attention,
-            launch.compile,
-            asdict(config.deepspeed),
-            distributed.device(launch.device).type,
-        )
-
-    def of_training(self) -> dict[str, Any]:
-        """For a trained step: all of them."""
-        return self._asdict()
+        self.all: dict[str, Any] = {
+            "precision": config.precision,
+            "save_dtype": config.save_dtype,
+            "ranks": launch.ranks,
+            "threads": launch.threads,
+            "attention": launch.attention,
+            "compile": launch.compile,
+            "deepspeed": asdict(config.deepspeed),
+            "device": distributed.device(launch.device).type,
+        }
 
     def of_logprobs(self) -> dict[str, Any]:
         """For log-probs of packs, which ranks, threads and the DeepSpeed stage do not change."""
@@ -51,4 +36,4 @@ class Numerics(NamedTuple):
         return self._only("precision", "device")
 
     def _only(self, *names: str) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in names}
+        return {name: self.all[name] for name in names}

@@ -47,21 +47,12 @@ class Probes:
 
         The column `trained` says whether an update before the scoring read the row.
         """
-        frames = []
+        lines = []
         for name in sorted(self.logps, key=lambda name: (int(name.split("/")[1]), name)):
-            (role, update), logps_N2 = name.split("/"), self.logps[name]
+            role, update = name.split("/")
             trained = {rows[i].id for batch in plan[: int(update)] for i in batch}
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "id": [row.id for row in self.rows],
-                        "role": role,
-                        "update": int(update),
-                        "chosen_logp": logps_N2[:, 0].numpy(),
-                        "rejected_logp": logps_N2[:, 1].numpy(),
-                        "trained": [row.id in trained for row in self.rows],
-                    }
-                )
-            )
-        if frames:
-            pd.concat(frames, ignore_index=True).to_parquet(path, index=False)
+            for row, logps in zip(self.rows, self.logps[name].numpy(), strict=True):
+                lines.append((row.id, role, int(update), *logps, row.id in trained))
+        if lines:
+            columns = ["id", "role", "update", "chosen_logp", "rejected_logp", "trained"]
+            pd.DataFrame(lines, columns=columns).to_parquet(path, index=False)

@@ -41,7 +41,7 @@ class Runner:
     def __init__(self, config: Config, store: Store, tokenizer: PreTrainedTokenizerBase):
         self.config, self.store, self.tokenizer = config, store, tokenizer
         self.device = distributed.device(config.launch.device)
-        self.numerics = Numerics.from_config(config)
+        self.numerics = Numerics(config)
         self.foreign: dict[str, dict[str, TokenPair]] = {}  # key of a model with another tokenizer -> row id -> its row
         self.scored = np.zeros(2)  # tokens and seconds of all passes for log-probs so far
         self._reported_backend = ""

@@ -58,7 +58,7 @@ def determinants(spec: StepSpec, windows: list[dict]) -> dict[str, Any]:
         "tune": config.tune,
         "optim": asdict(config.optim),
         "seed": config.seed,
-        **Numerics.from_config(config).of_training(),
+        **Numerics(config).all,
     }
     if "ratings" in inputs_of(spec.loss):
         found["ratings"] = repr(chunk.ratings_N2.tolist())
