@@ -7,7 +7,7 @@ scored and evaluated are the merged ones; the adapter is in the folder `adapter`
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,15 +49,20 @@ class AdapterSpec(NamedTuple):
         return self.adapter.between == "stack" and self.num_earlier > 0
 
 
-def spec_for(adapter: Adapter, start: Artifact, find: Callable[[str], Artifact]) -> AdapterSpec:
-    """The specification of the adapter of a step from `start`; `find` returns the model with a given key."""
+def spec_for(adapter: Adapter, start: Artifact, history: list[Artifact]) -> AdapterSpec:
+    """The specification of the adapter of a step from `start`; `history` holds M_0 .. M_{t-1}.
+
+    With `stack`, a start whose own base belongs to another run is a base itself.
+    """
     lineage = start.folder / FOLDER / LINEAGE
     is_made_here = (start.folder / "manifest.json").is_file()  # S from elsewhere is not, even if it has an adapter
     if not is_made_here or not lineage.is_file():
         return AdapterSpec(adapter, start, start, 0)
     kept = json.loads(lineage.read_text())
-    base = find(kept["base"]) if adapter.between == "stack" else start
-    return AdapterSpec(adapter, start, base, kept["num_adapters"])
+    if adapter.between == "merge":
+        return AdapterSpec(adapter, start, start, kept["num_adapters"])
+    base = next((model for model in history if model.key == kept["base"]), start)
+    return AdapterSpec(adapter, start, base, 0 if base is start else kept["num_adapters"])
 
 
 class Loading(NamedTuple):
@@ -78,7 +83,10 @@ def load(spec: AdapterSpec, seed: int, loading: Loading) -> PreTrainedModel:
     from peft import LoraModel
 
     adapter = spec.adapter
-    model = _base(spec, loading.trust_remote_code) if adapter.quantize == "none" else _quantised(spec.base, loading)
+    if adapter.quantize == "none":
+        model = hub.load(spec.base.folder, trust_remote_code=loading.trust_remote_code)
+    else:
+        model = _quantised(spec.base, loading)
     targets = _all_linear(model) if adapter.targets == ["all-linear"] else adapter.targets
     for name in targets:
         _modules(model, name, "targets")
@@ -108,7 +116,7 @@ def save_and_merge(
     """
     from peft import LoraModel
 
-    base, num_adapters = _base(spec, trust_remote_code), 1
+    base, num_adapters = hub.load(spec.base.folder, trust_remote_code=trust_remote_code), 1
     factors = {name: tensor for name, tensor in trained.items() if ".lora_" in name}
     whole = _under_all_names(base, {name: trained[name] for name in trained.keys() - factors.keys()})
     weights = {_file_name(name, TRAINED): tensor for name, tensor in factors.items()}
@@ -151,10 +159,6 @@ def rounded(model: Artifact, loading: Loading, store: Store, tokenizer: PreTrain
             hub.save(dequantised, dict(dequantised.named_parameters()), tokenizer, folder)
 
     return store.make("rounded", {"model": model.key, "format": "nf4"}, build)
-
-
-def _base(spec: AdapterSpec, trust_remote_code: bool) -> PreTrainedModel:
-    return hub.load(spec.base.folder, trust_remote_code=trust_remote_code)
 
 
 def _earlier(spec: AdapterSpec) -> dict[str, torch.Tensor]:

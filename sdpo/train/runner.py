@@ -59,13 +59,14 @@ class Runner:
 
     def load_to_train(self, spec: StepSpec) -> Engine:
         """A new engine with a new optimiser, at the bytes of the step's start."""
-        self._start_loading(spec.start)
         adapter = bind(tune, spec.config.tune)()
         if adapter is None:
+            self._start_loading(spec.start)
             return self._open(spec.start, self.load_plain(spec.start).requires_grad_(True), spec.config)
-        self._adapter = adapters.spec_for(adapter, spec.start, self.find)
-        loaded = adapters.load(self._adapter, spec.config.seed, self.loading)
-        return self._open(spec.start, loaded, spec.config)
+        adapted = adapters.spec_for(adapter, spec.start, spec.history)
+        self._start_loading(*{spec.start, adapted.base})
+        self._adapter = adapted
+        return self._open(spec.start, adapters.load(adapted, spec.config.seed, self.loading), spec.config)
 
     @property
     def loading(self) -> adapters.Loading:
@@ -82,10 +83,11 @@ class Runner:
         verify(model)
         return self.load_plain(model)
 
-    def _start_loading(self, model: Artifact) -> None:
+    def _start_loading(self, *models: Artifact) -> None:
         self.release()
         if distributed.is_main():
-            verify(model)
+            for model in models:
+                verify(model)
         distributed.barrier()
 
     def _open(self, model: Artifact, loaded: PreTrainedModel, config: Config) -> Engine:
@@ -119,17 +121,6 @@ class Runner:
         if self._engine:
             self._engine.close()
         self._engine = self._loaded = self._adapter = None
-
-    def find(self, key: str) -> Artifact:
-        """The model of a key: one from the store, or else the run's own S. UserError if S has another key."""
-        manifest, settings = next(self.store.root.glob(f"*/{key[:16]}/manifest.json"), None), self.config.model
-        if manifest:
-            folder = manifest.parent
-        else:
-            folder = hub.locate(settings.path, settings.revision, settings.name == "hub")
-        found = Artifact(key, folder, reused=True)
-        verify(found)
-        return found
 
     def save(self, engine: Engine, folder: Path, key: str) -> None:
         """Write the trained weights as a Hugging Face folder. From here on they are the model of this key."""
