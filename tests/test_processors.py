@@ -1,11 +1,14 @@
-"""The numeric tests once more under the rounding of other processors, which PyTorch, MKL and oneDNN can imitate."""
+"""Numeric tests and the demo under the rounding of other processors, which PyTorch, MKL and oneDNN can imitate."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 from conftest import CHECKOUT
+
+from sdpo.stats import student
 
 OTHERS = {
     "no vector instructions": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"},
@@ -24,13 +27,50 @@ def run(environment, *arguments):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processor", OTHERS)
-def test_the_numeric_tests_hold(processor):
+def settings_of(processor):
+    """The environment that imitates a processor; skips if this processor cannot."""
     environment = OTHERS[processor]
     found = run(environment, "-c", SAY_WHICH).stdout.strip()
     if found != environment["ATEN_CPU_CAPABILITY"]:
         pytest.skip(f"this processor cannot be used as {environment['ATEN_CPU_CAPABILITY']}, only as {found}")
+    return environment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", OTHERS)
+def test_the_numeric_tests_hold(processor):
+    environment = settings_of(processor)
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *(f"tests/{name}" for name in NUMERIC)]
     ended = run(environment, *command)
     assert ended.returncode == 0, ended.stdout[-5000:]
+
+
+def demo(environment, folder):
+    """Run the demo; its last models' measures by arm and name, one value per seed, and each arm's least leverage."""
+    environment = environment | {"SDPO_STORE": str(folder / "store")}
+    ended = run(environment, "train.py", "experiment=demo", f"hydra.sweep.dir={folder / 'demo'}")
+    assert ended.returncode == 0, ended.stderr[-5000:]
+    values, leverage = {}, {}
+    for file in folder.glob("demo/*/summary.json"):
+        arm = json.loads((file.parent / "manifest.json").read_text())["arm"]
+        steps = json.loads(file.read_text())["steps"]
+        for name in ("lab/gold", "lab/kl"):
+            values.setdefault((arm, name), []).append(steps[-1]["eval"][name]["value"])
+        leverage.setdefault(arm, []).extend(step["reference_leverage"] for step in steps[1:])
+    return values, leverage
+
+
+@pytest.mark.slow
+def test_the_demo_says_the_same_on_two_processors(tmp_path):
+    """No seed leaves S, stepwise DPO's references are not inert, and DPO is below the best arm; no arm is exempt."""
+    found = []
+    for processor in ("no vector instructions", "AVX2"):
+        values, leverage = demo(settings_of(processor), tmp_path / processor)
+        found.append({key: student(seeds) for key, seeds in values.items()})
+        assert max(kl for (_, name), seeds in values.items() if name == "lab/kl" for kl in seeds) < 5
+        assert sum(leverage["easy_to_hard"]) / len(leverage["easy_to_hard"]) >= 0.02
+        gold = {arm: interval.value for (arm, name), interval in found[-1].items() if name == "lab/gold"}
+        assert len(gold) == 3 and max(gold.values()) - gold["all_at_once"] >= 0.02
+    for key, one in found[0].items():
+        other = found[1][key]
+        assert one.low <= other.high and other.low <= one.high, (key, one, other)
