@@ -48,7 +48,7 @@ def run(config: Config, folder: Path) -> dict:
         with _locked(folder):
             if not Run(config, folder, choices={}, arm="").finished:  # another process may have just finished it
                 (folder / "error.txt").unlink(missing_ok=True)  # the failure of that process
-                (_execute_rank if config.launch.ranks == 1 else _start_ranks)(config, folder)
+                (execute_rank if config.launch.ranks == 1 else _start_ranks)(config, folder)
         return json.loads((folder / "summary.json").read_text())
     except Exception as error:
         run_folder.fail(folder, error)
@@ -65,7 +65,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _execute_rank(config: Config, folder: Path) -> None:
+def execute_rank(config: Config, folder: Path) -> None:
     """This rank's part of a run."""
     set_threads(config.launch.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
@@ -83,6 +83,9 @@ def _execute_rank(config: Config, folder: Path) -> None:
         stepwise.run(config, folder)
         if is_main():
             run_folder.finish(config, folder)
+    except Exception as error:
+        run_folder.fail(folder, error)  # before the group ends: the other ranks will only report a lost connection
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -169,7 +172,7 @@ def main() -> None:
     if is_main():
         os.dup2(1, 2)  # to the terminal; the standard error of torchrun and the other ranks goes to log.txt
     try:
-        _execute_rank(config, path.parent)
+        execute_rank(config, path.parent)
     except Exception as error:
         run_folder.fail(path.parent, error)
         sys.exit(1)

@@ -1,5 +1,8 @@
 """A run reports the error of its rank, under the real torchrun; a run is executed once however often it is started."""
 
+import multiprocessing
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -9,8 +12,9 @@ import pytest
 import toys
 from conftest import CHECKOUT, read_lines
 
+from sdpo import config, distributed, stepwise
 from sdpo.errors import UserError
-from sdpo.launch import local as launch
+from sdpo.launch import local
 from sdpo.run import folder as run_folder
 
 
@@ -34,7 +38,7 @@ def test_a_job_that_is_submitted_twice_is_done_once(toy, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     run_folder.Run(settings, folder, choices={}, arm="once").prepare()
     run_folder.fail(folder, UserError("of a process that did it before"))
-    jobs = [subprocess.Popen(launch.job(folder), stderr=subprocess.PIPE, text=True)]
+    jobs = [subprocess.Popen(local.job(folder), stderr=subprocess.PIPE, text=True)]
     while not (folder / "metrics.jsonl").exists():
         time.sleep(0.05)
     begun = (folder / "manifest.json").read_bytes()
@@ -42,9 +46,54 @@ def test_a_job_that_is_submitted_twice_is_done_once(toy, tmp_path, monkeypatch):
     assert (folder / "manifest.json").read_bytes() == begun  # a running run stays as it is
     with pytest.raises(UserError, match="another process runs other settings there"):
         run_folder.Run(replace(settings, seed=1), folder, choices={}, arm="other").prepare()
-    jobs.append(subprocess.Popen(launch.job(folder), stderr=subprocess.PIPE, text=True))
+    jobs.append(subprocess.Popen(local.job(folder), stderr=subprocess.PIPE, text=True))
     said = [job.communicate()[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0] and not (folder / "error.txt").exists()
     assert ["waiting for it to end" in text for text in said] == [False, True]
     assert [entry["update"] for entry in read_lines(folder, "train")] == list(range(1, 361))
     assert not read_lines(folder, "step")[0]["reused"]
+
+
+class NoMemory(MemoryError):
+    def __str__(self):
+        time.sleep(1)  # long enough for the other rank to write its error first, if the connection is closed by now
+        return "no memory is left"
+
+
+@pytest.fixture
+def ranks(tmp_path, monkeypatch):
+    """ranks(work) forks two ranks that do `work` instead of training; returns the run folder and their exit codes."""
+
+    def start(work, **launch):
+        launch |= {"ranks": 2, "device": "cpu"}
+        settings = config.from_composed({"model": {"name": "lab"}, "data": {"name": "lab"}, "launch": launch})
+        run_folder.Run(settings, tmp_path / "run", choices={}, arm="").prepare()
+        monkeypatch.setattr(stepwise, "run", work)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+
+        def one(rank):
+            os.environ |= {**world, "RANK": str(rank)}
+            local.execute_rank(settings, tmp_path / "run")
+
+        processes = [multiprocessing.get_context("fork").Process(target=one, args=[rank]) for rank in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        return tmp_path / "run", [process.exitcode for process in processes]
+
+    return start
+
+
+def test_the_rank_that_failed_is_reported_and_not_the_one_that_lost_it(ranks):
+    """The ranks are real; what they run is a stand-in in which rank 1 fails while rank 0 waits for it."""
+
+    def work(config, folder):
+        if distributed.rank() == 1:
+            raise NoMemory
+        distributed.barrier()
+
+    folder, codes = ranks(work)
+    assert run_folder.failure(folder) == "NoMemory: no memory is left" and 0 not in codes
