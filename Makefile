@@ -1,16 +1,17 @@
 # `make demo` runs the demo, `make test` checks lint, types and tests. Both install what they need, once.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-all lint
 demo: .venv/ready
 	$(BIN)/python train.py experiment=demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
