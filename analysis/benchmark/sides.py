@@ -6,13 +6,15 @@ python -m analysis.benchmark.sides SIDE WORK.json RESULT.json
 import json
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from analysis.benchmark.meter import Meter
-from analysis.benchmark.trl import BETA, LR, TUNED, make_trainer, trl_default, trl_tuned
+from analysis.benchmark.trl import BETA, LR, TUNED, make_trainer, train_trl
 from analysis.benchmark.work import Work
 from sdpo.config import Config
 from sdpo.model import hub
@@ -29,17 +31,8 @@ from sdpo.variants import loss as losses
 TOKENS_PER_PACK = {"cpu": 1536, "cuda": 8192}
 
 
-def engine(work: Work, meter: Meter) -> dict:
-    """All pairs as one step of this engine, with its reference pass."""
-    return _steps(work, meter, 1)
-
-
-def engine_in_8_steps(work: Work, meter: Meter) -> dict:
-    """The same pairs as 8 steps, each with its own reference, optimiser and saved model."""
-    return _steps(work, meter, 8)
-
-
-def _steps(work: Work, meter: Meter, num_steps: int) -> dict:
+def engine(work: Work, meter: Meter, num_steps: int) -> dict:
+    """All pairs as steps of this engine, each with its own reference pass, optimiser and saved model."""
     meter.time_calls("reference", runner_module, "score")
     meter.time_calls("updates", TrainingLoop, "run")
     rows, config, steps = work.rows(), _config(work), []
@@ -67,7 +60,7 @@ def _config(work: Work) -> Config:
     config = Config(loss={"name": "dpo", "beta": BETA}, tune={"name": "full"}, precision=work.precision)
     config.reference = {"name": "previous", "placebo": "none"}
     config.optim.lr, config.optim.pairs_per_update = LR, work.pairs_per_update
-    config.launch.device = work.device
+    config.data.template, config.launch.device = "plain", work.device
     rows = work.rows()
     mean_tokens = sum(map(tokens_of, rows)) / len(rows)
     config.launch.tokens_per_pack = min(TOKENS_PER_PACK[work.device], round(work.pairs_per_microbatch * mean_tokens))
@@ -104,7 +97,13 @@ def agreement(work: Work, meter: Meter) -> dict:
     }
 
 
-SIDES = {side.__name__: side for side in (trl_default, trl_tuned, engine, engine_in_8_steps, agreement)}
+SIDES: dict[str, Callable[[Work, Meter], dict]] = {
+    "trl_default": partial(train_trl, options={}),  # a reference pass in every update, activation checkpointing
+    "trl_tuned": partial(train_trl, options=TUNED),
+    "engine": partial(engine, num_steps=1),
+    "engine_in_8_steps": partial(engine, num_steps=8),
+    "agreement": agreement,
+}
 
 
 def main(side: str, work_file: str, result_file: str) -> None:

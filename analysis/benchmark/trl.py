@@ -12,20 +12,12 @@ from analysis.benchmark.work import MAX_TOKENS, Work, text
 from sdpo.model import hub
 
 BETA, LR = 0.1, 5e-7
+# TRL's fastest settings: reference log-probs computed once, no activation checkpointing.
 TUNED = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
 
 
-def trl_default(work: Work, meter: Meter) -> dict:
-    """DPOTrainer with its defaults: a reference pass in every update, activation checkpointing."""
-    return _train_trl(work, meter, {})
-
-
-def trl_tuned(work: Work, meter: Meter) -> dict:
-    """DPOTrainer with its fastest settings: reference log-probs computed once, no activation checkpointing."""
-    return _train_trl(work, meter, TUNED)
-
-
-def _train_trl(work: Work, meter: Meter, options: dict) -> dict:
+def train_trl(work: Work, meter: Meter, options: dict) -> dict:
+    """All pairs as one epoch of DPOTrainer with its defaults, but for these options."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(work, folder, options, meter)
         with meter.phase("updates"):
