@@ -80,7 +80,10 @@ def place(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     for source in "ab":
         pairs = map(json.loads, (toy / f"{source}.jsonl").read_text().splitlines()[:15])
-        rated = [pair | {"chosen_rating": 3.0, "rejected_rating": 1.0 + n % 2} for n, pair in enumerate(pairs)]
+        rated = [
+            pair | {"chosen_rating": 3.0, "rejected_rating": 1.0 + n % 2, "pair_score": n}
+            for n, pair in enumerate(pairs)
+        ]
         (folder / f"{source}.jsonl").write_text("\n".join(map(json.dumps, rated)))
     shutil.copytree(toy / "model", folder / "model")
     (folder / "eval").symlink_to(REAL_DATA / "eval")

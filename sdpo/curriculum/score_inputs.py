@@ -7,6 +7,7 @@ import numpy as np
 from sdpo.binding import inputs_of
 from sdpo.config import Config
 from sdpo.curriculum import crossfit
+from sdpo.data import pair_scores
 from sdpo.data.pair_table import PairTable
 from sdpo.errors import UserError
 from sdpo.evals import reward_model
@@ -26,6 +27,7 @@ def scores(inputs: Inputs, config: Config, function: Callable, model: Artifact, 
         "base_logps": lambda: reward_model.base_logps(settings, table.rows, runner),
         "rewards": lambda: reward_model.rewards(settings, table.pairs, runner),
         "ratings": lambda: table.ratings_N2,
+        "pair_scores": lambda: pair_scores.read(table, **settings),
         "lengths": lambda: table.lengths_N2,
         "prompt_lengths": lambda: np.array([len(row.prompt) for row in table.rows]),
         "margins": lambda: crossfit.margins(inputs, config, **settings),

@@ -28,6 +28,18 @@ class BadRow(UserError):
         self.problem = problem
 
 
+def parse_row(row: Any) -> dict[str, Any]:
+    """The row as a dictionary; readers leave lines of JSON as text. Raises BadRow."""
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except json.JSONDecodeError as error:
+            raise BadRow("invalid_json", None, f"is not valid JSON ({error.msg})") from None
+    if not isinstance(row, dict):
+        raise BadRow("invalid_json", None, "is not a JSON object")
+    return row
+
+
 def parse_cells(row: dict[str, Any]) -> dict[str, Any]:
     """The row with conversations that are written as text (in CSV, in JSON in a text column) read. Raises BadRow.
 

@@ -10,14 +10,15 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from sdpo import config
-from sdpo.data.cells import BadRow
+from sdpo.data.cells import BadRow, parse_row
 from sdpo.data.readers import Table, read_file, read_hub, repository, source_of_file, source_on_hub
-from sdpo.data.schemas import Message, check_text, normalise, rename
+from sdpo.data.schemas import Message, check_id, check_text, normalise, rename
 from sdpo.errors import UserError
 
 # The names that data.columns can give to the columns of an unknown layout.
 COLUMNS = (
-    "id source system prompt messages chosen rejected chosen_rating rejected_rating tools chat_template_kwargs".split()
+    "id source system prompt messages chosen rejected chosen_rating rejected_rating pair_score tools "
+    "chat_template_kwargs".split()
 )
 
 
@@ -31,6 +32,7 @@ class Pair:
     chosen_rating: float | None = None
     rejected_rating: float | None = None
     inputs: dict[str, Any] = field(default_factory=dict)  # what the chat template reads beside the turns: tools, ...
+    pair_score: float | None = None  # how easy the pair is, for score=column
 
 
 class Preferences(NamedTuple):
@@ -109,8 +111,9 @@ def write_jsonl(path: Path, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
             row = asdict(pair)
             row["messages"] = row.pop("prompt")
-            if not pair.inputs:
-                del row["inputs"]
+            for name in ("inputs", "pair_score"):
+                if row[name] in (None, {}):
+                    del row[name]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -168,13 +171,7 @@ class _Intake:
         return pairs
 
     def _pair(self, table: Table, number: int, row: Any, reserved: Mapping[str, str]) -> tuple[Pair, str]:
-        if isinstance(row, str):
-            try:
-                row = json.loads(row)
-            except json.JSONDecodeError as error:
-                raise BadRow("invalid_json", None, f"is not valid JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise BadRow("invalid_json", None, "is not a JSON object")
+        row = parse_row(row)
         if self.settings.columns:
             row = rename(row, self.settings.columns)
         normal = normalise(row)
@@ -185,7 +182,7 @@ class _Intake:
         if row.get("id") is None:
             id = self._made_id(source, _digest([key, normal.chosen, normal.rejected]))
         else:
-            id = check_text(str(row["id"]) if isinstance(row["id"], int) else row["id"], "id")
+            id = check_id(row["id"])
         if id in self.taken:
             raise BadRow("duplicate_id", "id", f"{id!r} was used before, by {self.taken[id]}")
         self.taken[id] = f"{table.name}, row {number}"

@@ -1,9 +1,9 @@
 """Prompt files: text with one prompt a line, or rows as AlpacaEval 2 and MT-Bench have them."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sdpo.data.cells import BadRow, parse_row
 from sdpo.data.readers import Table, read_file
 from sdpo.errors import UserError
 
@@ -43,10 +43,10 @@ def _lines(name: str) -> Table:
 def _prompt(table: Table, number: int, row: Any) -> Prompt:
     place = f"{table.name}, row {number}"
     try:
-        row = json.loads(row) if isinstance(row, str) else row
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: is not valid JSON ({error.msg})") from error
-    asked = next((row[column] for column in PROMPT_COLUMNS if column in row), None) if isinstance(row, dict) else None
+        row = parse_row(row)
+    except BadRow as bad:
+        raise UserError(f"{place}: {bad}") from bad
+    asked = next((row[column] for column in PROMPT_COLUMNS if column in row), None)
     turns = [turn for turn in (asked if isinstance(asked, list) else [asked]) if isinstance(turn, str) and turn.strip()]
     if not turns or isinstance(asked, list) and len(turns) < len(asked):
         raise UserError(f"{place}: has no text in one of the fields {', '.join(PROMPT_COLUMNS)}")

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypedDict
 
 from sdpo.data.cells import BadRow, parse_cells, template_inputs
@@ -38,6 +39,7 @@ class Normal(NamedTuple):
     chosen_rating: float | None
     rejected_rating: float | None
     inputs: dict[str, Any]  # what the chat template reads beside the turns
+    pair_score: float | None  # how easy the pair is, for score=column
 
 
 def normalise(row: Row) -> Normal:
@@ -55,8 +57,9 @@ def normalise(row: Row) -> Normal:
     check_text(rejected, "rejected")
     if chosen == rejected:
         raise BadRow("identical", "rejected", "equals 'chosen', so the pair states no preference")
-    chosen_rating, rejected_rating = (_rating(row, side) for side in ("chosen", "rejected"))
-    return Normal(layout, prompt, chosen, rejected, chosen_rating, rejected_rating, template_inputs(row))
+    chosen_rating, rejected_rating = (first_number(row, RATINGS[side]) for side in ("chosen", "rejected"))
+    score = first_number(row, ["pair_score"])
+    return Normal(layout, prompt, chosen, rejected, chosen_rating, rejected_rating, template_inputs(row), score)
 
 
 def rename(row: Row, columns: dict[str, str]) -> Row:
@@ -80,6 +83,11 @@ def check_text(value: Any, field: str) -> str:
     except UnicodeEncodeError:  # a reader leaves invalid bytes, and JSON's lone surrogates, as surrogates
         raise BadRow("invalid_utf8", field, "is not valid UTF-8") from None
     return value
+
+
+def check_id(value: Any) -> str:
+    """The id of a row, as text. Raises BadRow."""
+    return check_text(str(value) if isinstance(value, int) else value, "id")
 
 
 def _read(row: Row) -> tuple[str, Turns, Any, Any]:
@@ -211,16 +219,17 @@ def _answer(turns: Turns, field: str) -> str:
     return turns[0]["content"]
 
 
-def _rating(row: Row, side: str) -> float | None:
-    for column in RATINGS[side]:
-        if row.get(column, "") != "":
+def first_number(row: Row, columns: Iterable[str]) -> float | None:
+    """The number in the first of the columns that the row has; None if it has none. Raises BadRow."""
+    for column in columns:
+        if row.get(column, "") not in ("", None):
             try:
-                rating = float(row[column])
+                number = float(row[column])
             except (TypeError, ValueError):
-                rating = math.nan
-            if not math.isfinite(rating):
+                number = math.nan
+            if not math.isfinite(number):
                 raise BadRow("bad_rating", column, f"is {row[column]!r}, not a number")
-            return rating
+            return number
     return None
 
 

@@ -2,8 +2,9 @@
 
 The positional parameters name the data that a score reads. These are arrays [N, 2] of the chosen and the rejected
 response: `logps`, summed log-probs (nats) under the model that `score.model` names; `base_logps`, the same under the
-model at `path`; `rewards` of a reward model; `ratings` of a judge, nan if missing; and `lengths` in tokens. Two are
-different: `prompt_lengths` [N], in tokens, and `margins` [N, models], under models that were not trained on the pair.
+model at `path`; `rewards` of a reward model; `ratings` of a judge, nan if missing; and `lengths` in tokens. Three
+are different: `prompt_lengths` [N], in tokens; `pair_scores` [N], numbers that came with the pairs; and `margins`
+[N, models], under models that were not trained on the pair.
 A keyword that a function here does not use is read by the code that computes the data.
 
 An accuracy is the share of scores above 0. The paper (Kim et al. 2403.19270 v2) sorts sources by reward accuracy and
@@ -49,6 +50,11 @@ def rating_gap(ratings: np.ndarray) -> np.ndarray:
             "pairs lack; choose another score, or data with ratings"
         )
     return ratings[:, 0] - ratings[:, 1]
+
+
+def column(pair_scores: np.ndarray, *, file: str | None = None) -> np.ndarray:
+    """The number that came with each pair, in the data's column `pair_score` or in that of a `file` with ids."""
+    return pair_scores
 
 
 def length_gap(lengths: np.ndarray) -> np.ndarray:

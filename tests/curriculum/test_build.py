@@ -114,6 +114,18 @@ def test_a_score_that_reads_no_model(toy, tmp_path):
         build.build(inputs, settings, inputs.initial)
 
 
+def test_a_column_of_a_file_orders_pairs(toy, tmp_path):
+    split = ["split=easy_to_hard", "split.level=pair", "split.num_chunks=2", "score=column"]
+    settings, inputs = prepare(toy, tmp_path, *split, f"score.file={tmp_path / 'scores.csv'}")
+    hardest_first = inputs.train.ids[::-1]
+    lines = [f"{id},{number}" for number, id in enumerate(hardest_first)]
+    (tmp_path / "scores.csv").write_text("\n".join(["id,pair_score", *lines]))
+    easy, hard = build.build(inputs, settings, inputs.initial).chunks
+    half = len(easy)
+    assert half + len(hard) == len(hardest_first) and abs(half - len(hard)) <= 1
+    assert (easy.tolist(), hard.tolist()) == ([*range(half)], [*range(half, len(hardest_first))])
+
+
 def test_three_real_sources_by_a_real_model(real_data, tmp_path):
     names = ["step3_hh_helpful", "step1_easy", "step2_ultrafeedback"]
     for name in names:

@@ -249,6 +249,7 @@ def test_hub_errors_take_one_line(monkeypatch):
 def test_jsonl_round_trip(tmp_path):
     turns = ({"role": "user", "content": "Größe?\u2028"},)
     pairs = [preferences.Pair("1", "a", turns, "x", "y", 1.0, 0.5), preferences.Pair("2", "a", turns, "x", "")]
+    pairs.append(replace(pairs[0], pair_score=0.0))
     preferences.write_jsonl(tmp_path / "pairs.jsonl", pairs)
     assert preferences.read_jsonl(tmp_path / "pairs.jsonl") == pairs
 

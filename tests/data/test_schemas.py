@@ -51,7 +51,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(layout):
     normal = normalise({**LAYOUTS[layout], "an extra column": None})
-    assert normal == (layout.strip(), (RULES, ASK), GOOD, BAD, None, None, {})
+    assert normal == (layout.strip(), (RULES, ASK), GOOD, BAD, None, None, {}, None)
 
 
 def test_transcripts_part_at_the_last_answer():
@@ -112,6 +112,15 @@ def test_ratings(columns):
     assert normalise(row)[4:6] == (4.5, 3.0)
 
 
+def test_a_pair_score_is_a_number_or_text_of_one():
+    assert [normalise(PLAIN | {"pair_score": given}).pair_score for given in (0, "-2.5", "", None)] == [
+        0,
+        -2.5,
+        None,
+        None,
+    ]
+
+
 def test_an_empty_system_text_is_no_turn():
     assert normalise(LAYOUTS["orca"] | {"system": ""}).prompt == (ASK,)
     assert normalise({**LAYOUTS["messages"], "messages": [{**RULES, "content": ""}, ASK]}).prompt == (ASK,)
@@ -135,6 +144,7 @@ FLAWS = [
     (PLAIN | {"chosen": "\udcff"}, "invalid_utf8", "chosen"),
     (PLAIN | {"rejected": GOOD}, "identical", "rejected"),
     (PLAIN | {"score_chosen": "high"}, "bad_rating", "score_chosen"),
+    (PLAIN | {"pair_score": "hard"}, "bad_rating", "pair_score"),
     (PLAIN | {"chosen_rating": float("nan")}, "bad_rating", "chosen_rating"),
     (PLAIN | {"prompt": []}, "bad_conversation", "prompt"),
     (PLAIN | {"prompt": [ASK, said("So.")]}, "bad_conversation", "prompt"),

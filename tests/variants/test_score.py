@@ -36,6 +36,10 @@ def test_rating_gap_needs_both_ratings():
         scores.rating_gap(np.array([[8.0, 3.0], [6.0, np.nan]]))
 
 
+def test_a_column_is_taken_as_it_is():
+    assert scores.column(np.array([0.5, -3.0]), file="easy.csv").tolist() == [0.5, -3.0]
+
+
 def test_a_shorter_chosen_response_and_a_shorter_prompt_are_easier():
     assert scores.length_gap(LENGTHS).tolist() == [4, -5]
     assert scores.prompt_length(np.array([7, 3])).tolist() == [-7, -3]
