@@ -200,7 +200,7 @@ config.yaml
     optim.schedule_over optim.warmup optim.weight_decay plan precision probe probe.every record record.every
     record.mode record.project record.wandb reference reference.name reference.placebo save_dtype score score.model
     score.name seed split split.disjoint_prompts split.equal split.keep split.level split.measure split.name
-    split.num_chunks start steps tune tune.name
+    split.num_chunks split.within start steps tune tune.name
 manifest.json
     arm choices choices.split command git git.commit git.diff git.dirty machine machine.cores machine.cpu machine.gpus
     machine.system model_key run seed steps steps.gamma_ref_mean steps.key steps.num_pairs steps.reused steps.sources

@@ -30,7 +30,11 @@ MODULES = {
     "tune": "variants.tune",
     "evaluate": "evals.suites",
 }
-SHARED = {"split": {"keep", "disjoint_prompts"}, "score": {"model"}, "reference": {"placebo"}}  # keys of every variant
+SHARED = {
+    "split": {"keep", "disjoint_prompts", "within"},
+    "score": {"model"},
+    "reference": {"placebo"},
+}  # keys of every variant
 OPTIONS = [(group, option) for group in help.groups() for option in help.options(group)]
 
 

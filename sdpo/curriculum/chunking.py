@@ -21,10 +21,11 @@ class Split(NamedTuple):
     function: partial[Chunks]
     keep: float  # the share of pairs that is kept: those of highest score, which are the easiest
     disjoint_prompts: bool  # whether pairs that share a prompt must share a chunk
+    within: str = "shuffled"  # the order of training inside a chunk: shuffled | score
 
     @property
     def needs_scores(self) -> bool:
-        return self.keep < 1 or "scores" in inputs_of(self.function)
+        return self.keep < 1 or self.within == "score" or "scores" in inputs_of(self.function)
 
     def kept(self, rows: list[SplitRow], scores: dict[str, float] | None) -> list[SplitRow]:
         """The share of rows with the highest scores, in the order of `rows` (Selective DPO, 2502.09650)."""
@@ -34,6 +35,13 @@ class Split(NamedTuple):
         ranked = sorted(rows, key=lambda row: (-scores[row.id], row.id))
         easiest = {row.id for row in ranked[: math.ceil(self.keep * len(rows))]}
         return [row for row in rows if row.id in easiest]
+
+    def in_order(self, chunk: list[str], scores: dict[str, float] | None) -> list[str]:
+        """The chunk in the order in which its pairs are trained, if that is not shuffled; ties stay in their order."""
+        if self.within == "shuffled":
+            return chunk
+        assert scores is not None
+        return sorted(chunk, key=scores.__getitem__, reverse=self.function.func is not splits.hard_to_easy)
 
     def for_rest(self, num_chunks: int) -> "Split":
         """The same split for the rows that remain after some chunks were taken; it keeps all of them."""
@@ -61,14 +69,17 @@ def bind_split(settings: Settings) -> Split:
     """The split that the settings name. Raises UserError if a setting is wrong."""
     settings = dict(settings)
     keep, disjoint_prompts = settings.pop("keep", 1.0), settings.pop("disjoint_prompts", True)
+    within = settings.pop("within", "shuffled")
     if isinstance(keep, bool) or not isinstance(keep, float | int) or not 0 < keep <= 1:
         raise UserError(f"split.keep must be above 0 and at most 1, not {keep}")
     if not isinstance(disjoint_prompts, bool):
         raise UserError(f"split.disjoint_prompts must be true or false, not {disjoint_prompts}")
+    if within not in ("shuffled", "score"):
+        raise UserError(f"split.within is {within!r}; it can be shuffled, score")
     function = bind(splits, settings)
     if (num_chunks := function.keywords.get("num_chunks")) is not None and num_chunks < 1:
         raise UserError(f"split.num_chunks must be at least 1, not {num_chunks}")
-    return Split(function, keep, disjoint_prompts)
+    return Split(function, keep, disjoint_prompts, within)
 
 
 def bind_score(settings: Settings, split: Split) -> Score:
@@ -102,7 +113,7 @@ def divide(split: Split, rows: list[SplitRow], scores: dict[str, float] | None, 
     data = {"rows": rows, "scores": scores, "seed": seed}
     chunks = split.function(**{name: data[name] for name in inputs_of(split.function)})
     _check(chunks, rows, complete=split.function.func is not splits.replay)
-    return chunks
+    return [split.in_order(chunk, scores) for chunk in chunks]
 
 
 def _check(chunks: Chunks, rows: list[SplitRow], complete: bool) -> None:

@@ -56,6 +56,7 @@ def halves(inputs: Inputs, config: Config, *, repeats: int, beta: float, seed: i
     """The models in training order, two per repeat."""
     training = replace(
         config,
+        split={},
         loss={"name": "dpo", "beta": beta, "label_smoothing": 0.0},
         reference={"name": "initial", "placebo": "none"},
         optim=replace(config.optim, moments="reset", schedule_over="step"),  # as if it were the only step

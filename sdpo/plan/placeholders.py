@@ -46,9 +46,10 @@ def order(inputs: Inputs, config: Config) -> list[np.ndarray]:
 
 def ordered(chunk: Chunk, inputs: Inputs, config: Config, newest: Artifact) -> Chunk:
     """The chunk, marked with the score, split and model that decide its pairs; unmarked if it holds all pairs."""
-    if len(chunk.rows) == len(inputs.train):
+    in_order = config.split.get("within") == "score"
+    if len(chunk.rows) == len(inputs.train) and not in_order:
         return chunk
-    settings = {**config.split, "name": None}  # hard_to_easy makes the chunks of easy_to_hard in reverse order
+    settings = config.split if in_order else {**config.split, "name": None}  # hard_to_easy reverses easy_to_hard
     model = newest.key if config.score.get("model") == "current" else inputs.initial.key
     return chunk._replace(rows=_mark(chunk.rows, score=config.score, split=settings, model=model))
 

@@ -8,11 +8,14 @@ import numpy as np
 from sdpo.config import Optim
 
 
-def updates(num_pairs: int, optim: Optim, seed: int) -> list[np.ndarray]:
-    """The pairs of each update, as positions in the chunk. Every epoch has a new permutation, derived from the seed."""
+def updates(num_pairs: int, optim: Optim, seed: int, in_order: bool = False) -> list[np.ndarray]:
+    """The pairs of each update, as positions in the chunk.
+
+    Every epoch has a new permutation, derived from the seed, unless the chunk is trained `in_order`.
+    """
     plan = []
     for epoch in range(optim.epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
+        order = np.arange(num_pairs) if in_order else np.random.default_rng([seed, epoch]).permutation(num_pairs)
         plan += np.split(order, range(optim.pairs_per_update, num_pairs, optim.pairs_per_update))
     return plan
 

@@ -171,6 +171,7 @@ def fine_tune(config: Config, runner: Runner, base: Artifact, take: TakeStep) ->
     rows = lab_pairs.demonstrations(config.data.lab, config.model.seed)
     training = replace(
         config,
+        split={},
         optim=config.model.sft,
         loss={"name": "sft"},
         reference={"name": "none"},

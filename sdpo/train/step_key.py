@@ -36,7 +36,12 @@ class StepSpec:
     @cached_property
     def plan(self) -> list[np.ndarray]:
         """The pairs of each update, as positions in the chunk."""
-        return updates(len(self.chunk.rows), self.config.optim, self.config.seed)
+        return updates(len(self.chunk.rows), self.config.optim, self.config.seed, self.in_order)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the pairs are trained in the order of the chunk."""
+        return self.config.split.get("within") == "score"
 
     @property
     def reads_reference(self) -> bool:
@@ -60,6 +65,8 @@ def determinants(spec: StepSpec, windows: list[dict]) -> dict[str, Any]:
         "seed": config.seed,
         **Numerics(config).all,
     }
+    if spec.in_order:
+        found["order"] = "of the chunk"
     if "ratings" in inputs_of(spec.loss):
         found["ratings"] = repr(chunk.ratings_N2.tolist())
     if windows and spec.placebo != "none":

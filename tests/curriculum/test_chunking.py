@@ -22,6 +22,17 @@ def test_pairs_of_one_prompt_share_a_chunk_unless_told_otherwise():
     assert chunking.divide(nested, ROWS, SCORES, 0) == [["a"], ["d"], ["c"], ["b"]]
 
 
+def test_the_order_inside_a_chunk_is_that_of_the_scores():
+    kept = {"keep": 0.75, "within": "score"}
+    assert chunking.divide(chunking.bind_split({"name": "all_at_once", **kept}), ROWS, SCORES, 0) == [["a", "d", "c"]]
+    by_pair = BY_PAIR | {"num_chunks": 2, "within": "score"}
+    assert chunking.divide(chunking.bind_split(by_pair), ROWS, SCORES, 0) == [["d"], ["a", "c", "b"]]
+    hardest_first = by_pair | {"name": "hard_to_easy"}
+    assert chunking.divide(chunking.bind_split(hardest_first), ROWS, SCORES, 0) == [["b", "c", "a"], ["d"]]
+    equal = dict.fromkeys(SCORES, 0.0)
+    assert chunking.divide(chunking.bind_split(hardest_first), ROWS, equal, 0)[0] == ["c", "d"]
+
+
 def test_keep_takes_the_easiest_share():
     split = chunking.bind_split({"name": "all_at_once", "keep": 0.5})
     assert split.needs_scores
@@ -31,6 +42,7 @@ def test_keep_takes_the_easiest_share():
 def test_only_splits_that_read_scores_need_them():
     assert chunking.bind_split(BY_PAIR).needs_scores
     assert not chunking.bind_split({"name": "random", "num_chunks": 2}).needs_scores
+    assert chunking.bind_split({"name": "random", "num_chunks": 2, "within": "score"}).needs_scores
 
 
 def test_the_remaining_rows_are_cut_into_the_missing_chunks():
@@ -42,6 +54,7 @@ def test_the_remaining_rows_are_cut_into_the_missing_chunks():
     ("settings", "message"),
     [
         ({"keep": 0.0}, "split.keep must be above 0 and at most 1, not 0.0"),
+        ({"within": "order"}, "split.within is 'order'; it can be shuffled, score"),
         ({"disjoint_prompts": "no"}, "split.disjoint_prompts must be true or false"),
         ({"num_chunks": 0}, "split.num_chunks must be at least 1, not 0"),
         ({"level": "pairs"}, "expected one of \\[source, pair\\]"),

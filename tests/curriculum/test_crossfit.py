@@ -47,6 +47,7 @@ def test_other_runs_find_the_models(made, margins, monkeypatch):
     settings, inputs = made
     monkeypatch.setattr("sdpo.train.step.TrainingLoop", lambda *_: pytest.fail("trained again"))
     other = replace(settings, seed=9, loss={"name": "hinge", "beta": 0.3}, reference={"name": "previous"})
+    other = replace(other, split=settings.split | {"within": "score"})  # the order of the run's own steps
     again = crossfit.margins(inputs, other, **SETTINGS)
     assert np.array_equal(again, margins)
 

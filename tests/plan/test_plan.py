@@ -6,6 +6,7 @@ import socket
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import compose, random_model
 from huggingface_hub import constants
@@ -85,6 +86,16 @@ def test_what_scores_decide_is_known_once_they_exist(asked, tmp_path):
     (after,) = report.foresee([run])
     log = json.loads((run.folder / "steps" / "2" / "train.json").read_text())
     assert after.steps[1].seconds == sum(entry["seconds"] for entry in log["entries"]) > 0
+
+
+def test_an_order_inside_a_chunk_is_known_once_the_scores_are(asked):
+    kept = ["split=all_at_once", "split.within=score"]
+    (easy,), (shuffled,) = asked("easy", *kept), asked("shuffled", *kept, "split.within=shuffled")
+    assert [step.unknown for step in report.foresee([easy])[0].steps] == ["the pairs are not scored yet"]
+    assert train(easy) == keys(easy) != keys(shuffled)
+    split, scores = json.loads((easy.folder / "split.json").read_text()), pd.read_parquet(easy.folder / "pairs.parquet")
+    in_order = scores.set_index("id")["score"][split["chunks"][0]].tolist()
+    assert in_order == sorted(in_order, reverse=True) and len(in_order) > 20
 
 
 def test_models_that_scores_need_are_planned_apart(asked):

@@ -5,7 +5,7 @@ from conftest import read_lines
 from safetensors.torch import load_file
 
 from sdpo.config import Optim
-from sdpo.train.schedule import learning_rate
+from sdpo.train.schedule import learning_rate, updates
 
 WARMUP = [0.25, 0.5, 0.75, 1.0]  # 4 of 10 updates; the other 6 start at the peak and would reach 0 after the last
 REST = {
@@ -38,6 +38,11 @@ def test_a_warm_up_is_rounded_up_to_whole_updates():
 def test_the_peak_is_the_learning_rate():
     optim = Optim(lr=4e-6, warmup=0.4)
     assert [learning_rate(update, 10, optim) for update in (0, 3, 4, 7)] == pytest.approx([1e-6, 4e-6, 4e-6, 2e-6])
+
+
+def test_a_chunk_in_order_is_gone_through_from_its_beginning_in_every_epoch():
+    plan = updates(5, Optim(epochs=2, pairs_per_update=2), 0, in_order=True)
+    assert [update.tolist() for update in plan] == [[0, 1], [2, 3], [4], [0, 1], [2, 3], [4]]
 
 
 def logged(folder):
