@@ -122,6 +122,20 @@ class Data:
 
 
 @dataclass
+class Rounds:
+    name: str = one_of("given", "on_policy")  # the pairs of a step: the data's own, or the newest model's answers
+    answers: int = at_least(2, 4)  # per prompt; the best one is compared with the worst one
+    temperature: float = at_least(0.01, 1.0)
+    max_new_tokens: int = at_least(1, 512)
+    batch_size: int = at_least(1, 64)
+    share: float = share(1.0)  # of a chunk's prompts that are answered; the other pairs are the given ones
+    judge: str = one_of("reward_model", "gold")  # gold: the laboratory's true reward
+    path: str | None = None  # of the reward model: a folder or a repository name
+    revision: str | None = None
+    template: str | None = one_of(*TEMPLATES)  # of the reward model; null: its tokenizer's own
+
+
+@dataclass
 class Probe:
     every: int = at_least(0, 0)  # updates between two measurements of the policy inside a step; 0: none
 
@@ -167,6 +181,7 @@ class Config:
     precision: str = one_of("fp32", "bf16")
     save_dtype: str = one_of("fp32", "bf16")  # of the saved weights of M_t
     evaluate: dict[str, Settings] = field(default_factory=dict)
+    rounds: Rounds = field(default_factory=Rounds)
     probe: Probe = field(default_factory=Probe)
     record: Record = field(default_factory=Record)
     launch: Launch = field(default_factory=Launch)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sdpo import distributed
 from sdpo.config import Config, for_step
+from sdpo.curriculum import rounds
 from sdpo.curriculum.build import build
 from sdpo.errors import UserError
 from sdpo.evals.evaluator import Evaluator
@@ -33,7 +34,8 @@ def run(config: Config, folder: Path) -> dict:
         inputs = prepare(config, Store())
         runner, history = inputs.runner, [inputs.initial]
         curriculum = build(inputs, config, inputs.initial)
-        spans = whole_run(list(map(len, curriculum.chunks)), curriculum.complete, config)
+        complete = curriculum.complete and config.rounds.name == "given"
+        spans = whole_run(list(map(len, curriculum.chunks)), complete, config)
         evaluator = Evaluator(inputs, config, recorder)
         runner.logprobs_of(inputs.initial, inputs.followed(curriculum.chunks))
         evaluator.add_initial()
@@ -41,7 +43,8 @@ def run(config: Config, folder: Path) -> dict:
             step_began, chunk = time.monotonic(), curriculum.chunk(t - 1, history[-1])
             step_config, followed = for_step(config, t), inputs.followed(curriculum.chunks)
             start = history[-1] if step_config.start == "previous" else history[0]
-            spec = StepSpec(t, step_config, start, list(history), inputs.chunk(chunk), spans.get(t), followed)
+            pairs = rounds.chunk(inputs, config, chunk, history[-1])
+            spec = StepSpec(t, step_config, start, list(history), pairs, spans.get(t), followed)
             step = take_step(spec, runner, partial(evaluator.log, "train", t))
             runner.logprobs_of(step.model, followed)
             evaluator.add(step, chunk, time.monotonic() - step_began)
@@ -58,8 +61,8 @@ def whole_run(num_pairs: list[int], complete: bool, config: Config) -> dict[int,
         return {}
     if not complete:
         raise UserError(
-            "optim.schedule_over=run needs all chunks before the first step, but score.model=current makes one chunk "
-            "before each step: use optim.schedule_over=step or score.model=initial"
+            "optim.schedule_over=run needs all pairs before the first step, but score.model=current and "
+            "rounds=on_policy make those of a step when it begins: use optim.schedule_over=step"
         )
     optims = [for_step(config, t).optim for t in range(1, len(num_pairs) + 1)]
     counts = [len(updates(num, optim, 0)) for num, optim in zip(num_pairs, optims, strict=True)]

@@ -1,6 +1,7 @@
 """Types of data that several packages exchange. Shape suffixes: B pairs of a batch, N pairs of a chunk, T tokens."""
 
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ class Chunk(NamedTuple):
     rows: list[TokenPair]
     ratings_N2: np.ndarray
     probes: Sequence[TokenPair] = ()  # pairs whose log-probs are measured while the step trains
+    probed: Sequence[int] = ()  # positions of some rows whose gradient weights are measured when the step is done
+    made_from: Path | None = None  # the file with the judged answers that the pairs were made from; None: given pairs
 
 
 class SplitRow(NamedTuple):

@@ -22,6 +22,7 @@ def check(config: Config) -> None:
             "use launch.compile=false or another deepspeed stage"
         )
     chunking.bind_score(config.score, chunking.bind_split(config.split))
+    _check_rounds(config)
     for key, measure in config.evaluate.items():
         if "name" not in measure:
             listed = ",".join([other for other in config.evaluate if other != key] + [key])
@@ -65,3 +66,16 @@ def _check_adapter(adapter: Adapter, config: Config) -> None:
         )
     if adapter.quantize != "none" and config.deepspeed.stage is not None:
         raise UserError(f"tune.quantize={adapter.quantize} runs without DeepSpeed: use deepspeed=off")
+
+
+def _check_rounds(config: Config) -> None:
+    """Raise UserError for on-policy rounds that cannot be judged, or whose pairs a setting cannot read."""
+    rounds = config.rounds
+    if rounds.name == "given":
+        return
+    if rounds.judge == "reward_model" and not rounds.path:
+        raise UserError("rounds.path has no value; set rounds.path=... to a reward model, or use rounds.judge=gold")
+    if rounds.judge == "gold" and config.data.name != "lab":
+        raise UserError("rounds.judge=gold is the laboratory's reward; for other data use rounds.judge=reward_model")
+    if any(configuration.for_step(config, t).reference["name"] == "external" for t in (0, *config.steps)):
+        raise UserError("reference=external reads the data's own pairs, which rounds=on_policy does not train on")

@@ -198,7 +198,9 @@ config.yaml
     model.parameters model.path model.revision model.seed model.sft model.template model.trust_remote_code optim
     optim.betas optim.clip optim.epochs optim.lr optim.moments optim.pairs_per_update optim.schedule
     optim.schedule_over optim.warmup optim.weight_decay plan precision probe probe.every record record.every
-    record.mode record.project record.wandb reference reference.name reference.placebo save_dtype score score.model
+    record.mode record.project record.wandb reference reference.name reference.placebo rounds rounds.answers
+    rounds.batch_size rounds.judge rounds.max_new_tokens rounds.name rounds.path rounds.revision rounds.share
+    rounds.temperature rounds.template save_dtype score score.model
     score.name seed split split.disjoint_prompts split.equal split.keep split.level split.measure split.name
     split.num_chunks split.within start steps tune tune.name
 manifest.json

@@ -68,7 +68,7 @@ def test_every_option_composes_and_binds(group, option):
         written = {f"{name}.{key}": value for name, settings in written.items() for key, value in settings.items()}
     blank = [key for key, value in written.items() if value == "???"]
     choice = f"{group}=[{option}]" if group == "evaluate" else f"{group}={option}"
-    lab = group == "arm" or option == "lab"
+    lab = group == "arm" or option.endswith("lab")
     bound(
         *([] if lab else REAL),
         choice,

@@ -44,6 +44,7 @@ NEEDS = {  # more settings, which an option requires
     "reference=external": ["reference.path=other", "reference.template=plain"],
     "reference=none": ["loss=simpo"],
     "score=implicit_reward": ["score.path=other"],
+    "rounds=on_policy": ["rounds.path=classifier", "rounds.template=plain", "rounds.max_new_tokens=8"],
     "score=reward_model": ["score.path=classifier", "score.template=plain"],
     "evaluate=[generate]": ["evaluate.generate.file=prompts.txt", "evaluate.generate.max_new_tokens=8"],
     "evaluate=[win_rate]": [
@@ -59,6 +60,7 @@ OTHERS = ["reference.path=other", "reference.template=plain"]
 INSTEAD = {  # settings that replace those of the option's group
     "model=lab": ["data=lab", *SMALL],
     "data=lab": ["model=lab", *SMALL],
+    "rounds=on_policy_lab": ["model=lab", "data=lab", *SMALL],
     "arm=published/intel_dpo": [*TOY, *OTHERS],
     "arm=published/solar_70b": [*TOY, *OTHERS],
     "experiment=smoke": [],

@@ -53,11 +53,11 @@ class Evaluator:
         curve = [entry["loss"] for entry in step.entries]
         summary = {
             "t": step.spec.t,
-            "num_pairs": len(chunk),
+            "num_pairs": len(step.spec.chunk.rows),
             "sources": dict(Counter(self.inputs.train.sources[chunk])),
             "first_loss": curve[0],
             "last_loss": float(np.mean(curve[-max(1, len(curve) // 10) :])),
-            **self._reference_statistics(step, chunk),
+            **self._reference_statistics(step),
             **step.speed._asdict(),
             "reused": step.model.reused,
             "seconds": seconds,
@@ -97,23 +97,22 @@ class Evaluator:
             self.log("answers", t, entry)
         self.measured.append(Measured(model, step, chunk, measures, answers, summary))
 
-    def _reference_statistics(self, step: Step, chunk: np.ndarray) -> dict[str, float | None]:
+    def _reference_statistics(self, step: Step) -> dict[str, float | None]:
         """REFERENCE_STATISTICS of the step; those that it does not have are None."""
         values: list[float] = []
         if step.reference:
             gamma_ref_N = step.reference_N2[:, 0].astype(np.float64) - step.reference_N2[:, 1]
             values += [gamma_ref_N.mean(), (gamma_ref_N < 0).mean()]
-            lambda_N, under_initial_N = self._gradient_weights(step, chunk)
+            lambda_N, under_initial_N = self._gradient_weights(step)
             if lambda_N is not None:
                 values += [lambda_N.mean(), lambda_N.std(), np.abs(lambda_N - under_initial_N).mean()]
         known = zip(REFERENCE_STATISTICS, map(float, values), strict=False)
         return dict.fromkeys(REFERENCE_STATISTICS) | dict(known)
 
-    def _gradient_weights(self, step: Step, chunk: np.ndarray) -> list[np.ndarray | None]:
-        """Gradient weights of the chunk's probes at the step's end: against the step's reference, and against S."""
-        probes = self.inputs.probes(chunk)
-        rows, positions = self.inputs.train.take(probes).rows, np.flatnonzero(np.isin(chunk, probes))
-        positions = positions[np.argsort(chunk[positions])]  # rows are in the order of the training pairs
+    def _gradient_weights(self, step: Step) -> list[np.ndarray | None]:
+        """Gradient weights of the step's probes at its end: against the step's reference, and against S."""
+        positions = step.spec.chunk.probed
+        rows = [step.spec.chunk.rows[i] for i in positions]
         policy, initial = (self.inputs.runner.logprobs(model, rows) for model in (step.model, self.inputs.initial))
         rest = {"lengths": response_lengths(rows), "ratings": step.spec.chunk.ratings_N2[positions]}
         references = (step.reference_N2[positions], initial)

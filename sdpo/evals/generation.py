@@ -64,7 +64,7 @@ def answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: 
         **LIBRARIES,
     }
 
-    def generate() -> list[list[Answer]]:
+    def answer_all_turns() -> list[list[Answer]]:
         network = load_alone(model, runner)
         conversations: list[Turns] = [() for _ in prompts]
         answers_of: list[list[Answer]] = [[] for _ in prompts]
@@ -73,12 +73,12 @@ def answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: 
             for i in unfinished:
                 conversations[i] += (Message(role="user", content=prompts[i].turns[turn]),)
             encoded = prompt_ids(chat, [conversations[i] for i in unfinished])
-            for i, answer in zip(unfinished, _generate(network, chat, encoded, decoding), strict=True):
+            for i, answer in zip(unfinished, generate(network, chat, encoded, decoding), strict=True):
                 conversations[i] += (Message(role="assistant", content=answer["text"]),)
                 answers_of[i].append(answer)
         return answers_of
 
-    return cast(list[list[Answer]], runner.store.make_json("answers", determinants, generate))
+    return cast(list[list[Answer]], runner.store.make_json("answers", determinants, answer_all_turns))
 
 
 def load_alone(model: Artifact, runner: Runner) -> PreTrainedModel:
@@ -89,8 +89,12 @@ def load_alone(model: Artifact, runner: Runner) -> PreTrainedModel:
     return network
 
 
-def _generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int]], decoding: Decoding) -> list[Answer]:
-    """An answer to every prompt. A batch's random numbers depend on the seed and its number, not on its rank."""
+def generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int]], decoding: Decoding) -> list[Answer]:
+    """An answer to every prompt, divided over the ranks.
+
+    A batch's random numbers depend on the seed and its number, not on its rank. Raises UserError if a prompt and its
+    answer are longer than the model can read.
+    """
     longest = max(map(len, prompts)) + decoding.max_new_tokens
     context_length = rotary.longest_readable(network.config.get_text_config())
     if longest > context_length:

@@ -10,11 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from sdpo import config as configuration
 from sdpo.binding import inputs_of
 from sdpo.config import Config
 from sdpo.curriculum import chunking, crossfit
 from sdpo.curriculum.build import build, why_unknown
+from sdpo.curriculum.rounds import KIND, Round
 from sdpo.data import readers
 from sdpo.model import hub
 from sdpo.model.packing import tokens_of
@@ -87,9 +90,10 @@ def plan_steps(config: Config, prepared: Prepared) -> list[Planned]:
     inputs = prepared.inputs
     history = [inputs.initial]
     rescores = chunking.bind_split(config.split).needs_scores and config.score.get("model") == "current"
+    waits = rescores or config.rounds.name != "given"  # whether a chunk depends on the model before it
     chunks: Iterator[tuple[Chunk, str | None]] = _chunks(config, prepared, history)
-    known = [] if rescores else list(chunks)  # with score.model=current a chunk depends on the model before it
-    spans = whole_run([len(chunk.rows) for chunk, _ in known], not rescores, config)
+    known = [] if waits else list(chunks)
+    spans = whole_run([len(chunk.rows) for chunk, _ in known], not waits, config)
     planned = []
     for t, (chunk, unknown) in enumerate(known or chunks, start=1):
         here = configuration.for_step(config, t)
@@ -129,7 +133,7 @@ def _chunks(config: Config, prepared: Prepared, history: list[Artifact]) -> Iter
     inputs, unknown = prepared.inputs, prepared.unknown
     if not chunking.bind_split(config.split).needs_scores:
         for indices in build(inputs, config, inputs.initial).chunks:
-            yield inputs.chunk(indices), unknown
+            yield _in_round(inputs, config, indices, history[-1], unknown)
         return
     unknown = unknown or why_unknown(inputs, config, inputs.initial)
     curriculum = None if unknown else build(inputs, config, inputs.initial)
@@ -137,9 +141,21 @@ def _chunks(config: Config, prepared: Prepared, history: list[Artifact]) -> Iter
         if curriculum and not unknown:
             unknown = curriculum.why_unknown(t, history[-1])
         if curriculum and not unknown:
-            yield inputs.chunk(curriculum.chunk(t, history[-1])), None
+            yield _in_round(inputs, config, curriculum.chunk(t, history[-1]), history[-1], None)
         else:
             yield placeholders.ordered(inputs.chunk(guess), inputs, config, history[-1]), unknown
+
+
+def _in_round(
+    inputs: Inputs, config: Config, indices: np.ndarray, newest: Artifact, unknown: str | None
+) -> tuple[Chunk, str | None]:
+    """These pairs as the chunk of a step, or the answers that `newest` gave or will give to their prompts."""
+    if config.rounds.name == "given":
+        return inputs.chunk(indices), unknown
+    on_policy = Round(inputs, config, indices, newest)
+    if inputs.runner.store.has(KIND, on_policy.key):
+        return on_policy.chunk(), unknown
+    return placeholders.mark(inputs.chunk(indices), round=on_policy.key), "the newest model has not answered yet"
 
 
 def _seconds(model: Artifact) -> float | None:

@@ -51,7 +51,12 @@ def ordered(chunk: Chunk, inputs: Inputs, config: Config, newest: Artifact) -> C
         return chunk
     settings = config.split if in_order else {**config.split, "name": None}  # hard_to_easy reverses easy_to_hard
     model = newest.key if config.score.get("model") == "current" else inputs.initial.key
-    return chunk._replace(rows=_mark(chunk.rows, score=config.score, split=settings, model=model))
+    return mark(chunk, score=config.score, split=settings, model=model)
+
+
+def mark(chunk: Chunk, **about: Any) -> Chunk:
+    """The chunk with rows that stand for what `about` describes."""
+    return chunk._replace(rows=_mark(chunk.rows, **about))
 
 
 def _mark(rows: list[TokenPair], **about: Any) -> list[TokenPair]:

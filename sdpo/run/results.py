@@ -33,7 +33,7 @@ def write(folder: Path, curriculum: Curriculum, evaluator: Evaluator, seconds: f
     names = json.loads((folder / "manifest.json").read_text())
     manifest = names | _lineage(evaluator) | environment()
     write_json(folder / "manifest.json", manifest)
-    _link_steps(folder / "steps", evaluator)
+    _link_steps(folder, evaluator)
     _write_answers(folder / "answers", evaluator)
     write_json(folder / "summary.json", summary)
     if evaluator.recorder:
@@ -96,12 +96,18 @@ def _frame(table: PairTable) -> pd.DataFrame:
 
 
 def _link_steps(folder: Path, evaluator: Evaluator) -> None:
-    """Make steps/t a link to M_t in the store."""
-    folder.mkdir(exist_ok=True)
+    """Make steps/t a link to M_t in the store, and rounds/t.json one to the answers that its pairs were made from."""
     for t, measured in enumerate(evaluator.measured[1:], start=1):
-        link = folder / str(t)
-        link.unlink(missing_ok=True)
-        os.symlink(measured.model.folder, link)
+        assert measured.step  # only S has none
+        _link(folder / "steps" / str(t), measured.model.folder)
+        if made_from := measured.step.spec.chunk.made_from:
+            _link(folder / "rounds" / f"{t}.json", made_from)
+
+
+def _link(link: Path, target: Path) -> None:
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    os.symlink(target, link)
 
 
 def _write_answers(folder: Path, evaluator: Evaluator) -> None:

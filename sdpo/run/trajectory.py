@@ -21,7 +21,7 @@ COLUMNS = ["id", "source", "held_out", "chunk", "model", "t", "update", "role", 
 def table(inputs: Inputs, evaluator: Evaluator, chunks: list[np.ndarray]) -> pd.DataFrame:
     """One row per model and probe pair; log-probs in nats, summed over the response."""
     names = {measured.model.key: f"M_{t}" for t, measured in enumerate(evaluator.measured)}
-    seen = _seen(evaluator)
+    seen = _seen(inputs, evaluator)
     frames = []
     for t, (model, step, *_) in enumerate(evaluator.measured):
         scored = _score_probes(model, inputs, chunks, seen[model.key])
@@ -71,11 +71,13 @@ def _inside_step(step: Step, inputs: Inputs, seen: set[int]) -> pd.DataFrame:
     )
 
 
-def _seen(evaluator: Evaluator) -> dict[str, set[int]]:
-    """By model key, the indices of the pairs that the model was trained on: its chunk, and the pairs of its start."""
+def _seen(inputs: Inputs, evaluator: Evaluator) -> dict[str, set[int]]:
+    """By model key, the indices of the pairs that the model was trained on: its step's, and those of its start."""
     initial, *steps = evaluator.measured
     seen: dict[str, set[int]] = {initial.model.key: set()}
     for _, step, chunk, *_ in steps:
         assert step  # only S has none
-        seen[step.model.key] = seen[step.spec.start.key] | set(chunk.tolist())
+        trained = {row.id for row in step.spec.chunk.rows}  # not the given pairs, if the newest model answered anew
+        own = {i for i in chunk.tolist() if inputs.train.ids[i] in trained}
+        seen[step.model.key] = seen[step.spec.start.key] | own
     return seen

@@ -48,8 +48,10 @@ class Inputs:
 
     def chunk(self, indices: np.ndarray) -> Chunk:
         """These training pairs as the chunk of a step, in the order of the indices."""
-        table, followed = self.train.take(indices), self.train.take(self.probes(indices))
-        return Chunk(table.rows, table.ratings_N2, [*self.held_out.rows, *followed.rows])
+        table, probes = self.train.take(indices), self.probes(indices)
+        positions = [int(np.flatnonzero(indices == i)[0]) for i in probes]
+        followed = [*self.held_out.rows, *self.train.take(probes).rows]
+        return Chunk(table.rows, table.ratings_N2, followed, positions)
 
     def probes(self, indices: np.ndarray) -> np.ndarray:
         """The pairs of a chunk that are followed through the run, in the order of the training pairs."""
