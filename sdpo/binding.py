@@ -21,7 +21,8 @@ from sdpo.errors import UserError
 def bind(module: ModuleType, settings: Settings) -> partial[Any]:
     """Return the function of `module` that settings["name"] names, with its keyword-only arguments filled in.
 
-    Raises UserError for an unknown name or key, a value of the wrong type, and a missing value.
+    A function that reads `parts` gets what other functions of `module` return, which its setting `of` names. Raises
+    UserError for an unknown name or key, a value of the wrong type, and a missing value.
     """
     given = dict(settings)
     name = given.pop("name", None)
@@ -33,7 +34,7 @@ def bind(module: ModuleType, settings: Settings) -> partial[Any]:
         keywords = cast(Settings, OmegaConf.to_container(filled, throw_on_missing=True))
     except OmegaConfBaseException as error:
         raise UserError(f"{module.__name__}.{name}: {sentence(error, name)}") from error
-    return partial(function, **keywords)
+    return _of_parts(module, function, **keywords) if "parts" in inputs_of(function) else partial(function, **keywords)
 
 
 def variants(module: ModuleType) -> dict[str, Callable]:
@@ -49,6 +50,33 @@ def inputs_of(function: Callable) -> list[str]:
     """Return the names of the data that a variant reads: its positional parameters."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+
+
+def _of_parts(module: ModuleType, function: Callable, of: list[Settings]) -> partial[Any]:
+    """A function of what other functions return: it reads what any of these reads, and hands it to them.
+
+    Each item of `of` has the settings of one of them, and its `weight`.
+    """
+    parts, complete = [], []
+    for settings in of:
+        given = dict(settings)
+        weight = given.pop("weight", None)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise UserError(f"{module.__name__}.{function.__name__}: {settings} has no number as its weight")
+        parts.append(bind(module, given))
+        complete.append({"name": given["name"], "weight": float(weight), **parts[-1].keywords})
+    if not parts:
+        raise UserError(f"{module.__name__}.{function.__name__}: of is empty; name what it is made of")
+    inputs = list(dict.fromkeys(name for part in parts for name in inputs_of(part)))
+
+    def whole(*data: Any, of: list[Settings]) -> Any:
+        by_name = dict(zip(inputs, data, strict=True))
+        return function([part(*(by_name[name] for name in inputs_of(part))) for part in parts], of=of)
+
+    signature = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in inputs]
+    signature.append(inspect.Parameter("of", inspect.Parameter.KEYWORD_ONLY))
+    whole.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+    return partial(whole, of=complete)
 
 
 @cache

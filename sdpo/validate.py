@@ -33,8 +33,8 @@ def check(config: Config) -> None:
         bind(suites, measure)
     for t in (0, *config.steps):
         step = configuration.for_step(config, t)
-        beta = bind(losses, step.loss).keywords.get("beta")
-        if beta == 0:
+        keywords = bind(losses, step.loss).keywords
+        if any(one.get("beta") == 0 for one in (keywords, *keywords.get("of", []))):
             raise UserError("loss.beta is 0, which gives the preferences no weight in the loss; set it above 0")
         bind(references, {key: value for key, value in step.reference.items() if key != "placebo"})
         bind(placebo, {"name": step.reference.get("placebo", "none")})

@@ -35,6 +35,7 @@ SHARED = {
     "score": {"model"},
     "reference": {"placebo"},
 }  # keys of every variant
+FILLED = {"train": "[x]", "of": "[{name: dpo, weight: 1, beta: 0.1}]"}  # what has no default, if not x
 OPTIONS = [(group, option) for group in help.groups() for option in help.options(group)]
 
 
@@ -72,7 +73,7 @@ def test_every_option_composes_and_binds(group, option):
     bound(
         *([] if lab else REAL),
         choice,
-        *(f"{group}.{key}=[x]" if key == "train" else f"{group}.{key}=x" for key in blank),
+        *(f"{group}.{key}={FILLED.get(key, 'x')}" for key in blank),
     )
 
 

@@ -43,6 +43,7 @@ NEEDS = {  # more settings, which an option requires
     "reference=mixed": ["reference.updates=2"],
     "reference=external": ["reference.path=other", "reference.template=plain"],
     "reference=none": ["loss=simpo"],
+    "loss=mixture": ["loss.of=[{name: dpo, weight: 1.0, beta: 0.1}, {name: sft, weight: 0.2}]"],
     "score=implicit_reward": ["score.path=other"],
     "rounds=on_policy": ["rounds.path=classifier", "rounds.template=plain", "rounds.max_new_tokens=8"],
     "score=reward_model": ["score.path=classifier", "score.template=plain"],

@@ -1,8 +1,9 @@
 """Preference losses: functions of the summed log-probs, lengths and ratings of pairs.
 
 The positional parameters name the data that a loss reads, each a `ChosenRejected` [B]: `policy` and `reference`, summed
-log-probs of the responses in nats; `lengths` of the responses in tokens; `ratings` of a judge. A loss returns one value
-per pair [B]. The value of a pair does not depend on other pairs, so gradient accumulation does not change a result.
+log-probs of the responses in nats; `lengths` of the responses in tokens; `ratings` of a judge. `mixture` alone reads
+`parts`, the values of other losses. A loss returns one value per pair [B]. The value of a pair does not depend on other
+pairs, so gradient accumulation does not change a result.
 
 In the equations, margin = (logp_w - logp_l) - (ref_w - ref_l) with w the chosen and l the rejected response, log-ratio
 is logp - ref of one response, and r = beta * log-ratio is its reward. Shape suffixes: B pairs.
@@ -10,6 +11,7 @@ is logp - ref of one response, and r = beta * log-ratio is its reward. Shape suf
 
 import math
 from enum import StrEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -220,6 +222,11 @@ def sft(policy: ChosenRejected, lengths: ChosenRejected, *, over_tokens: OverTok
     TRL's `sft` takes the mean over the tokens of the batch; `mean` here is over the tokens of each response.
     """
     return _over(over_tokens, -policy.chosen, lengths.chosen)
+
+
+def mixture(parts: list[Tensor], *, of: list[dict[str, Any]]) -> Tensor:
+    """The weighted sum of other losses. `parts` are their values [B]; `of` are their settings, each with a `weight`."""
+    return torch.stack([one["weight"] * part_B for one, part_B in zip(of, parts, strict=True)]).sum(0)
 
 
 def _log_ratios(policy: ChosenRejected, reference: ChosenRejected) -> ChosenRejected:

@@ -9,7 +9,7 @@ from math import e, log
 
 import pytest
 import torch
-from conftest import CHECKOUT
+from conftest import CHECKOUT, read_lines
 from omegaconf import OmegaConf
 
 from sdpo.binding import bind, inputs_of, variants
@@ -32,6 +32,7 @@ DATA = {
     "ratings": both([5, 4], [3, 3]),
 }
 HALF = {"beta": 0.5}
+OF = [{"name": "dpo", "weight": 1.0, "beta": 0.1}, {"name": "sft", "weight": 0.2}]
 NLL = (10 - 2 * log(2), 12)  # of the chosen responses, of 2 and 4 tokens
 
 
@@ -67,6 +68,44 @@ NLL = (10 - 2 * log(2), 12)  # of the chosen responses, of 2 and 4 tokens
 def test_by_hand(name, settings, expected):
     loss = bind(losses, {"name": name} | settings)
     torch.testing.assert_close(call(loss, DATA), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_a_mixture_is_the_weighted_sum_and_reads_what_its_parts_read():
+    parts = [{"name": "dpo", "weight": 2, **HALF}, {"name": "sft", "weight": 0.5}]
+    loss = bind(losses, {"name": "mixture", "of": parts})
+    assert inputs_of(loss) == ["policy", "reference", "lengths"]
+    expected = torch.tensor([2 * log(4 / 3) + NLL[0] / 4, 2 * log(2) + NLL[1] / 8], dtype=torch.float64)
+    torch.testing.assert_close(call(loss, DATA), expected)
+    alone = bind(losses, {"name": "mixture", "of": parts[1:]})
+    assert inputs_of(alone) == ["policy", "lengths"]  # no reference, so none is computed
+    assert alone.keywords == {"of": [{"name": "sft", "weight": 0.5, "over_tokens": "mean"}]}  # what the key holds
+    twice = bind(losses, {"name": "mixture", "of": [parts[0], parts[0] | {"beta": 1.0}]})  # margin 2 ln 3: 9/10
+    torch.testing.assert_close(call(twice, DATA)[0].item(), 2 * log(4 / 3) + 2 * log(10 / 9))
+
+
+def test_a_mixture_of_a_loss_with_itself_trains_like_that_loss(run):
+    half = "{name: dpo, weight: 0.5, beta: 0.1}"
+    mixed = run("loss=mixture", f"loss.of=[{half}, {half}]", name="mixed")
+    losses_of = [[entry["loss"] for entry in read_lines(folder, "train")] for folder in (run(name="alone"), mixed)]
+    assert losses_of[1] == pytest.approx(losses_of[0], rel=1e-6)
+    assert {entry["lambda_mean"] for entry in read_lines(mixed, "train")} == {None}
+
+
+@pytest.mark.parametrize(
+    ("of", "sentence"),
+    [
+        ([], "mixture: of is empty"),
+        ([{"name": "sft"}], "has no number as its weight"),
+        ([{"name": "sft", "weight": True}], "has no number as its weight"),
+        ([{"name": "dpo", "weight": 1}], "dpo: beta has no value"),
+        ([{"name": "sft", "weight": 1, "beta": 1}], "sft: unknown key beta"),
+        ([{"name": "dop", "weight": 1}], "has no 'dop'; it has dpo"),
+        ("dpo", "mixture: of"),
+    ],
+)
+def test_a_mixture_that_cannot_be(of, sentence):
+    with pytest.raises(UserError, match=sentence):
+        bind(losses, {"name": "mixture", "of": of})
 
 
 def test_by_hand_without_reference():
@@ -117,7 +156,8 @@ def test_odpo_refuses_ratings_that_contradict_the_labels():
 
 
 def defaults(name):
-    return bind(losses, OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")))
+    settings = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
+    return bind(losses, settings | ({"of": OF} if name == "mixture" else {}))
 
 
 def call(loss, data):

@@ -21,6 +21,11 @@ PAIRS = [
     {"prompt": "hello", "chosen": " yes we", "rejected": " nobody there"},
 ]
 SMOOTH = {"beta": 0.1, "label_smoothing": 0.1}
+MIXED = [
+    {"name": "ipo", "weight": 0.5, "beta": 0.1},
+    {"name": "hinge", "weight": 2.0, "beta": 0.1},
+    {"name": "sft", "weight": 0.3},
+]
 
 # TRL's DPOTrainer: loss_type, loss_weights, and our name and settings
 DPO_TRAINER = [
@@ -36,6 +41,7 @@ DPO_TRAINER = [
     (["discopop"], [1.0], "discopop", {"beta": 0.1, "tau": 0.05}),
     (["sft"], [1.0], "sft", {}),
     (["sigmoid", "sft"], [1.0, 0.3], "rpo", {"beta": 0.1, "alpha": 0.3}),
+    (["ipo", "hinge", "sft"], [0.5, 2.0, 0.3], "mixture", {"of": MIXED}),
 ]
 # TRL's CPOTrainer: its settings, and our name and settings
 CPO_TRAINER = [
