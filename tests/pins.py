@@ -133,9 +133,9 @@ evaluation lab
 evaluation best_of_n
     82bc427aef0ca0139fa65cc98a1ed5014de2418937b2faba15034bb26172ba0a
 evaluation h4
-    7d8952567c990320b2f64f22ee12ded486a7c38ea3b15548720da04b1fc2defd
+    5a39662539be0c17bd5422b197a87547b542084c3b53a9a652e08b975a77c097
 evaluation benchmark
-    24a9f80a733c1c1dca5e5cfc0ee464236baefee97e3dd86ea8e0c22ee6977462
+    349323203612371abbc23f8167b51ce345a01580770834690892f50e3b779d4f
 answers
     2938a6ece0418f8550a890cb6b63605c58a2a095227aa96317a53c9c92cdc5cc
 evaluation divergence
@@ -154,8 +154,8 @@ pairs
 DETERMINANTS = """
 answers decoding device precision prompts template tokenizer torch transformers weights
 evaluation answers device initial precision suite torch transformers weights
-evaluation batch_size limit lm_eval local num_fewshot suite tasks tokenizer weights
-evaluation batch_size limit lm_eval local suite tokenizer weights
+evaluation asking batch_size device limit lm_eval local precision ranks suite tasks tokenizer weights
+evaluation batch_size device limit lm_eval local precision suite tokenizer weights
 evaluation exam initial suite torch transformers weights
 evaluation exam suite torch transformers weights
 logprobs attention compile device precision rows weights

@@ -96,14 +96,13 @@ class Writer:
         `inputs` are what the template reads beside the turns: tools, and switches such as enable_thinking.
         Raises UserError if the template fails or does not read an input.
         """
-        template = chat_template(self.tokenizer, self._named, inputs.get("tools"))
+        template = self.template(inputs.get("tools"))
         if unread := [name for name in inputs if name not in template]:
             raise UserError(f"the chat template does not read {unread[0]}, which the row has")
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns],
-                # A reading of the clock becomes text, because transformers takes no clock from outside.
-                chat_template=CLOCK.sub(lambda reading: repr(self._now.strftime(reading[2])), template),
+                chat_template=template,
                 tokenize=False,
                 add_generation_prompt=invite,
                 **inputs,
@@ -111,6 +110,11 @@ class Writer:
         except FAILURES as error:
             raise UserError(f"the chat template fails ({error})") from error
         return cast(str, text)
+
+    def template(self, tools: list | None = None) -> str:
+        """The Jinja text of the template. The clock stands still in it, because transformers takes none from outside."""
+        template = chat_template(self.tokenizer, self._named, tools)
+        return CLOCK.sub(lambda reading: repr(self._now.strftime(reading[2])), template)
 
     def harmless(self, value: Any) -> tuple[Any, int]:
         """Text, or lists and dictionaries of text, without special tokens, and how many were removed."""

@@ -15,10 +15,11 @@ from functools import cache
 from importlib.metadata import version
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import lm_eval.tasks
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
@@ -39,7 +40,19 @@ H4 = {  # task -> shots, metric
 H4_FOLDERS = ("arc", "hellaswag", "mmlu/default", "truthfulqa")
 ALL_FOLDERS = (".",)  # thousands of definitions, which take ten seconds to read
 
+SEED = 1234  # with which lm-eval's command line samples
+
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+class Asking(NamedTuple):
+    """How a model is asked. Names and defaults are those of lm-eval; None and {} are what a task says itself."""
+
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False  # the tokenizer's own
+    fewshot_as_multiturn: bool = True  # shots as turns of a conversation, if there is a chat template
+    system_instruction: str | None = None
+    gen_kwargs: dict[str, Any] | None = None  # how answers are generated
 
 
 def h4(lm: "DistributedHFLM", local: str | None, limit: int | None) -> Measures:
@@ -49,25 +62,27 @@ def h4(lm: "DistributedHFLM", local: str | None, limit: int | None) -> Measures:
     per subject. Raises UserError if a local copy is missing.
     """
     tasks = {name: {"num_fewshot": shots} for name, (shots, _) in H4.items()}
-    scores = _evaluate(lm, tasks, _definitions(H4_FOLDERS), local, limit)
+    results = run(lm, tasks, _definitions(H4_FOLDERS), local, limit, Asking())
+    scores = distributed.broadcast(results and _measures(results, Asking()))
     measures = {f"h4/{name}": scores[name][metric] for name, (_, metric) in H4.items()}
     return {"h4": _mean(list(measures.values()))} | measures
 
 
 def benchmark(
-    lm: "DistributedHFLM", local: str | None, limit: int | None, tasks: list[str], num_fewshot: int | None
+    lm: "DistributedHFLM", local: str | None, limit: int | None, tasks: list[str], asking: dict[str, Any]
 ) -> Measures:
-    """Every metric of any tasks and groups of lm-eval, as `task/metric`.
+    """Every metric of any tasks and groups of lm-eval, and of all tasks in these groups, as `task/metric`.
 
-    `num_fewshot` replaces the number of shots of every task. The other options are those of `h4`. Raises UserError if
-    lm-eval does not know a name.
+    `asking` are the fields of Asking. The other options are those of `h4`. Raises UserError if lm-eval does not know a
+    name.
     """
-    known = _definitions(ALL_FOLDERS)
-    if unknown := set(tasks) - {*known.all_subtasks, *known.all_groups}:
+    known, asked = _definitions(ALL_FOLDERS), Asking(**asking)
+    if unknown := set(tasks) - set(known.all_tasks):
         raise UserError(f"lm-eval has no task {', '.join(sorted(unknown))}; `lm_eval ls tasks` lists what it has")
-    overrides = {} if num_fewshot is None else {"num_fewshot": num_fewshot}
-    scores = _evaluate(lm, dict.fromkeys(tasks, overrides), known, local, limit)
-    return {f"{task}/{metric}": measure for task in tasks for metric, measure in scores[task].items()}
+    overrides = {} if asked.num_fewshot is None else {"num_fewshot": asked.num_fewshot}
+    results = run(lm, dict.fromkeys(tasks, overrides), known, local, limit, asked)
+    scores = distributed.broadcast(results and _measures(results, asked))
+    return {f"{task}/{metric}": measure for task, found in scores.items() for metric, measure in found.items()}
 
 
 class Definitions(lm_eval.tasks.TaskManager):
@@ -121,40 +136,66 @@ def _definitions(folders: tuple[str, ...]) -> Definitions:
     return Definitions(include_path=[root / folder for folder in folders], include_defaults=False)
 
 
-def _evaluate(
-    lm: DistributedHFLM, tasks: dict[str, Overrides], definitions: Definitions, local: str | None, limit: int | None
-) -> dict[str, Measures]:
-    """Measures by task and metric, the same on every rank. Raises UserError if the Hub cannot be reached."""
+def run(
+    lm: DistributedHFLM,
+    tasks: dict[str, Overrides],
+    definitions: Definitions,
+    local: str | None,
+    limit: int | None,
+    asking: Asking,
+    log_samples: bool = False,
+) -> dict | None:
+    """lm-eval's own results; None on all ranks but the first.
+
+    Raises UserError if the Hub cannot be reached or a package is missing.
+    """
     data: Overrides = {"class": LocalTask, "dataset_kwargs": {"folder": local}} if local else {}
-    options = {"task_manager": definitions, "limit": limit, "log_samples": False}
+    options = asking._replace(num_fewshot=None)._asdict()  # it stands among the overrides of a task
+    options |= {"task_manager": definitions, "limit": limit, "log_samples": log_samples}
     # Otherwise lm-eval would seed the whole process; shots have a seed of their own.
     options |= dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
+    bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())  # they are for a terminal
     try:
-        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # bars are for a terminal
-            asked = [(name, overrides | data) for name, overrides in tasks.items()]
-            results = lm_eval.simple_evaluate(lm, tasks=asked, **options)
+        with bars, torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            return lm_eval.simple_evaluate(lm, tasks=[(name, given | data) for name, given in tasks.items()], **options)
     except ConnectionError as error:
         reason = f"the data of {', '.join(tasks)} cannot be loaded ({one_line(error)})"
         raise UserError(f"{reason}; `local` names a folder with copies of it") from error
-    # lm-eval gives its results to rank 0 alone.
-    return distributed.broadcast({name: _measures(name, results) for name in tasks} if results else None)
+    except ModuleNotFoundError as error:
+        reason = f"{', '.join(tasks)} needs the package {error.name}"
+        raise UserError(
+            f"{reason}; the extras of lm-eval have it, as in `pip install 'lm-eval[ifeval,math]'`"
+        ) from error
 
 
-def _measures(name: str, results: dict) -> Measures:
-    """Every metric of a task: lm-eval's value, with the Student interval from lm-eval's standard error."""
-    found, measures = results["results"][name], {}
-    for key, value in found.items():
-        metric, _, filtering = key.partition(",")
-        if not filtering or metric.endswith("_stderr"):
-            continue
-        error, n = found.get(f"{metric}_stderr,{filtering}"), found["sample_len"]
-        interval = stats.around(float(value), float("nan") if error == "N/A" else float(error), n)
-        label = f"{name} {results['versions'][name]}, lm-eval {version('lm_eval')}"
-        measure = stats.as_measure(interval) | {"version": label}
-        measures[metric if filtering == "none" else f"{metric}/{filtering}"] = measure
-    if not measures:
-        raise UserError(f"lm-eval gives the group {name} no score of its own; name its tasks instead")
-    return measures
+def _measures(results: dict, asking: Asking) -> dict[str, Measures]:
+    """Every metric of every task and group: lm-eval's value, with the Student interval from its standard error."""
+    scores: dict[str, Measures] = {}
+    for name, found in results["results"].items():
+        label, n = _label(name, results, asking), found["sample_len"]
+        scores[name] = {}
+        for key, value in found.items():
+            metric, _, filtering = key.partition(",")
+            if not filtering or metric.endswith("_stderr"):
+                continue
+            error = found.get(f"{metric}_stderr,{filtering}")
+            interval = stats.around(float(value), nan if error == "N/A" else float(error), n)
+            measure = stats.as_measure(interval) | {"version": label}
+            scores[name][metric if filtering == "none" else f"{metric}/{filtering}"] = measure
+    return scores
+
+
+def _label(name: str, results: dict, asking: Asking) -> str:
+    """What decides a task's score beside the model: versions, shots, and how the model is asked."""
+    parts = [f"{name} {results['versions'].get(name)}", f"lm-eval {version('lm_eval')}"]
+    if (shots := results["n-shot"].get(name)) is not None:
+        parts.append(f"{shots} shots")
+    if asking.apply_chat_template:
+        parts.append("chat template, shots as turns" if asking.fewshot_as_multiturn else "chat template")
+    if asking.system_instruction:
+        parts.append(f"system prompt {asking.system_instruction!r}")
+    return ", ".join(parts + [f"{key}={value}" for key, value in (asking.gen_kwargs or {}).items()])
 
 
 def _mean(measures: list[Measure]) -> Measure:

@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from sdpo import distributed
 from sdpo.data import prompts as prompt_files
 from sdpo.data.preferences import Pair
+from sdpo.data.prompt_and_answer import as_trained
+from sdpo.data.templates import Writer
 from sdpo.errors import UserError
 from sdpo.evals import answer_formats, generation, kl, reward_model
 from sdpo.evals.generation import LIBRARIES, Decoding
@@ -164,12 +167,27 @@ def lm_eval(
     *,
     tasks: list[str],
     num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    fewshot_as_multiturn: bool = True,
+    system_instruction: str | None = None,
+    gen_kwargs: dict[str, Any] | None = None,
     local: str | None = None,
     batch_size: int = 8,
     limit: int | None = None,
 ) -> Measures:
-    """Any tasks of lm-eval, by name; `num_fewshot` None is each task's own number. The rest is as in `h4`."""
-    return _benchmark("benchmark", model, runner, local, batch_size, limit=limit, tasks=tasks, num_fewshot=num_fewshot)
+    """Any tasks of lm-eval, by name, asked as its command line would with options of these names.
+
+    The chat template is the one that the model was trained with. `num_fewshot` None is each task's own number. The rest
+    is as in `h4`.
+    """
+    asking = {
+        "num_fewshot": num_fewshot,
+        "apply_chat_template": apply_chat_template,
+        "fewshot_as_multiturn": fewshot_as_multiturn,
+        "system_instruction": system_instruction,
+        "gen_kwargs": gen_kwargs,
+    }
+    return _benchmark("benchmark", model, runner, local, batch_size, limit=limit, tasks=tasks, asking=asking)
 
 
 def _benchmark(
@@ -184,21 +202,25 @@ def _benchmark(
     folder = Path(local) if local else None
     if folder and not folder.is_dir():
         raise UserError(f"{folder} is not a folder; `local` names one with copies of the benchmarks' data")
+    data, tokenizer = runner.config.data, runner.tokenizer
+    if options.get("asking", {}).get("apply_chat_template"):
+        tokenizer, _ = as_trained(tokenizer, data.template)
+        tokenizer.chat_template = Writer(tokenizer, None, data.template_date).template()
     determinants = {
         "suite": name,
         "weights": model.key,
-        "tokenizer": hub.fingerprint_tokenizer(runner.tokenizer),
+        "tokenizer": hub.fingerprint_tokenizer(tokenizer),
         "lm_eval": version("lm_eval"),
         "local": hash_files(folder, folder.iterdir()) if folder else None,  # the content, wherever it is
         "batch_size": batch_size,
         **options,
+        **runner.numerics.of_own_forward(),
     }
+    if name == "benchmark":
+        determinants["ranks"] = distributed.world_size()  # each has its own random numbers, if answers are sampled
 
     def compute() -> Measures:
-        runner.release()  # the engine would take memory on the device
-        network = runner.load_verified(model)
-        hub.cast(network, runner.device, hub.DTYPES["fp32"])
-        lm = eval_harness.DistributedHFLM(network, runner.tokenizer, batch_size)
+        lm = eval_harness.DistributedHFLM(generation.load_alone(model, runner), tokenizer, batch_size)
         return getattr(eval_harness, name)(lm, local, **options)
 
     return runner.store.make_json("evaluation", determinants, compute)

@@ -35,22 +35,21 @@ def stories(real_data):
     return eval_harness.DistributedHFLM(hub.load(folder), hub.load_tokenizer(folder), batch_size=16)
 
 
-def command_line(real_data, task, shots, limit, place):
-    """The results of the `lm_eval` command for a task whose rows `datasets` reads from the same files."""
+def command_line(model, data, task, place, *options):
+    """The results and samples of the `lm_eval` command for a task whose rows `datasets` reads from the same files."""
     definition, splits = SPLITS[task]
-    files = {split: str(real_data / "eval" / f"{task}.{split}.jsonl") for split in splits}
+    files = {split: str(data / f"{task}.{split}.jsonl") for split in splits}
     (place / "task.yaml").write_text(
         f"include: {DEFINITIONS / definition}\ntask: local_{task}\ntag: null\ndataset_path: json\ndataset_name: null\n"
         f"dataset_kwargs: {json.dumps({'data_files': files})}\n"
     )
-    model = f"pretrained={real_data / 'model' / 'stories260K'},dtype=float32"
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", model, "--device", "cpu"]
-    command += ["--tasks", f"local_{task}", "--include_path", str(place), "--num_fewshot", str(shots)]
-    command += ["--limit", str(limit), "--batch_size", "16", "--output_path", str(place)]
+    command += ["--tasks", f"local_{task}", "--include_path", str(place), "--log_samples", "--output_path", str(place)]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache")}
-    subprocess.run(command, env=env, check=True, capture_output=True)
-    (results,) = place.glob("**/results_*.json")
-    return json.loads(results.read_text())["results"][f"local_{task}"]
+    subprocess.run([*command, *map(str, options)], env=env, check=True, capture_output=True)
+    (results,), (samples,) = place.glob("**/results_*.json"), place.glob("**/samples_*.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    return json.loads(results.read_text())["results"][f"local_{task}"], lines
 
 
 def best_ending(model, tokenizer, row, by_length):
@@ -102,8 +101,10 @@ def test_scores_equal_those_of_naive_log_probs(architecture, monkeypatch, tmp_pa
 def test_scores_equal_those_of_the_command_line(stories, real_data, task, tmp_path):
     shots, _ = eval_harness.H4[task]
     local = str(real_data / "eval")
-    ours = eval_harness.benchmark(stories, local, 60, [task], shots)
-    theirs = command_line(real_data, task, shots, 60, tmp_path)
+    ours = eval_harness.benchmark(stories, local, 60, [task], {"num_fewshot": shots})
+    model = f"pretrained={real_data / 'model' / 'stories260K'},dtype=float32"
+    options = ("--num_fewshot", shots, "--limit", 60, "--batch_size", 16)
+    theirs, _ = command_line(model, real_data / "eval", task, tmp_path, *options)
     for metric in ("acc", "acc_norm"):
         measure = ours[f"{task}/{metric}"]
         assert measure["value"] == theirs[f"{metric},none"] and measure["n"] == 60
