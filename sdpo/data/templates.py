@@ -112,7 +112,7 @@ class Writer:
         return cast(str, text)
 
     def template(self, tools: list | None = None) -> str:
-        """The Jinja text of the template. The clock stands still in it, because transformers takes none from outside."""
+        """The Jinja text of the template, in which the clock stands still: transformers takes none from outside."""
         template = chat_template(self.tokenizer, self._named, tools)
         return CLOCK.sub(lambda reading: repr(self._now.strftime(reading[2])), template)
 

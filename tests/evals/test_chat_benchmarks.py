@@ -131,10 +131,10 @@ def test_everything_that_changes_a_score_is_in_its_key(prepared, sums, ask):
     settings += [{"fewshot_as_multiturn": False}, {"num_fewshot": 1}, {"limit": 2}, {"batch_size": 2}]
     for setting in settings:
         suites.lm_eval(prepared.initial, runner, tasks=["gsm8k"], local=str(sums), **base | setting)
-    runner.numerics = runner.numerics._replace(precision="bf16")
+    runner.numerics.all["precision"] = "bf16"
     suites.lm_eval(prepared.initial, runner, tasks=["gsm8k"], local=str(sums), **base)
     suites.h4(prepared.initial, runner, local=str(sums))
-    runner.numerics = runner.numerics._replace(precision="fp32")
+    runner.numerics.all["precision"] = "fp32"
     suites.h4(prepared.initial, runner, local=str(sums))
     assert len(set(keys)) == len(keys) == len(settings) + 3
 
