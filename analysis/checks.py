@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from analysis import collect
-from analysis.significance import INERT, LEVEL, smallest_p
+from analysis.significance import INERT, LEFT_S, LEVEL, smallest_p
 
 NEAR = 0.03  # an accuracy this close to a baseline gives no evidence against the baseline
 
@@ -23,6 +23,7 @@ def warnings(
     """All warnings that apply, the gravest first. The arguments are tables of `collect`."""
     found = [
         unfinished(runs),
+        left_start(measures),
         inert_reference(steps),
         seen_by_reference(references),
         length_bias(measures),
@@ -39,6 +40,17 @@ def unfinished(runs: pd.DataFrame) -> Warning:
         "Runs that did not finish",
         "No number here includes them. The same command runs them again.",
         [f"{row.run}: {shorten(row.error or 'not finished', 240, placeholder=' ...')}" for row in left.itertuples()],
+    )
+
+
+def left_start(measures: pd.DataFrame) -> Warning:
+    """Runs of the laboratory that went so far from S that one of them moves the mean of its arm."""
+    far = measures[(measures["measure"] == "lab/kl") & (measures["value"] > LEFT_S)]
+    return Warning(
+        "A seed left S",
+        f"Its KL to S is above {LEFT_S:g} nats, so its answers have little to do with S. Such a seed decides the mean "
+        "and the interval of its arm; read the medians, and lower the learning rate or raise beta.",
+        [f"{row.arm}, seed {row.seed}: KL {row.value:.1f} nats after step {row.t}" for row in far.itertuples()],
     )
 
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from analysis import checks, collect, equal_kl, figures, table_format, tables
 from analysis.figure_style import save, to_svg
+from analysis.significance import LEFT_S
 from sdpo.errors import UserError
 
 AXES = ("model", "data", "arm", "split", "score", "reference", "loss", "tune")  # listed before other axes
@@ -51,6 +52,8 @@ def _content(folder: Path) -> dict:
         "contrasts": tables.show(tables.contrasts(folder)),
         "equal_kl": tables.show(equal_kl.above_plain(folder)),
         "arms": tables.show(tables.arms(folder)),
+        "medians": tables.show(tables.medians(folder)),
+        "left_s": LEFT_S,
         "steps": tables.show(tables.steps(folder)),
         "pictures": [
             {"title": title, "svg": Markup(to_svg(draw(*tables_read), title)), "caption": draw.__doc__}

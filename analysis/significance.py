@@ -15,6 +15,7 @@ from sdpo.stats import Interval, student
 
 LEVEL = 0.05  # significance level of the verdicts, after Holm's correction
 INERT = 0.02  # with a smaller leverage a reference changed no gradient weight that matters
+LEFT_S = 5.0  # nats of KL to S on the laboratory's short answers; beyond it little of S is left in a model
 EXACT_SEEDS = 20  # 2^20 sign flips take 10 MB and a few milliseconds
 
 

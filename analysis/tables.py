@@ -10,10 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from analysis import collect, equal_kl, published, table_format
-from analysis.significance import INERT, holm, paired, sign_flip, verdict
+from analysis.significance import INERT, LEFT_S, holm, paired, sign_flip, verdict
 from sdpo.errors import UserError
 from sdpo.stats import Interval, student
 
@@ -36,6 +37,8 @@ DIGITS = {
     "seconds": 1,
     "seeds there": 0,
     "KL to S (nats)": 2,
+    "median (nats)": 2,
+    "largest (nats)": 2,
     "KL of answers (nats)": 2,
     "gamma_ref (nats)": 2,
     "first loss": 4,
@@ -60,6 +63,24 @@ def arms(*paths: Path | str) -> pd.DataFrame:
             | {"steps reused": f"{group['reused_steps'].sum():.0f} of {steps:.0f}"}
         )
     return pd.DataFrame(rows).dropna(axis=1, how="all")
+
+
+def medians(*paths: Path | str) -> pd.DataFrame:
+    """One row per arm: mean and median of gold reward and of KL to S over seeds, the largest KL, and the number of
+    seeds that left S, all after the last step. Empty if they were not measured, and if no arm has two seeds.
+    """
+    last = collect.last(collect.measures(*paths))
+    by_seed = last.pivot(index=["arm", "seed"], columns="measure", values="value").reindex(columns=equal_kl.AXES)
+    rows = []
+    for arm in last["arm"].unique():
+        kl, gold = by_seed.loc[arm].dropna().T.to_numpy()
+        if len(kl):
+            far = f"{np.sum(kl > LEFT_S)} of {len(kl)}"
+            middle = {"gold reward": gold.mean(), "its median": np.median(gold), "KL to S (nats)": kl.mean()}
+            middle |= {"median (nats)": np.median(kl), "largest (nats)": kl.max()}
+            rows.append({"arm": arm} | middle | {"left S": far})
+    has_seeds = by_seed.groupby("arm").size().max() > 1
+    return pd.DataFrame(rows if has_seeds else [])
 
 
 def contrasts(*paths: Path | str) -> pd.DataFrame:
@@ -173,6 +194,7 @@ def _render_tables(paths: list[Path], form: str) -> list[str]:
     of_seeds = "mean and 95 % Student t interval over seeds (one seed: its own interval, over prompts or pairs)"
     tables = {
         f"Arms: {of_seeds}": arms(*paths),
+        f"Medians, and seeds that left S (KL above {LEFT_S:g} nats)": medians(*paths),
         "Declared contrasts: paired over seeds, exact sign-flip test, Holm's correction": contrasts(*paths),
         "Exploratory: gold reward above plain DPO at equal KL to S": equal_kl.above_plain(*paths),
         f"Steps: {of_seeds}": steps(*paths),

@@ -1,5 +1,6 @@
 """Tables of runs and of the paper: exact numbers, no invented ones, and well-formed text, Markdown and LaTeX."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from conftest import CONF
 from hydra import compose, initialize_config_dir
 from runs import make_run, make_sweep
 
-from analysis import collect, published, table_format, tables
+from analysis import checks, collect, published, report, table_format, tables
 from sdpo.errors import UserError
 from sdpo.stats import Interval
 
@@ -33,6 +34,22 @@ def test_arms(sweep):
     assert table.loc["S", "gold reward"].value == pytest.approx(0.69)
     assert table.loc["stepwise", "gain over S"].value == pytest.approx(0.845 - 0.69)
     assert table["steps reused"].tolist()[1:] == ["5 of 6", "5 of 12"]
+
+
+def test_a_seed_that_left_s_is_named_and_moves_no_median(tmp_path):
+    folder = make_sweep(tmp_path / "far")
+    file = folder / "stepwise-s1" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    next(line for line in lines if line["kind"] == "eval" and line["t"] == 2)["eval"]["lab/kl"]["value"] = 9.6
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = tables.medians(folder).set_index("arm")
+    assert table.loc["stepwise"].tolist() == pytest.approx([0.83, 0.83, (1.5 + 9.6 + 1.5) / 3, 1.5, 9.6, "1 of 3"])
+    assert table.loc["all at once", "left S"] == "0 of 3"
+    read = (collect.runs, collect.measures, collect.steps, collect.references)
+    found = {warning.title: warning.cases for warning in checks.warnings(*(one(folder) for one in read))}
+    assert found["A seed left S"] == ["stepwise, seed 1: KL 9.6 nats after step 2"]
+    assert "<td>9.60</td><td>1 of 3</td>" in report.write_report(folder).read_text()
+    assert tables.medians(folder / "stepwise-s1").empty  # of one seed the mean says all
 
 
 def test_contrast(sweep):
