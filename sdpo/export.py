@@ -53,6 +53,9 @@ def export_pairs(run: Path, t: int, file: Path) -> Path:
     if len(manifest["windows"]) != 1:
         raise UserError(f"step {t} read {len(manifest['windows'])} references; TRL's columns hold exactly one")
     config = configuration.load(run / "config.yaml")
+    if config.rounds.name != "given":
+        made_from = run / "rounds" / f"{t}.json"
+        raise UserError(f"step {t} trained on answers of M_{t - 1}; they are in {made_from}, with tokens and rewards")
     inputs = prepare(config, Store(model.folder.parents[1]))
     reference = pd.read_parquet(model.folder / "reference.parquet")
     known = set(inputs.train.ids)

@@ -9,6 +9,7 @@ import torch
 from conftest import compose, random_model, read_lines
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from sdpo import export
 from sdpo.curriculum import rounds
 from sdpo.errors import UserError
 from sdpo.evals import generation
@@ -61,6 +62,8 @@ def test_every_step_trains_on_answers_of_the_model_before_it(run, toy, judge, on
         prompt = AutoTokenizer.from_pretrained(judge).decode(both["best"]["prompt_ids"], skip_special_tokens=True)
         for side, expected in zip(("best", "worst"), both["rewards"], strict=True):
             assert reward(judge, prompt, both[side]["text"]) == pytest.approx(expected, abs=1e-5), t
+    with pytest.raises(UserError, match=r"step 2 trained on answers of M_1; they are in .*rounds/2.json"):
+        export.export_pairs(folder, 2, folder / "pairs.parquet")
     # The same command samples nothing; another loss shares the first round, whose answers are S's.
     sampled = []
     original = generation.generate
