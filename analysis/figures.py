@@ -221,7 +221,8 @@ def _lines_over_models(table: pd.DataFrame, by: str, names: list[str], ylabel: s
         for name, style in series_styles(names).items():
             line = collect.by_arm(table[(table["arm"] == arm) & (table[by] == name)], ["t"], column)
             axes.plot(line["t"], line["value"], label=name, **style)  # the legend names also what this arm lacks
-            axes.fill_between(line["t"], line["low"], line["high"], color=style["color"], alpha=0.15, linewidth=0)
+            if not line.empty:
+                axes.fill_between(line["t"], line["low"], line["high"], color=style["color"], alpha=0.15, linewidth=0)
         axes.set(title=arm, ylabel=ylabel)
     _name_models(rows, table["t"])
     legend(figure, rows[0])

@@ -121,6 +121,12 @@ def test_memorisation_separates_what_was_seen(drawn, sweep):
     assert trained.get_ydata().tolist() == pytest.approx([5.5, 7])
 
 
+def test_memorisation_of_rounds_whose_given_pairs_were_never_trained_on(sweep):
+    trajectory = collect.trajectory(sweep)
+    trained, coming, _ = figures.memorisation(trajectory.assign(seen=False)).axes[1].lines[:3]
+    assert trained.get_xdata().tolist() == [] and coming.get_xdata().tolist() == [0, 1, 2]
+
+
 def test_pairs_that_stand_in_two_chunks(sweep):
     trajectory, pairs = collect.trajectory(sweep / "stepwise-s0"), collect.pairs(sweep / "stepwise-s0")
     again = trajectory[trajectory["chunk"] == 1].assign(chunk=2)
