@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from sdpo.binding import bind
-from sdpo.model import adapter_deltas, hub
-from sdpo.model.adapter_deltas import Weights
+from sdpo.model import hub
 from sdpo.model.engine import Engine
 from sdpo.model.logprobs import score
+from sdpo.model.lora import deltas
+from sdpo.model.lora.deltas import Weights
 from sdpo.train.probes import Probes
 from sdpo.train.reference_windows import Windows
 from sdpo.train.runner import Runner
@@ -48,7 +49,7 @@ class ReferenceLogprobs:
     def keep_start(self, engine: Engine) -> None:
         """Keep the weights of the step's start if later windows are mixed from them."""
         if self.mixes:
-            self.weights = adapter_deltas.as_whole_matrices(engine.scorer, engine.weights(everywhere=True))
+            self.weights = deltas.as_whole_matrices(engine.scorer, engine.weights(everywhere=True))
 
     def move(self, spec: StepSpec, update: int, engine: Engine, budget: int) -> None:
         """If a window begins at this update, score the window's pairs under the window's weights."""
@@ -68,9 +69,9 @@ class ReferenceLogprobs:
         if not self.mixes:
             return nullcontext()
         trained = engine.weights(everywhere=True)
-        policy = adapter_deltas.as_whole_matrices(engine.scorer, trained)
+        policy = deltas.as_whole_matrices(engine.scorer, trained)
         self.weights = _mix(window["weights"], {"policy": policy, "reference": self.weights})
-        return adapter_deltas.at_weights(engine, self.weights, trained)
+        return deltas.at_weights(engine, self.weights, trained)
 
     def state(self) -> Weights:
         """The tensors that a checkpoint must keep, because the policy that made them no longer exists."""

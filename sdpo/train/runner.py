@@ -20,9 +20,10 @@ from sdpo.console import progress, tell
 from sdpo.data.prompt_and_answer import as_trained
 from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
-from sdpo.model import adapters, hub
+from sdpo.model import hub
 from sdpo.model.engine import Engine, open_engine
 from sdpo.model.logprobs import Scorer, check_packing, exceeds_rounding, naive_logprobs, score
+from sdpo.model.lora import adapters
 from sdpo.model.memory import explained
 from sdpo.model.packing import tokens_of
 from sdpo.store import Artifact, Store, check, damaged

@@ -22,7 +22,8 @@ from sdpo.errors import UserError
 from sdpo.lab import exam as lab_exam
 from sdpo.lab import model as lab_model
 from sdpo.lab import pairs as lab_pairs
-from sdpo.model import adapters, hub, limits
+from sdpo.model import hub, limits
+from sdpo.model.lora import adapters
 from sdpo.store import Artifact, Store
 from sdpo.train import probes
 from sdpo.train.reference_windows import external

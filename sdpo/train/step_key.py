@@ -10,6 +10,7 @@ import numpy as np
 from sdpo.binding import bind, inputs_of
 from sdpo.config import Config
 from sdpo.data.tokenize import content_hash
+from sdpo.model.lora.targets import adapts_experts
 from sdpo.store import Artifact
 from sdpo.train.numerics import Numerics
 from sdpo.train.schedule import Span, updates
@@ -75,4 +76,7 @@ def determinants(spec: StepSpec, windows: list[dict]) -> dict[str, Any]:
         found["probe"] = {"every": config.probe.every, "rows": content_hash(chunk.probes)}
     if spec.span:
         found["span"] = spec.span
+    initial, remote = spec.history[0].folder, config.model.trust_remote_code
+    if "targets" in config.tune and initial.is_dir() and adapts_experts(initial, config.tune["targets"], remote):
+        found["experts"] = "adapted"  # earlier releases left them frozen
     return found

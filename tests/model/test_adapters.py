@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from sdpo import config
 from sdpo.launch import local as launch
-from sdpo.model import adapters, engine, hub
+from sdpo.model import engine, hub
 from sdpo.model.logprobs import naive_logprobs
+from sdpo.model.lora import adapters
 from sdpo.run import folder as run_folder
 from sdpo.train.step import take_step
 from sdpo.train.step_key import StepSpec
@@ -128,8 +129,8 @@ def test_the_steps_weights_are_plain_models_in_which_only_the_targets_changed(ch
 def test_two_adapters_side_by_side_add_up():
     first_a, first_b = torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0], [6.0]])
     second_a, second_b = torch.tensor([[3.0, 4.0]]), torch.tensor([[7.0], [8.0]])
-    both_a = adapters.concatenated("q_proj.lora_A.weight", first_a, second_a)
-    both_b = adapters.concatenated("q_proj.lora_B.weight", first_b, second_b)
+    both_a = adapters.concatenated("q_proj.lora_A.weight", first_a, second_a, rank=1)
+    both_b = adapters.concatenated("q_proj.lora_B.weight", first_b, second_b, rank=1)
     assert (both_b @ both_a).tolist() == [[5 + 21, 10 + 28], [6 + 24, 12 + 32]]
 
 

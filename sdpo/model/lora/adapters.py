@@ -7,21 +7,19 @@ scored and evaluated are the merged ones; the adapter is in the folder `adapter`
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from sdpo import distributed
 from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.model import hub
+from sdpo.model.lora.targets import Targets, describe, find_targets, find_whole
 from sdpo.store import Artifact, Store
 from sdpo.variants.tune import Adapter
 
@@ -77,8 +75,7 @@ def load(spec: AdapterSpec, seed: int, loading: Loading) -> PreTrainedModel:
     """The start of a step with a new adapter. Before training, its outputs are those of the start.
 
     Only the adapter and the modules of `modules_to_save` require gradients. The first of a chain of adapters says what
-    it adapts. Raises UserError if a target is not a linear layer of the model's body, or if a target or module does
-    not exist.
+    it adapts. Raises UserError if targets or modules cannot be adapted or trained, or do not exist.
     """
     from peft import LoraModel
 
@@ -87,10 +84,15 @@ def load(spec: AdapterSpec, seed: int, loading: Loading) -> PreTrainedModel:
         model = hub.load(spec.base.folder, trust_remote_code=loading.trust_remote_code)
     else:
         model = _quantised(spec.base, loading)
-    targets = _all_linear(model) if adapter.targets == ["all-linear"] else adapter.targets
-    for name in targets:
-        _modules(model, name, "targets")
-    whole = {name: _modules(model, name, "modules_to_save") for name in adapter.modules_to_save}
+    targets = find_targets(model, adapter.targets)
+    if targets.experts and adapter.dropout:
+        raise UserError(
+            f"tune.dropout={adapter.dropout} cannot be applied to experts such as {targets.experts[0]}: use "
+            "tune.dropout=0, or name only linear layers in tune.targets"
+        )
+    whole = find_whole(model, adapter, targets)
+    if spec.num_earlier == 0:
+        tell(describe(model, adapter, targets, whole, hub.count_weights(spec.base.folder)))
     torch.manual_seed(seed * 1_000_003 - 1 - spec.num_earlier)  # the seeds of updates count up from seed * 1_000_003
     tuner = LoraModel(model, _lora_config(spec, 1, targets, adapter.dropout), TRAINED)
     if spec.is_stacked:
@@ -99,11 +101,8 @@ def load(spec: AdapterSpec, seed: int, loading: Loading) -> PreTrainedModel:
         _fill(model, FROZEN, _earlier(spec))
         tuner.set_adapter([FROZEN, TRAINED])
         tuner.set_requires_grad(FROZEN, False)
-    _check_targets(model)
-    for name, modules in whole.items():
-        _train_whole(name, modules)
-    if spec.num_earlier == 0:
-        tell(_describe(model, whole, hub.count_weights(spec.base.folder)))
+    for module in whole:
+        module.requires_grad_(True)
     return model.train(adapter.dropout > 0)
 
 
@@ -122,9 +121,10 @@ def save_and_merge(
     weights = {_file_name(name, TRAINED): tensor for name, tensor in factors.items()}
     if spec.is_stacked:
         earlier, num_adapters = _earlier(spec), spec.num_earlier + 1
-        weights = {name: concatenated(name, earlier[name], tensor) for name, tensor in weights.items()}
+        rank = spec.adapter.rank
+        weights = {name: concatenated(name, earlier[name], tensor, rank) for name, tensor in weights.items()}
     weights |= {_file_name(name, TRAINED): tensor for name, tensor in whole.items()}
-    lora_config = _lora_config(spec, num_adapters, {name.split(".lora_")[0] for name in factors})
+    lora_config = _lora_config(spec, num_adapters, find_targets(base, spec.adapter.targets))
     _write(spec, weights, lora_config, folder / FOLDER, tied=len(whole) + len(factors) > len(trained))
     tuner = LoraModel(base, lora_config, TRAINED)
     _fill(base, TRAINED, weights)
@@ -145,9 +145,15 @@ def _write(
     (folder / LINEAGE).write_text(json.dumps(lineage, indent=1))
 
 
-def concatenated(name: str, earlier: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
-    """A factor of the sum of two adapters: A [rank, in] is extended by rows, B [out, rank] by columns."""
-    return torch.cat([earlier, trained], dim=0 if ".lora_A." in name else 1)
+def concatenated(name: str, earlier: torch.Tensor, trained: torch.Tensor, rank: int) -> torch.Tensor:
+    """A factor of the sum of two adapters, the second one of this rank, in each expert (a linear layer is one expert).
+
+    A [experts * rank, in] is extended by rows within each expert. B [out, rank * experts] is extended by columns.
+    """
+    if ".lora_B." in name:
+        return torch.cat([earlier, trained], dim=1)
+    num_experts = len(trained) // rank
+    return torch.cat([factor.unflatten(0, (num_experts, -1)) for factor in (earlier, trained)], dim=1).flatten(0, 1)
 
 
 def rounded(model: Artifact, loading: Loading, store: Store, tokenizer: PreTrainedTokenizerBase) -> Artifact:
@@ -188,7 +194,7 @@ def _quantised(model: Artifact, loading: Loading) -> PreTrainedModel:
     return loaded
 
 
-def _lora_config(spec: AdapterSpec, num_steps: int, targets: Iterable[str], dropout: float = 0.0) -> "LoraConfig":
+def _lora_config(spec: AdapterSpec, num_steps: int, targets: Targets, dropout: float = 0.0) -> "LoraConfig":
     """peft's settings for the adapters of `num_steps` steps as one; rank and alpha grow together, their ratio stays."""
     from peft import LoraConfig
 
@@ -199,7 +205,8 @@ def _lora_config(spec: AdapterSpec, num_steps: int, targets: Iterable[str], drop
         r=num_steps * adapter.rank,
         lora_alpha=num_steps * adapter.alpha,  # type: ignore[arg-type]  # declared int, but peft takes any number
         lora_dropout=dropout,
-        target_modules=list(targets),
+        target_modules=targets.layers,
+        target_parameters=targets.experts or None,
     )
 
 
@@ -227,59 +234,3 @@ def _file_name(name: str, adapter: str) -> str:
 def _module_name(name: str) -> str:
     """The module that a parameter of an adapter file belongs to."""
     return name.removeprefix(PREFIX).rpartition(".")[0]
-
-
-def _all_linear(model: PreTrainedModel) -> list[str]:
-    """The names of all linear layers except the output head; experts stored as one stacked tensor are not included."""
-    head = model.get_output_embeddings()
-    return [
-        name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head
-    ]
-
-
-def _check_targets(model: PreTrainedModel) -> None:
-    from peft.tuners.lora import LoraLayer
-
-    head = model.get_output_embeddings()
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and (layer is head or layer.lora_embedding_A):
-            raise UserError(
-                f"tune.targets names {name}, which is not a linear layer of the model's body; leave it out, or train "
-                "it whole with tune.modules_to_save"
-            )
-
-
-def _describe(model: PreTrainedModel, whole: dict[str, list[nn.Module]], num_weights: int) -> str:
-    """What is adapted and what is trained whole, as one line: names and shares of the model's weights."""
-    from peft.tuners.lora import LoraLayer
-
-    adapted: dict[str, int] = {}
-    for path, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            name = path.rpartition(".")[2]
-            assert layer.in_features and layer.out_features
-            adapted[name] = adapted.get(name, 0) + layer.in_features * layer.out_features
-    parts = [f"adapts {', '.join(sorted(adapted))} ({sum(adapted.values()) / num_weights:.1%} of the weights)"]
-    if whole:
-        size = sum({param: param.numel() for each in whole.values() for m in each for param in m.parameters()}.values())
-        parts.append(f"trains {', '.join(whole)} whole ({size / num_weights:.1%})")
-    frozen = [(name, param.numel()) for name, param in model.named_parameters() if ".experts." in name]
-    if frozen := [(name, size) for name, size in frozen if "lora_" not in name and "base_layer" not in name]:
-        share = sum(size for _, size in frozen) / num_weights
-        parts.append(f"leaves the experts frozen ({share:.1%}), which are stacked tensors and no linear layers")
-    return "tune=lora " + ", ".join(parts)
-
-
-def _modules(model: PreTrainedModel, name: str, setting: str) -> list[nn.Module]:
-    """The modules whose path ends in `name`, which the setting tune.`setting` names."""
-    found = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
-    if not found:
-        raise UserError(f"tune.{setting} names {name}, which {type(model).__name__} does not have")
-    return found
-
-
-def _train_whole(name: str, modules: list[nn.Module]) -> None:
-    for module in modules:
-        if any("lora_" in part or not tensor.is_floating_point() for part, tensor in module.named_parameters()):
-            raise UserError(f"tune.modules_to_save names {name}, which holds adapters or 4-bit weights; leave it out")
-        module.requires_grad_(True)

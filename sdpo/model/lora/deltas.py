@@ -21,19 +21,31 @@ A, B = ".lora_A.", ".lora_B."  # in the names of an adapter's factors
 def as_whole_matrices(scorer: nn.Module, trained: Weights) -> Weights:
     """Trained weights with every pair of factors A, B replaced by the matrix scaling * B @ A that it adds to a layer.
 
-    The matrix has the name of the frozen weight that it is added to. All other weights stay as they are.
+    The matrix (of experts: all their matrices as one tensor) has the name of the frozen weight that it is added to. All
+    other weights stay as they are.
     """
-    whole = {}
+    whole, names = {}, {param: name for name, param in scorer.named_parameters()}
     for name, tensor in trained.items():
         if A in name:
             path, _, adapter = name.partition(A)
             layer: Any = scorer.get_submodule(path)  # peft's LoRA layer
             adapter = adapter.removesuffix(".weight")
-            product = layer.scaling[adapter] * (trained[name.replace(A, B)] @ tensor)
-            whole[f"{path}.base_layer.weight"] = product.T.contiguous() if layer.fan_in_fan_out else product
+            product = layer.scaling[adapter] * _product(layer, tensor, trained[name.replace(A, B)])
+            frozen = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+            whole[names[frozen]] = product
         elif B not in name:
             whole[name] = tensor
     return whole
+
+
+def _product(layer: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """B @ A in the layout of the frozen weight; of a layer with experts (peft's ParamWrapper) for each expert."""
+    if not hasattr(layer, "num_experts"):
+        return (b @ a).T.contiguous() if layer.fan_in_fan_out else b @ a
+    per_expert = torch.einsum(
+        "ore,eri->eoi", b.unflatten(1, (-1, layer.num_experts)), a.unflatten(0, (layer.num_experts, -1))
+    )
+    return per_expert.mT.contiguous() if getattr(layer.get_base_layer(), "is_transposed", False) else per_expert
 
 
 @contextmanager
