@@ -18,13 +18,14 @@ from sdpo.data.preferences import Pair
 from sdpo.data.prompt_and_answer import as_trained
 from sdpo.data.templates import Writer
 from sdpo.errors import UserError
-from sdpo.evals import answer_formats, generation, kl, reward_model
+from sdpo.evals import answer_formats, generation, kl, pairwise, reward_model
+from sdpo.evals.chat_endpoint import Endpoint
 from sdpo.evals.generation import LIBRARIES, Decoding
 from sdpo.lab import exam as lab_exam
 from sdpo.lab import measures as lab_measures
 from sdpo.model import hub
 from sdpo.stats import Measures, length_controlled, mean, share_above
-from sdpo.store import Artifact, hash_files
+from sdpo.store import Artifact, hash_files, key_of
 from sdpo.train.runner import Runner
 
 
@@ -136,10 +137,7 @@ def win_rate(
     if model.key == initial_model.key:
         return {f"win_rate{name}": mean([]) for name in names}
     prompts, decoding = prompt_files.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
-    first_turns = [
-        [turns[0]["text"] for turns in generation.answers(one, prompts, decoding, runner)]
-        for one in (model, initial_model)
-    ]
+    first_turns = [_first_answers(one, prompts, decoding, runner) for one in (model, initial_model)]
     pairs = [
         Pair(str(prompt.id), prompt.dataset, ({"role": "user", "content": prompt.turns[0]},), *both)
         for prompt, *both in zip(prompts, *first_turns, strict=True)
@@ -149,6 +147,60 @@ def win_rate(
     wins, longer = share_above(gap), np.array([len(pair.chosen) - len(pair.rejected) for pair in pairs])
     values = (mean(wins), length_controlled(wins, longer), mean(gap), mean(longer))
     return {f"win_rate{name}": measure for name, measure in zip(names, values, strict=True)}
+
+
+def _first_answers(
+    model: Artifact, prompts: list[prompt_files.Prompt], decoding: Decoding, runner: Runner
+) -> list[str]:
+    return [turns[0]["text"] for turns in generation.answers(model, prompts, decoding, runner)]
+
+
+def judge(
+    model: Artifact,
+    initial_model: Artifact,
+    runner: Runner,
+    *,
+    file: str,
+    url: str,
+    model_name: str,
+    price_in: float,
+    price_out: float,
+    max_cost: float,
+    key_variable: str = "OPENAI_API_KEY",
+    max_tokens: int = 1024,
+    concurrency: int = 8,
+    timeout: float = 120.0,
+    temperature: float = 0.0,
+    max_new_tokens: int = 512,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Measures:
+    """How often a language model behind an endpoint prefers the model's answer to that of S; first turns only.
+
+    It is asked in both orders. Its verdicts are kept in the store. S itself has no win rate. Raises UserError as
+    `sdpo.evals.chat_endpoint.ask` does.
+    """
+    endpoint = Endpoint(url, model_name, key_variable, max_tokens, concurrency, timeout, price_in, price_out, max_cost)
+    if model.key == initial_model.key:
+        return pairwise.rates("judge", [], np.array([]))
+    prompts, decoding = prompt_files.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
+    ours, theirs = (_first_answers(one, prompts, decoding, runner) for one in (model, initial_model))
+    determinants = {
+        "url": url,
+        "judge": model_name,
+        "max_tokens": max_tokens,
+        "prompt": pairwise.PROMPT_HASH,
+        "answers": key_of("answers", {"asked": [prompt.turns[0] for prompt in prompts], "of": [ours, theirs]}),
+    }
+
+    def compute() -> list[list]:
+        is_main = distributed.is_main()
+        return distributed.broadcast(
+            pairwise.compare(endpoint, prompts, ours, theirs, runner.store) if is_main else None
+        )
+
+    judgements = [pairwise.Judgement(*given) for given in runner.store.make_json("judgements", determinants, compute)]
+    return pairwise.rates("judge", judgements, np.array([len(a) - len(b) for a, b in zip(ours, theirs, strict=True)]))
 
 
 def h4(

@@ -1,0 +1,193 @@
+"""Replies of a model behind an endpoint that speaks OpenAI's chat completions.
+
+Requests are retried with back-off, a few run at a time, and spending has a bound. Every reply is on the disk before its
+question counts as answered, so that nothing is asked twice, also after a kill. The key is read from the environment
+when a request is sent, and written nowhere.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import urllib3
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
+
+from sdpo.console import progress, tell
+from sdpo.errors import UserError, one_line
+from sdpo.store import Store, key_of
+
+Conversation = list[dict[str, str]]
+
+BUSY = (408, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
+RETRIES = 8  # with pauses of 0, 1, 2, 4, ... 60 seconds and up to one second more, or as long as the endpoint says
+BYTES_PER_TOKEN = 3.5  # of English text; for the estimate before a request
+NONSENSE_RETRIES = 3
+
+
+class Endpoint(NamedTuple):
+    url: str  # up to and without /chat/completions
+    model: str
+    key_variable: str  # the environment variable that holds the key
+    max_tokens: int  # of a reply
+    concurrency: int
+    timeout: float  # seconds of silence
+    price_in: float  # dollars per million tokens
+    price_out: float
+    max_cost: float  # dollars that may ever be spent on this model, by all runs that share the store
+
+    def cost(self, tokens_in: float, tokens_out: float) -> float:
+        """The price in dollars."""
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+
+    def estimate(self, conversation: Conversation) -> float:
+        """About the largest price of a reply, in dollars."""
+        num_bytes = sum(len(turn["content"].encode()) for turn in conversation)
+        return self.cost(num_bytes / BYTES_PER_TOKEN, self.max_tokens)
+
+
+class Reply(NamedTuple):
+    text: str
+    version: str  # the model that answered, as the endpoint names it
+
+
+def ask(endpoint: Endpoint, conversations: list[Conversation], about: dict[str, Any], store: Store) -> list[Reply]:
+    """The replies to all conversations; those that the store has are not asked for again.
+
+    `about` is kept beside every reply. Raises UserError if the endpoint refuses, cannot be reached or does not answer
+    in its protocol, and before the bound on spending would be exceeded.
+    """
+    keys = [key_of("reply", _request(endpoint, turns) | {"url": endpoint.url}) for turns in conversations]
+    path = store.root / "replies" / f"{key_of('endpoint', {'url': endpoint.url, 'model': endpoint.model})[:16]}.jsonl"
+    ledger = Ledger(path, endpoint.max_cost, about)
+    missing = {key: turns for key, turns in zip(keys, conversations, strict=True) if key not in ledger.lines}
+    if missing:
+        price = sum(map(endpoint.estimate, missing.values()))
+        tell(
+            f"{endpoint.model}: {len(missing)} replies of {len(keys)} are asked for, about ${price:.4g} or less; "
+            f"${ledger.spent:.4g} of ${endpoint.max_cost:.4g} is spent"
+        )
+    retries = urllib3.Retry(
+        RETRIES,
+        status_forcelist=BUSY,
+        allowed_methods=None,
+        backoff_factor=0.5,
+        backoff_max=60,
+        backoff_jitter=1.0,
+        raise_on_status=False,
+        redirect=0,
+    )
+    options: dict[str, Any] = {"maxsize": endpoint.concurrency, "retries": retries, "timeout": endpoint.timeout}
+    with (
+        urllib3.PoolManager(**options) as pool,
+        ThreadPoolExecutor(endpoint.concurrency) as workers,
+        progress(len(missing), "judge", "replies") as bar,
+    ):
+        asked = [
+            workers.submit(ledger.add, key, endpoint.estimate(turns), partial(_reply, endpoint, turns, pool))
+            for key, turns in missing.items()
+        ]
+        try:
+            for future in as_completed(asked):
+                future.result()
+                bar.advance(1)
+        except BaseException:
+            workers.shutdown(cancel_futures=True)
+            raise
+    return [Reply(ledger.lines[key]["text"], ledger.lines[key]["version"]) for key in keys]
+
+
+class Ledger:
+    """What was asked of one model of an endpoint: one JSON object a line, with what it cost."""
+
+    def __init__(self, path: Path, max_cost: float, about: dict[str, Any]):
+        self._path, self._max_cost, self._about = path, max_cost, about
+        self._reserved = 0.0  # dollars that the requests under way may cost
+        self._lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        whole = path.read_bytes()
+        complete = whole[: whole.rfind(b"\n") + 1]  # a kill may have cut off the last line
+        if complete != whole:
+            os.truncate(path, len(complete))
+        lines = [json.loads(line) for line in complete.splitlines()]
+        self.lines = {line["key"]: line for line in lines}
+        self.spent: float = sum(line["cost"] for line in lines)
+
+    def add(self, key: str, estimate: float, ask: Callable[[], dict[str, Any]]) -> None:
+        """Ask, and write the reply. Raises UserError instead if it might cost more than is left."""
+        with self._lock:
+            estimate = max([estimate, *(line["cost"] for line in self.lines.values())])  # tokens may be shorter here
+            if self.spent + self._reserved + estimate > self._max_cost:
+                raise UserError(
+                    f"${self.spent:.4g} is spent, and one more reply may exceed max_cost={self._max_cost}: raise it "
+                    "and start again; replies that are here are not asked for again"
+                )
+            self._reserved += estimate
+        try:
+            line = {"key": key} | self._about | ask()
+        finally:
+            with self._lock:
+                self._reserved -= estimate
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            self.lines[key] = line
+            self.spent += line["cost"]
+
+
+def _request(endpoint: Endpoint, turns: Conversation) -> dict[str, Any]:
+    return {"model": endpoint.model, "messages": turns, "temperature": 0.0, "max_tokens": endpoint.max_tokens}
+
+
+def _reply(endpoint: Endpoint, turns: Conversation, pool: urllib3.PoolManager) -> dict[str, Any]:
+    """A reply with its version and cost. What was lost on the way, and may be billed, counts with its estimate."""
+    lost = 0
+    for _ in range(NONSENSE_RETRIES):
+        response = _post(endpoint, turns, pool)
+        lost += sum(_was_sent(entry.error) for entry in response.retries.history) if response.retries else 0
+        try:
+            content = response.json()
+            text, used = content["choices"][0]["message"]["content"], content.get("usage")
+            if not isinstance(text, str):
+                raise TypeError(f"content is {type(text).__name__}")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            lost, problem = lost + 1, error
+            continue
+        cost = endpoint.cost(used["prompt_tokens"], used["completion_tokens"]) if used else endpoint.estimate(turns)
+        version = "/".join(filter(None, (content.get("model") or endpoint.model, content.get("system_fingerprint"))))
+        return {"text": text, "version": version, "cost": cost + lost * endpoint.estimate(turns)}
+    raise UserError(
+        f"{endpoint.url} does not answer as chat completions do ({one_line(problem)}): check evaluate.judge.url"
+    ) from problem
+
+
+def _post(endpoint: Endpoint, turns: Conversation, pool: urllib3.PoolManager) -> urllib3.BaseHTTPResponse:
+    key = os.environ.get(endpoint.key_variable)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        response = pool.request(
+            "POST", f"{endpoint.url.rstrip('/')}/chat/completions", json=_request(endpoint, turns), headers=headers
+        )
+    except HTTPError as error:
+        reason = one_line(getattr(error, "reason", None) or error)
+        raise UserError(
+            f"{endpoint.url} cannot be reached ({reason}); start again to ask for what is missing"
+        ) from None
+    if response.status != 200:
+        said = response.data.decode(errors="replace")
+        said = " ".join((said.replace(key, "***") if key else said).split())[:200]
+        raise UserError(
+            f"{endpoint.url} answers {response.status} to {endpoint.model} with the key in {endpoint.key_variable} "
+            f"({said}); start again to ask for what is missing"
+        )
+    return response
+
+
+def _was_sent(error: Exception | None) -> bool:
+    return error is not None and not isinstance(error, NewConnectionError | ConnectTimeoutError)

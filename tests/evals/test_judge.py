@@ -1,0 +1,259 @@
+"""A judge behind an endpoint, against a local server with faults: rates, resumption, bound, no trace of the key."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from conftest import CHECKOUT, read_lines
+
+from sdpo.data.prompts import Prompt
+from sdpo.errors import UserError
+from sdpo.evals import chat_endpoint, pairwise
+from sdpo.evals.chat_endpoint import Endpoint
+from sdpo.evals.pairwise import Judgement
+from sdpo.stats import length_controlled
+from sdpo.store import Store
+
+KEY = "sk-never-to-be-seen-0123456789"
+
+
+class Server(ThreadingHTTPServer):
+    """Speaks chat completions: prefers the answer that says "good", else says that neither is better.
+
+    `faults` maps words of a question to the faults of its first requests. It counts requests and replies by question
+    and order, and how many requests it held at once.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, **faults):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.faults = {name.replace("_", " "): list(kinds) for name, kinds in faults.items()}
+        self.requests, self.answered, self.keys = Counter(), Counter(), set()
+        self.held, self.most_held, self.lock = 0, 0, threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        """Silence: clients are killed, and connections are cut on purpose."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        server = self.server
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/chat/completions" and asked["temperature"] == 0
+        text = asked["messages"][-1]["content"]
+        question, a, b = (part.partition("\n\n")[2].strip() for part in text.split("# ")[1:])
+        with server.lock:
+            server.requests[question, a, b] += 1
+            server.keys.add(self.headers.get("Authorization"))
+            server.held += 1
+            server.most_held = max(server.most_held, server.held)
+            kinds = server.faults.get(question)
+            fault = kinds.pop(0) if kinds else None
+        time.sleep(0.02)
+        with server.lock:
+            server.held -= 1
+        verdict = "[[A]]" if "good" in a else "[[B]]" if "good" in b else "[[C]]"
+        said = "I cannot say." if fault == "mute" else f"Not [[C]]? My verdict is {verdict}"
+        body = {"model": "judge-2026-01-01", "choices": [{"message": {"role": "assistant", "content": said}}]}
+        body["usage"] = {"prompt_tokens": 1000, "completion_tokens": 100}
+        raw = json.dumps(body).encode()
+        if fault == "slow":
+            time.sleep(0.8)
+        if fault == "cut":
+            return self.connection.close()
+        if fault == "halved":
+            self.respond(200, raw, raw[: len(raw) // 2])
+            return self.connection.close()
+        if isinstance(fault, int):
+            return self.respond(fault, b'{"error": {"message": "no, ' + KEY.encode() + b'"}}')
+        if fault in ("prose", "empty"):
+            return self.respond(200, b"<html>welcome</html>" if fault == "prose" else b'{"choices": []}')
+        self.respond(200, raw)
+        with server.lock:
+            server.answered[question, a, b] += 1
+
+    def respond(self, status, whole, sent=None):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(whole)))
+        self.send_header("Retry-After", "0")
+        self.end_headers()
+        self.wfile.write(whole if sent is None else sent)
+        self.wfile.flush()
+
+
+@contextmanager
+def serving(**faults):
+    server = Server(**faults)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def endpoint(server, **changes):
+    given = {"url": server.url, "model": "judge", "key_variable": "JUDGE_KEY", "max_tokens": 100, "concurrency": 3}
+    given |= {"timeout": 0.5, "price_in": 10.0, "price_out": 30.0, "max_cost": 100.0}
+    return Endpoint(**given | changes)
+
+
+def compare(end, questions, folder, ours="good", theirs="poor"):
+    prompts = [Prompt(i, [question], "asked") for i, question in enumerate(questions)]
+    return pairwise.compare(end, prompts, [ours] * len(prompts), [theirs] * len(prompts), Store(folder))
+
+
+def test_rates_by_hand():
+    given = [(1.0, 1.0), (1.0, 0.0), (0.5, 1.0), (None, 1.0)]
+    judgements = [Judgement(i, *verdicts, "v1") for i, verdicts in enumerate(given)]
+    found = pairwise.rates("judge", judgements, np.array([4.0, -2.0, 0.0, 9.0]))
+    values = {name: measure["value"] for name, measure in found.items()}
+    assert values["judge"] == pytest.approx((1 + 0.5 + 0.75) / 3) and found["judge"]["n"] == 3
+    assert values["judge/orders_agree"] == pytest.approx(1 / 3)
+    assert values["judge/first_preferred"] == pytest.approx((0.5 + 1 + 0.25) / 3)
+    assert values["judge/unreadable"] == 1 / 8 and values["judge/longer"] == 11 / 4
+    expected = length_controlled(np.array([1.0, 0.5, 0.75]), np.array([4.0, -2.0, 0.0]))
+    assert found["judge/length_controlled"]["value"] == expected["value"]
+    equal = pairwise.rates("judge", judgements, np.zeros(4))["judge/length_controlled"]["value"]
+    assert equal == pytest.approx(0.75, abs=0.01)  # answers of equal length: the plain rate, but for the prior
+    assert found["judge"]["version"] == f"v1, prompt {pairwise.PROMPT_HASH}"
+    assert {measure["value"] for measure in pairwise.rates("judge", [], np.array([])).values()} == {None}
+
+
+def test_the_last_verdict_of_a_reply_counts():
+    assert [pairwise.win_of_a(text) for text in ("[[B]] ... no: [[A]]", "[[C]]", "A is better", "[[D]]")] == [
+        1,
+        0.5,
+        None,
+        None,
+    ]
+
+
+def test_faults_are_overcome_and_every_verdict_is_right(tmp_path):
+    kinds = {"q0": [429], "q1": [500, 503], "q2": ["cut"], "q3": ["halved"], "q4": ["prose"], "q5": ["empty", 429]}
+    questions = [f"q{i}" for i in range(8)]
+    with serving(**kinds, q6=["slow"]) as server:
+        judgements = compare(endpoint(server), questions, tmp_path)
+        assert [(j.first, j.second) for j in judgements] == [(1, 1)] * 8
+        assert server.most_held <= 3
+        attempts = Counter()
+        for (question, *_), count in server.requests.items():
+            attempts[question] += count
+        assert attempts == {"q0": 3, "q1": 4, "q2": 3, "q3": 3, "q4": 3, "q5": 4, "q6": 3, "q7": 2}
+        server.requests.clear()
+        assert compare(endpoint(server), questions, tmp_path) == judgements
+        assert not server.requests
+    (ledger,) = (tmp_path / "replies").iterdir()
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert len(lines) == 16
+    assert {(line["judge"], line["version"], line["prompt"]) for line in lines} == {
+        ("judge", "judge-2026-01-01", pairwise.PROMPT_HASH)
+    }
+    reply = (1000 * 10 + 100 * 30) / 1e6
+    assert sorted(line["cost"] for line in lines)[:10] == pytest.approx([reply] * 10)  # what got lost may be billed too
+    assert sum(line["cost"] > reply * 1.01 for line in lines) == 5  # cut, halved, prose, empty, slow
+
+
+def test_a_judge_without_a_verdict_is_counted(tmp_path):
+    with serving(odd=["mute"]) as server:
+        (judgement,) = compare(endpoint(server, concurrency=1), ["odd"], tmp_path)
+    assert (judgement.first, judgement.second) == (None, 1.0)
+    assert pairwise.rates("judge", [judgement], np.zeros(1))["judge/unreadable"]["value"] == 0.5
+
+
+def test_refusals_are_one_sentence_without_the_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with serving(locked=[401] * 9, odd=["prose"] * 9) as server:
+        with pytest.raises(UserError, match=r"answers 401 to judge with the key in JUDGE_KEY \(.*\*\*\*") as refused:
+            compare(endpoint(server), ["locked"], tmp_path)
+        assert KEY not in str(refused.value) and server.keys == {f"Bearer {KEY}"}
+        with pytest.raises(UserError, match="does not answer as chat completions do"):
+            compare(endpoint(server, concurrency=1), ["odd"], tmp_path)
+    monkeypatch.setattr(chat_endpoint, "RETRIES", 1)
+    with pytest.raises(UserError, match="cannot be reached .*refused"):
+        compare(endpoint(server), ["gone"], tmp_path)
+
+
+def test_spending_stops_at_its_bound_and_goes_on_from_there(tmp_path, capsys):
+    questions = [f"q{i}" for i in range(5)]
+    with serving() as server:
+        reply = (1000 * 10 + 100 * 30) / 1e6  # 1.3 cents
+        with pytest.raises(UserError, match=r"^\$0\.039 is spent, and one more reply may exceed max_cost=0.045: raise"):
+            compare(endpoint(server, concurrency=1, max_cost=0.045), questions, tmp_path)
+        assert sum(server.requests.values()) == 3 and 3 * reply < 0.045 < 4 * reply
+        assert "judge: 10 replies of 10 are asked for, about $" in capsys.readouterr().err
+        with pytest.raises(UserError, match="may exceed"):  # also in another process: what was spent is in the store
+            compare(endpoint(server, concurrency=1, max_cost=0.045), questions, tmp_path)
+        compare(endpoint(server), questions, tmp_path)
+        assert set(server.requests.values()) == {1} and len(server.requests) == 10
+        assert "judge: 7 replies of 10 are asked for, about $" in capsys.readouterr().err
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from sdpo.evals.chat_endpoint import Endpoint, ask
+from sdpo.store import Store
+
+end = Endpoint(sys.argv[1], "judge", "JUDGE_KEY", 100, 1, 60.0, 0.0, 0.0, 0.0)
+turns = [[{"role": "user", "content": f"# Question\\n\\nq{i}\\n\\n# A\\n\\ngood\\n\\n# B\\n\\npoor"}] for i in range(8)]
+print(len(ask(end, turns, {}, Store(Path(sys.argv[2])))))
+"""
+
+
+def test_after_a_kill_nothing_is_asked_twice(tmp_path):
+    with serving(q5=["slow"] * 100) as server:
+        command = [sys.executable, "-c", KILLED, server.url, str(tmp_path)]
+        env = os.environ | {"PYTHONPATH": str(CHECKOUT), "JUDGE_KEY": KEY}
+        process = subprocess.Popen(command, env=env)
+        while server.requests["q5", "good", "poor"] == 0:  # five replies are here, and the sixth is on its way
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        (ledger,) = (tmp_path / "replies").iterdir()
+        with ledger.open("a") as file:
+            file.write('{"key": "half a li')  # as if it had been killed while it wrote
+        server.faults.clear()
+        again = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        assert again.stdout.split() == ["8"]
+        asked = {question: count for (question, *_), count in server.requests.items()}
+        assert asked == {f"q{i}": 2 if i == 5 else 1 for i in range(8)}  # the sixth was never answered
+    assert len([json.loads(line) for line in ledger.read_text().splitlines()]) == 8
+
+
+def test_a_run_is_judged_and_leaves_no_trace_of_the_key(run, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    (tmp_path / "ask.txt").write_text("abc\nde\n")
+    with serving(abc=[500]) as server:
+        settings = {"file": tmp_path / "ask.txt", "url": server.url, "model_name": "judge", "key_variable": "JUDGE_KEY"}
+        settings |= {"price_in": 1, "price_out": 1, "max_cost": 1, "max_new_tokens": 4}
+        given = [f"evaluate.judge.{name}={value}" for name, value in settings.items()]
+        folder = run("evaluate=[judge]", *given, "split=all_at_once", "reference=initial", "record=wandb")
+        assert server.keys == {f"Bearer {KEY}"}
+    start, end = (entry["eval"] for entry in read_lines(folder, "eval"))
+    assert start["judge"]["value"] is None and end["judge"]["value"] == 0.5 and end["judge"]["n"] == 2
+    assert end["judge"]["version"] == f"judge-2026-01-01, prompt {pairwise.PROMPT_HASH}"
+    store = Store().root
+    assert list((store / "replies").iterdir()) and list((store / "judgements").iterdir())
+    for place in (folder, store):
+        held = [path for path in place.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+        assert not held
+    assert KEY not in "".join(capfd.readouterr())
