@@ -52,6 +52,7 @@ NEEDS = {  # more settings, which an option requires
         *("evaluate.win_rate.file=prompts.txt", "evaluate.win_rate.max_new_tokens=8"),
         *("evaluate.win_rate.path=classifier", "evaluate.win_rate.template=plain"),
     ],
+    "evaluate=[reward_bench]": ["evaluate.reward_bench.pairs=[b.jsonl]"],
     "evaluate=[h4]": ["evaluate.h4.local=eval", "evaluate.h4.limit=1"],
     "evaluate=[lm_eval]": ["evaluate.lm_eval.local=eval", "evaluate.lm_eval.tasks=[hellaswag]"],
     "experiment=paper/table4": ["~evaluate.lm_eval"],

@@ -4,6 +4,8 @@ Shape suffixes: N pairs; columns are the chosen and the rejected response; B seq
 """
 
 from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from sdpo import distributed
 from sdpo.config import Settings
 from sdpo.console import progress
+from sdpo.data import preferences
+from sdpo.data.pair_table import PairTable
 from sdpo.data.preferences import Pair
+from sdpo.data.readers import READERS
 from sdpo.data.templates import Writer
-from sdpo.data.tokenize import content_hash
+from sdpo.data.tokenize import content_hash, encode
 from sdpo.errors import UserError
 from sdpo.model import hub, rotary
 from sdpo.store import Artifact
@@ -56,6 +61,31 @@ def rewards(settings: Settings, pairs: list[Pair], runner: Runner) -> np.ndarray
         return _classify(_load(model, runner), sequences, runner).reshape(-1, 2).tolist()
 
     return np.array(runner.store.make_json("score", _determinants(model, rows, runner), compute))
+
+
+def read_pairs(names: list[str], columns: dict[str, str] | None, max_tokens: int, runner: Runner) -> PairTable:
+    """Preference pairs of files, or of data sets of the Hub, in the template of the run; their sources are categories.
+
+    Raises UserError as `data.train` does, and for every pair that would be dropped or cut.
+    """
+    is_local = all(Path(name).suffix.lower() in READERS for name in names)
+    settings = replace(
+        runner.config.data,
+        name="local" if is_local else "hub",
+        train=names,
+        held_out=[],
+        held_out_share=0.0,
+        columns=columns or {},
+        source_from="row" if "source" in (columns or {}) else "file",
+        on_bad_row="error",
+        max_tokens=max_tokens,
+        on_long="error",
+    )
+    pairs = preferences.load(settings).train
+    rows, _ = encode(pairs, runner.tokenizer, settings, "evaluation")
+    if lost := [pair.id for pair in pairs if pair.id not in rows]:
+        raise UserError(f"{', '.join(names)}: the responses of pair {lost[0]} are the same tokens; remove the pair")
+    return PairTable.join(pairs, rows)
 
 
 def has_base_logps(settings: Settings, rows: list[TokenPair], runner: Runner) -> bool:

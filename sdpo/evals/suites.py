@@ -6,8 +6,6 @@ rejected response of N held-out pairs. A suite calls `report` with what it has b
 
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +13,14 @@ import numpy as np
 from sdpo import distributed
 from sdpo.data import prompts as prompt_files
 from sdpo.data.preferences import Pair
-from sdpo.data.prompt_and_answer import as_trained
-from sdpo.data.templates import Writer
-from sdpo.errors import UserError
-from sdpo.evals import answer_formats, generation, kl, pairwise, reward_model
+from sdpo.evals import answer_formats, benchmarks, generation, kl, pairwise, reward_model
 from sdpo.evals.chat_endpoint import Endpoint
 from sdpo.evals.generation import LIBRARIES, Decoding
 from sdpo.lab import exam as lab_exam
 from sdpo.lab import measures as lab_measures
-from sdpo.model import hub
+from sdpo.model import limits
 from sdpo.stats import Measures, length_controlled, mean, share_above
-from sdpo.store import Artifact, hash_files, key_of
+from sdpo.store import Artifact, key_of
 from sdpo.train.runner import Runner
 
 
@@ -203,6 +198,35 @@ def judge(
     return pairwise.rates("judge", judgements, np.array([len(a) - len(b) for a, b in zip(ours, theirs, strict=True)]))
 
 
+def reward_bench(
+    model: Artifact,
+    initial_model: Artifact,
+    runner: Runner,
+    *,
+    pairs: list[str],
+    columns: dict[str, str] | None = None,
+    max_tokens: int = 4096,
+) -> Measures:
+    """How often the implicit reward, which is the log-ratio of the model to S, is higher for the chosen response.
+
+    `pairs` are files or data sets of the Hub. `columns` are as `data.columns`; the column that is called `source` there
+    holds the category. A pair of more than `max_tokens` tokens is an error. Log-probs that the store has are read.
+    S itself has no implicit reward.
+    """
+    table = reward_model.read_pairs(pairs, columns, max_tokens, runner)
+    limits.check_rows(table.rows, model.folder, runner.config.model.trust_remote_code)
+    ratio_N2 = runner.logprobs(model, table.rows) - runner.logprobs(initial_model, table.rows)
+    margin_N = ratio_N2[:, 0] - ratio_N2[:, 1]
+    if model.key == initial_model.key:
+        margin_N = np.full_like(margin_N, np.nan)
+    right_N = share_above(margin_N)
+    by_category = {category: mean(right_N[table.sources == category]) for category in dict.fromkeys(table.sources)}
+    measures = {"accuracy": mean(right_N), "margin": mean(margin_N)}
+    measures |= {f"{category}/accuracy": measure for category, measure in by_category.items()}
+    known = [measure["value"] for measure in by_category.values() if measure["value"] is not None]
+    return {"reward_bench": mean(known)} | {f"reward_bench/{name}": measure for name, measure in measures.items()}
+
+
 def h4(
     model: Artifact, runner: Runner, *, local: str | None = None, batch_size: int = 8, limit: int | None = None
 ) -> Measures:
@@ -210,7 +234,7 @@ def h4(
 
     `local` is a folder with copies of the data; `limit` is the largest number of items per task.
     """
-    return _benchmark("h4", model, runner, local, batch_size, limit=limit)
+    return benchmarks.measure("h4", model, runner, local, batch_size, limit=limit)
 
 
 def lm_eval(
@@ -239,40 +263,4 @@ def lm_eval(
         "system_instruction": system_instruction,
         "gen_kwargs": gen_kwargs,
     }
-    return _benchmark("benchmark", model, runner, local, batch_size, limit=limit, tasks=tasks, asking=asking)
-
-
-def _benchmark(
-    name: str, model: Artifact, runner: Runner, local: str | None, batch_size: int, **options: Any
-) -> Measures:
-    """The measures of the function `name` of sdpo.evals.eval_harness, which takes `local` and the options.
-
-    Raises UserError if `local` is not a folder.
-    """
-    from sdpo.evals import eval_harness  # here, because lm-eval takes seconds to import
-
-    folder = Path(local) if local else None
-    if folder and not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; `local` names one with copies of the benchmarks' data")
-    data, tokenizer = runner.config.data, runner.tokenizer
-    if options.get("asking", {}).get("apply_chat_template"):
-        tokenizer, _ = as_trained(tokenizer, data.template)
-        tokenizer.chat_template = Writer(tokenizer, None, data.template_date).template()
-    determinants = {
-        "suite": name,
-        "weights": model.key,
-        "tokenizer": hub.fingerprint_tokenizer(tokenizer),
-        "lm_eval": version("lm_eval"),
-        "local": hash_files(folder, folder.iterdir()) if folder else None,  # the content, wherever it is
-        "batch_size": batch_size,
-        **options,
-        **runner.numerics.of_own_forward(),
-    }
-    if name == "benchmark":
-        determinants["ranks"] = distributed.world_size()  # each has its own random numbers, if answers are sampled
-
-    def compute() -> Measures:
-        lm = eval_harness.DistributedHFLM(generation.load_alone(model, runner), tokenizer, batch_size)
-        return getattr(eval_harness, name)(lm, local, **options)
-
-    return runner.store.make_json("evaluation", determinants, compute)
+    return benchmarks.measure("benchmark", model, runner, local, batch_size, limit=limit, tasks=tasks, asking=asking)

@@ -1,0 +1,49 @@
+"""Benchmarks of a stored model: computed once by sdpo.evals.eval_harness, and kept with all that decides a score."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sdpo import distributed
+from sdpo.data.prompt_and_answer import as_trained
+from sdpo.data.templates import Writer
+from sdpo.errors import UserError
+from sdpo.evals.generation import load_alone
+from sdpo.model import hub
+from sdpo.stats import Measures
+from sdpo.store import Artifact, hash_files
+from sdpo.train.runner import Runner
+
+
+def measure(name: str, model: Artifact, runner: Runner, local: str | None, batch_size: int, **options: Any) -> Measures:
+    """The measures of the function `name` of sdpo.evals.eval_harness, which takes `local` and the options.
+
+    Raises UserError if `local` is not a folder.
+    """
+    from sdpo.evals import eval_harness  # here, because lm-eval takes seconds to import
+
+    folder = Path(local) if local else None
+    if folder and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; `local` names one with copies of the benchmarks' data")
+    data, tokenizer = runner.config.data, runner.tokenizer
+    if options.get("asking", {}).get("apply_chat_template"):
+        tokenizer, _ = as_trained(tokenizer, data.template)
+        tokenizer.chat_template = Writer(tokenizer, None, data.template_date).template()
+    determinants = {
+        "suite": name,
+        "weights": model.key,
+        "tokenizer": hub.fingerprint_tokenizer(tokenizer),
+        "lm_eval": version("lm_eval"),
+        "local": hash_files(folder, folder.iterdir()) if folder else None,  # the content, wherever it is
+        "batch_size": batch_size,
+        **options,
+        **runner.numerics.of_own_forward(),
+    }
+    if name == "benchmark":
+        determinants["ranks"] = distributed.world_size()  # each has its own random numbers, if answers are sampled
+
+    def compute() -> Measures:
+        lm = eval_harness.DistributedHFLM(load_alone(model, runner), tokenizer, batch_size)
+        return getattr(eval_harness, name)(lm, local, **options)
+
+    return runner.store.make_json("evaluation", determinants, compute)
