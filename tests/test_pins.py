@@ -22,7 +22,7 @@ from sdpo.curriculum import build
 from sdpo.data.preferences import prompt_key
 from sdpo.data.prompts import Prompt
 from sdpo.data.tokenize import content_hash
-from sdpo.evals import generation, kl, reward_model, suites
+from sdpo.evals import decoding, kl, reward_model, suites
 from sdpo.lab.exam import Exam
 from sdpo.model import hub
 from sdpo.plan import dry_run
@@ -172,7 +172,7 @@ def asked(place, ask, tmp_path_factory):
     suites.lab(initial, initial, exam, runner)
     suites.h4(initial, runner, local=str(place / "benchmarks"), limit=2)
     suites.lm_eval(initial, runner, tasks=["arc_challenge"], num_fewshot=0, local=str(place / "benchmarks"))
-    kl.kl_to_initial(other, initial, [Prompt(1, ["abc"], "asked")], generation.Decoding(0.5, 4, 2, 7), runner)
+    kl.kl_to_initial(other, initial, [Prompt(1, ["abc"], "asked")], decoding.Decoding(0.5, 4, 2, 7), runner)
     reward_model.rewards(
         {"path": str(place / "model"), "revision": None, "template": "plain"}, inputs.held_out.pairs, runner
     )

@@ -19,7 +19,8 @@ from sdpo.data.prompt_and_answer import ChatFormat
 from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
 from sdpo.evals import generation, reward_model
-from sdpo.evals.generation import LIBRARIES, Answer, Decoding
+from sdpo.evals.decoding import Decoding
+from sdpo.evals.generation import LIBRARIES, Answer
 from sdpo.lab import world
 from sdpo.store import Artifact, key_of
 from sdpo.train import probes

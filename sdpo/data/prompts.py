@@ -4,26 +4,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdpo.data.cells import BadRow, parse_row
-from sdpo.data.readers import Table, read_file
+from sdpo.data.readers import READERS, Table, read_file, read_hub
 from sdpo.errors import UserError
 
-ID_COLUMNS = ("question_id", "id")
+ID_COLUMNS = ("question_id", "uid", "id")
 PROMPT_COLUMNS = ("instruction", "prompt", "turns")
 
 
 class Prompt(NamedTuple):
     id: int | str
     turns: list[str]  # what a user says, one after the other; the model answers each
-    dataset: str  # AlpacaEval's name for where an instruction comes from
+    dataset: str  # where it comes from, as AlpacaEval names it, or its category, as MT-Bench does
 
 
 def read(name: str) -> list[Prompt]:
-    """The prompts of a .txt file (one a line), or of .jsonl, .json, .parquet or .csv with one of PROMPT_COLUMNS.
+    """The prompts of a .txt file (one a line), or of a file or a data set of the Hub with one of PROMPT_COLUMNS.
 
     A prompt without an id has the number of its row, and one without a data set the name of the file. A line ends
     with \\n or \\r\\n and nothing else. Raises UserError, naming file and row.
     """
-    table = _lines(name) if Path(name).suffix == ".txt" else read_file(name)
+    path = Path(name)
+    if path.suffix == ".txt":
+        table = _lines(name)
+    else:
+        table = read_file(name) if path.suffix.lower() in READERS or path.is_file() else read_hub(name, {})
     prompts = [_prompt(table, number, row) for number, row in table.rows]
     if not prompts:
         raise UserError(f"{name} holds no prompt")
@@ -47,8 +51,10 @@ def _prompt(table: Table, number: int, row: Any) -> Prompt:
     except BadRow as bad:
         raise UserError(f"{place}: {bad}") from bad
     asked = next((row[column] for column in PROMPT_COLUMNS if column in row), None)
-    turns = [turn for turn in (asked if isinstance(asked, list) else [asked]) if isinstance(turn, str) and turn.strip()]
-    if not turns or isinstance(asked, list) and len(turns) < len(asked):
+    asked = asked if isinstance(asked, list) else [asked]
+    said = [turn["content"] if isinstance(turn, dict) and turn.keys() == {"content"} else turn for turn in asked]
+    turns = [turn for turn in said if isinstance(turn, str) and turn.strip()]
+    if not turns or len(turns) < len(asked):
         raise UserError(f"{place}: has no text in one of the fields {', '.join(PROMPT_COLUMNS)}")
     id = next((row[column] for column in ID_COLUMNS if column in row), number)
-    return Prompt(id, turns, row.get("dataset", table.source))
+    return Prompt(id, turns, row.get("dataset", row.get("category", table.source)))

@@ -3,7 +3,7 @@
 Shapes: B conversations, T tokens.
 """
 
-from typing import NamedTuple, TypedDict, cast
+from typing import TypedDict, cast
 
 import torch
 import transformers
@@ -16,6 +16,7 @@ from sdpo.data.prompts import Prompt
 from sdpo.data.schemas import Message, Turns
 from sdpo.data.tokenize import prompt_ids
 from sdpo.errors import UserError
+from sdpo.evals.decoding import Decoding
 from sdpo.model import hub, rotary
 from sdpo.model.attention.interface import own_attention
 from sdpo.store import Artifact, key_of
@@ -33,23 +34,22 @@ class Answer(TypedDict):
     ended: bool  # whether there is a stop token
 
 
-class Decoding(NamedTuple):
-    """How answers are generated. No probabilities are cut off (top-k, top-p); only the temperature changes them.
-
-    `batch_size` is part of it because padding changes the last digits.
-    """
-
-    temperature: float  # 0: greedy
-    max_new_tokens: int
-    batch_size: int
-    seed: int
-
-
 def answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: Runner) -> list[list[Answer]]:
     """A model's answers to every turn of every prompt: from the store, or generated, divided over the ranks.
 
-    Raises UserError if a prompt and its answer are longer than the model can read.
+    Raises UserError if a prompt and its answer are longer than the model can read, and if a prompt is of a category
+    without a temperature.
     """
+    if not isinstance(decoding.temperature, dict):
+        return _answers(model, prompts, decoding, runner)
+    found: dict[int, list[Answer]] = {}
+    for settings in dict.fromkeys(map(decoding.for_prompt, prompts)):
+        members = [i for i, prompt in enumerate(prompts) if decoding.for_prompt(prompt) == settings]
+        found |= zip(members, _answers(model, [prompts[i] for i in members], settings, runner), strict=True)
+    return [found[i] for i in range(len(prompts))]
+
+
+def _answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: Runner) -> list[list[Answer]]:
     template = runner.config.data.template
     chat = ChatFormat(runner.tokenizer, template, runner.config.data.template_date)
     first_turns = prompt_ids(chat, [({"role": "user", "content": prompt.turns[0]},) for prompt in prompts])
@@ -59,7 +59,7 @@ def answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: 
         # A tokenizer's own template may read the clock.
         "template": template or key_of("prompts", {"ids": first_turns}),
         "tokenizer": hub.fingerprint_tokenizer(runner.tokenizer),
-        "decoding": decoding._asdict(),
+        "decoding": decoding.determinants(),
         **runner.numerics.of_own_forward(),
         **LIBRARIES,
     }
@@ -123,7 +123,7 @@ def generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int]
 
 
 def _generation_config(decoding: Decoding, stops: list[int]) -> GenerationConfig:
-    sampling_settings = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    sampling_settings = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": decoding.top_p}
     return GenerationConfig(
         **(sampling_settings if decoding.temperature else {"do_sample": False}),
         max_new_tokens=decoding.max_new_tokens,

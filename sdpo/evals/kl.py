@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from sdpo import distributed
 from sdpo.data.prompts import Prompt
-from sdpo.evals.generation import LIBRARIES, Answer, Decoding, answers, load_alone
+from sdpo.evals.decoding import Decoding
+from sdpo.evals.generation import LIBRARIES, Answer, answers, load_alone
 from sdpo.model import sampling
 from sdpo.model.attention.interface import own_attention
 from sdpo.store import Artifact, key_of
@@ -22,7 +23,7 @@ def kl_to_initial(
     It is the exact next-token KL summed over the positions of an answer, EOS counted. If a prompt has several turns,
     its answers are added up.
     """
-    sampled = answers(model, prompts, decoding._replace(temperature=1.0), runner)
+    sampled = answers(model, prompts, decoding._replace(temperature=1.0, top_p=1.0), runner)
     determinants = {
         "suite": "divergence",
         "weights": model.key,

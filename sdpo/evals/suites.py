@@ -15,7 +15,8 @@ from sdpo.data import prompts as prompt_files
 from sdpo.data.preferences import Pair
 from sdpo.evals import answer_formats, benchmarks, generation, kl, pairwise, reward_model
 from sdpo.evals.chat_endpoint import Endpoint
-from sdpo.evals.generation import LIBRARIES, Decoding
+from sdpo.evals.decoding import Decoding, choose
+from sdpo.evals.generation import LIBRARIES
 from sdpo.lab import exam as lab_exam
 from sdpo.lab import measures as lab_measures
 from sdpo.model import limits
@@ -88,19 +89,24 @@ def generate(
     report: Callable[[dict], None],
     *,
     file: str,
-    temperature: float = 0.0,
-    max_new_tokens: int = 512,
+    preset: str | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_new_tokens: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
 ) -> Measures:
-    """Answers to the prompts of a file, which are reported; their lengths; and KL(M_t, S) on answers at temperature 1.
+    """Answers to prompts, which are reported; their lengths; and KL(M_t, S) on answers at temperature 1.
 
-    `generate/ended` is the share of answers that stop before `max_new_tokens`. Longer answers, and their KL, are cut
-    off there.
+    `file` names a file or a data set of the Hub. Settings that are None are those of the preset. `generate/ended` is
+    the share of answers that stop before `max_new_tokens`. Longer answers, and their KL, are cut off there.
     """
-    prompts, decoding = prompt_files.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
+    prompts = prompt_files.read(file)
+    decoding = choose(preset, temperature, top_p, max_new_tokens, batch_size, seed)
     answers = generation.answers(model, prompts, decoding, runner)
-    report({"decoding": decoding._asdict(), "answers": answer_formats.transcripts(prompts, answers)})
+    report(
+        {"decoding": {"preset": preset} | decoding._asdict(), "answers": answer_formats.transcripts(prompts, answers)}
+    )
     flat = [answer for turns in answers for answer in turns]
     return {
         "generate/kl": mean(np.array(kl.kl_to_initial(model, initial_model, prompts, decoding, runner))),
@@ -118,8 +124,10 @@ def win_rate(
     path: str,
     revision: str | None = None,
     template: str | None = None,
-    temperature: float = 0.0,
-    max_new_tokens: int = 512,
+    preset: str | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_new_tokens: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
 ) -> Measures:
@@ -131,7 +139,8 @@ def win_rate(
     names = ("", "/length_controlled", "/reward_gap", "/longer")
     if model.key == initial_model.key:
         return {f"win_rate{name}": mean([]) for name in names}
-    prompts, decoding = prompt_files.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
+    prompts = prompt_files.read(file)
+    decoding = choose(preset, temperature, top_p, max_new_tokens, batch_size, seed)
     first_turns = [_first_answers(one, prompts, decoding, runner) for one in (model, initial_model)]
     pairs = [
         Pair(str(prompt.id), prompt.dataset, ({"role": "user", "content": prompt.turns[0]},), *both)
@@ -165,8 +174,10 @@ def judge(
     max_tokens: int = 1024,
     concurrency: int = 8,
     timeout: float = 120.0,
-    temperature: float = 0.0,
-    max_new_tokens: int = 512,
+    preset: str | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_new_tokens: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
 ) -> Measures:
@@ -178,7 +189,8 @@ def judge(
     endpoint = Endpoint(url, model_name, key_variable, max_tokens, concurrency, timeout, price_in, price_out, max_cost)
     if model.key == initial_model.key:
         return pairwise.rates("judge", [], np.array([]))
-    prompts, decoding = prompt_files.read(file), Decoding(temperature, max_new_tokens, batch_size, seed)
+    prompts = prompt_files.read(file)
+    decoding = choose(preset, temperature, top_p, max_new_tokens, batch_size, seed)
     ours, theirs = (_first_answers(one, prompts, decoding, runner) for one in (model, initial_model))
     determinants = {
         "url": url,

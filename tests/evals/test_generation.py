@@ -13,7 +13,7 @@ from sdpo.data import prompts
 from sdpo.errors import UserError
 from sdpo.evals import answer_formats, generation, kl, suites
 from sdpo.evals import reward_model as judge
-from sdpo.evals.generation import Decoding
+from sdpo.evals.decoding import Decoding
 from sdpo.model import hub
 from sdpo.store import Artifact
 
@@ -97,7 +97,7 @@ def test_answers_are_generated_once_and_again_for_other_settings(made, questions
     warm = GREEDY._replace(temperature=1.0, seed=5)
     first = generation.answers(made.initial, questions, warm, made.runner)
     assert first != generation.answers(made.initial, questions, warm._replace(seed=6), made.runner)
-    monkeypatch.setattr(generation, "_generate", lambda *_: pytest.fail("generated again"))
+    monkeypatch.setattr(generation, "generate", lambda *_: pytest.fail("generated again"))
     assert generation.answers(made.initial, questions, warm, made.runner) == first
     with pytest.raises(pytest.fail.Exception, match="again"):
         generation.answers(made.initial, questions[:2], warm, made.runner)
@@ -136,7 +136,7 @@ def test_prompt_files(tmp_path, name, content, expected):
     [
         ('{"prompt": "a"}\n{"prompt": " "}', "row 2: has no text in one of the fields instruction, prompt, turns"),
         ('{"prompt": ', "row 1: is not valid JSON"),
-        ('["a"]', "row 1: has no text"),
+        ('["a"]', "row 1: is not a JSON object"),
         ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}', "an id stands twice"),
         ("", "holds no prompt"),
     ],
