@@ -13,6 +13,10 @@ from typing import Any, Protocol, Self
 from sdpo.errors import UserError
 
 Entry = dict[str, Any]
+TRL_OF_REFERENCE = (
+    *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("logps/ref_chosen", "logps/ref_rejected"),  # TRL does not log these two
+)
 OUTCOME = ("seconds", "trained_steps", "reused_steps")  # keys of summary.json
 
 
@@ -65,6 +69,21 @@ class Recorder:
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         self.finish(0 if error_type is None else 1)
+
+
+def under_trl_names(means: Entry, beta: float | None) -> Entry:
+    """What TRL's DPOTrainer (1.16) logs of an update, under its names, and the mean log-probs of the reference.
+
+    `means` are means over the update's pairs. The loss has no `beta` if it reads no reference: then there are no
+    rewards. TRL counts a tie as wrong.
+    """
+    logps = {"logps/chosen": means["chosen_logp"], "logps/rejected": means["rejected_logp"]}
+    if beta is None:
+        return logps | dict.fromkeys(TRL_OF_REFERENCE)
+    chosen, rejected = means["ref_chosen_logp"], means["ref_rejected_logp"]
+    rewards = (beta * (means["chosen_logp"] - chosen), beta * (means["rejected_logp"] - rejected))
+    values = (*rewards, beta * means["margin"], means["above_share"], chosen, rejected)
+    return logps | dict(zip(TRL_OF_REFERENCE, values, strict=True))
 
 
 def flatten(entry: Entry) -> dict[str, Any]:

@@ -191,7 +191,8 @@ config.yaml
     data.name data.nominal data.on_bad_row data.on_long data.revisions data.seed data.source_from data.template
     data.template_date data.train deepspeed deepspeed.offload deepspeed.stage evaluate evaluate.generate
     evaluate.generate.batch_size evaluate.generate.file evaluate.generate.max_new_tokens evaluate.generate.name
-    evaluate.generate.seed evaluate.generate.temperature evaluate.preference evaluate.preference.name launch
+    evaluate.generate.preset evaluate.generate.seed evaluate.generate.temperature evaluate.generate.top_p
+    evaluate.preference evaluate.preference.name launch
     launch.attention launch.checkpoint_minutes launch.compile launch.device launch.ranks
     launch.recompute_activations launch.threads launch.tokens_per_pack loss loss.beta loss.label_smoothing loss.name
     model model.device model.lab model.lab.heads model.lab.layers model.lab.width model.lr model.name
@@ -254,14 +255,14 @@ summary.json
     steps.reference_leverage steps.reused steps.seconds steps.sources steps.sources.* steps.t steps.tokens_per_second
     steps.utilisation trained_steps
 steps/1/train.json
-    entries entries.chosen_logp entries.grad_norm entries.lambda_mean entries.lambda_std entries.loss entries.lr
-    entries.margin entries.pairs entries.rejected_logp entries.reward_accuracy entries.seconds entries.tokens
-    entries.update speed speed.tokens_per_second speed.utilisation windows windows.first_update windows.gamma_ref_mean
-    windows.num_pairs windows.weights_hash
+    entries entries.* entries.chosen_logp entries.grad_norm entries.lambda_mean entries.lambda_std entries.loss
+    entries.lr entries.margin entries.pairs entries.rejected_logp entries.reward_accuracy entries.seconds
+    entries.tokens entries.update speed speed.tokens_per_second speed.utilisation windows windows.first_update
+    windows.gamma_ref_mean windows.num_pairs windows.weights_hash
 answers/decoding.json
-    batch_size max_new_tokens seed temperature
+    batch_size max_new_tokens preset seed temperature top_p
 metrics.jsonl, train
-    chosen_logp grad_norm kind lambda_mean lambda_std loss lr margin pairs rejected_logp reward_accuracy seconds t
+    * chosen_logp grad_norm kind lambda_mean lambda_std loss lr margin pairs rejected_logp reward_accuracy seconds t
     tokens update
 metrics.jsonl, step
     first_loss gamma_ref_mean gamma_ref_negative_share kind lambda_mean lambda_std last_loss num_pairs
@@ -270,7 +271,7 @@ metrics.jsonl, eval
     eval eval.* eval.*.high eval.*.low eval.*.n eval.*.value kind t
 metrics.jsonl, answers
     answers answers.answers answers.dataset answers.id answers.turns decoding decoding.batch_size
-    decoding.max_new_tokens decoding.seed decoding.temperature kind t
+    decoding.max_new_tokens decoding.preset decoding.seed decoding.temperature decoding.top_p kind t
 measures
     generate/ended generate/kl generate/tokens preference/a/gamma preference/a/ranking_accuracy
     preference/a/reward_accuracy_initial preference/a/shorter_accuracy preference/b/gamma preference/b/ranking_accuracy

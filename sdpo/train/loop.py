@@ -16,6 +16,7 @@ from sdpo.binding import inputs_of
 from sdpo.console import progress, tell
 from sdpo.data.tokenize import response_lengths
 from sdpo.errors import UserError
+from sdpo.metrics import under_trl_names
 from sdpo.model.checkpoint import Checkpoint, Saved
 from sdpo.model.engine import Engine
 from sdpo.model.logprobs import naive_logprobs, score
@@ -30,7 +31,11 @@ from sdpo.types import ChosenRejected, TokenPair
 # Of the margin gate: the relative difference of log-probs that passes unasked; how many times the model's rounding a
 # larger one may be; and the number of pairs on which that rounding is measured.
 EXACT, MOST_ROUNDINGS, NUM_GAUGED = 1e-5, 3, 8
-STATS = ("loss", "margin", "lambda_mean", "lambda_square", "reward_accuracy", "chosen_logp", "rejected_logp")
+OF_REFERENCE = ("ref_chosen_logp", "ref_rejected_logp", "above_share")  # the last one: reward accuracy without ties
+STATS = (
+    *("loss", "margin", "lambda_mean", "lambda_square", "reward_accuracy", "chosen_logp", "rejected_logp"),
+    *OF_REFERENCE,
+)
 
 
 class Pending(NamedTuple):
@@ -143,7 +148,7 @@ class TrainingLoop:
         if self.beta is not None:
             lambda_B = gradient_weight.of_batch(lambda copy: self._loss(copy, reference, batch), policy, self.beta)
         correct_B = (margin_B > 0) + 0.5 * (margin_B == 0)
-        columns = (loss_B, margin_B, lambda_B, lambda_B**2, correct_B, policy.chosen, policy.rejected)
+        columns = (loss_B, margin_B, lambda_B, lambda_B**2, correct_B, *policy, *reference, margin_B > 0)
         return torch.stack([column.float().sum() for column in columns])
 
     def _check_margins(self, members: np.ndarray, logps_B2: torch.Tensor, start_N2: np.ndarray) -> None:
@@ -209,6 +214,7 @@ class TrainingLoop:
             )
         spread = max(0.0, entry.pop("lambda_square") - entry["lambda_mean"] ** 2) ** 0.5
         entry |= {"lambda_std": spread, "grad_norm": norm, "lr": update.lr}
+        entry |= under_trl_names(entry | {name: entry.pop(name) for name in OF_REFERENCE}, self.beta)
         if not self.spec.reads_reference:
             entry |= dict.fromkeys(("margin", "reward_accuracy"))
         if self.beta is None:
