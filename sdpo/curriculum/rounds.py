@@ -70,7 +70,7 @@ class Round:
         return {
             "weights": self.model.key,
             "prompts": content_hash(row._replace(chosen=nothing, rejected=nothing) for row in self.asked.rows),
-            "decoding": self._decoding._asdict(),
+            "decoding": self._decoding.determinants(),
             "answers": settings.answers,
             "judge": judge,
             "template": [self.config.data.template, self.config.data.template_date],
