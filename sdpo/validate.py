@@ -21,6 +21,11 @@ def check(config: Config) -> None:
             "launch.compile: ZeRO-3 gathers parameters between layers, which a compiled graph cannot do: "
             "use launch.compile=false or another deepspeed stage"
         )
+    if config.precision == "bf16" and config.deepspeed.stage == 1:
+        raise UserError(
+            "deepspeed=zero1 with precision=bf16 keeps whole fp32 gradients on every rank and needs more memory "
+            "than deepspeed=zero2: use that"
+        )
     chunking.bind_score(config.score, chunking.bind_split(config.split))
     _check_rounds(config)
     for key, measure in config.evaluate.items():

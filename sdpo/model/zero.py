@@ -1,5 +1,6 @@
 """The engine on DeepSpeed ZeRO 1 to 3. This is the only file that imports deepspeed."""
 
+import gc
 import os
 import warnings
 from contextlib import AbstractContextManager
@@ -120,7 +121,18 @@ class Zero:
             param.ds_tensor.copy_(safe_get_local_fp32_param(param))
 
     def close(self) -> None:
+        from deepspeed.runtime.zero import parameter_offload
+
         self.module.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()  # DeepSpeed never removes the scorer from this global list
+        # At stage 3, a pass without gradients after one with gradients leaves references that the garbage collector
+        # does not see, so all tensors are taken away from what they lead to.
+        for param in self.scorer.parameters():
+            vars(param).clear()  # DeepSpeed's attributes, among them the rank's share
+            param.data = param.data.new_empty(0)
+        for owner in (self.module.optimizer, self.module, self):
+            vars(owner).clear()
+        gc.collect()
 
 
 def _zero_config(optim: config.Optim, precision: str, settings: config.Deepspeed) -> dict[str, Any]:

@@ -9,10 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CHECKOUT, read_lines
+from conftest import CHECKOUT, compose, read_lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sdpo import validate
+from sdpo.errors import UserError
 from sdpo.model.hub import fingerprint_weights
 
 
@@ -66,3 +68,8 @@ def test_two_ranks_at_every_stage_give_the_curve_and_weights_of_one(alone, toy, 
         ours, theirs = (AutoModelForCausalLM.from_pretrained(folder / "steps" / t) for folder in (together, alone))
         for name, tensor in ours.state_dict().items():
             torch.testing.assert_close(tensor, theirs.state_dict()[name], atol=2e-4, rtol=0)
+
+
+def test_stage_1_is_refused_in_bf16_where_its_gradients_are_whole_and_fp32():
+    with pytest.raises(UserError, match="deepspeed=zero1 with precision=bf16 .* than deepspeed=zero2"):
+        validate.check(compose("deepspeed=zero1", "precision=bf16"))
