@@ -1,13 +1,20 @@
-"""Ranks: their number, their device, and the values that they exchange."""
+"""Ranks: their number, their device, the values that they exchange, and how they are asked to stop."""
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sdpo.errors import UserError
 
 if TYPE_CHECKING:
     import torch  # imported by the functions that need it: it takes seconds
+
+STOPPED = 85  # the exit code of a rank that was asked to stop and has saved what it had
+_stops: list[int] = []  # the signals that asked this process to stop
 
 
 def rank() -> int:
@@ -79,6 +86,31 @@ def total(tensor: "torch.Tensor") -> "torch.Tensor":
 
         dist.all_reduce(tensor)
     return tensor
+
+
+def stop_requested() -> bool:
+    """Return whether this process was asked to stop, inside `stops_deferred`."""
+    return bool(_stops)
+
+
+@contextmanager
+def stops_deferred() -> Iterator[None]:
+    """Context in which SIGTERM, SIGUSR2 and SIGHUP do not end the process, so that it can save its work and end itself.
+
+    A signal that is ignored (as SIGHUP under nohup) stays so; a thread other than the main one cannot defer signals.
+    """
+    _stops.clear()
+    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in numbers if is_main_thread}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, lambda number, _frame: _stops.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def set_threads(threads: int) -> None:

@@ -1,23 +1,32 @@
 """Content-addressed artifacts: each is a folder whose name is the hash of everything that determined it.
 
 Resume, sharing between arms, and lineage all use this store. A process that makes an artifact holds a lock, writes into
-a temporary folder, syncs it and renames it: a reader never sees half an artifact, and a killed process leaves none.
+a temporary folder of its own, syncs it and renames it: a reader never sees half an artifact, and a killed process
+leaves none.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
+from uuid import uuid4
 
 from sdpo import distributed
+from sdpo.console import tell
 from sdpo.errors import UserError
 
 NUMERICS_VERSION = 5  # raise it when a change of the code makes equal settings give other numbers
+SECONDS_BETWEEN_TRIES = 0.2  # to get a lock that another process has
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of a disk that has no locks
 
 
 class Artifact(NamedTuple):
@@ -66,28 +75,11 @@ class Store:
         If several processes want the same artifact, one makes it and the others wait.
         """
         key = key_of(kind, determinants)
-        final, temporary = self.folder(kind, key), self.folder(kind, f"tmp-{key[:12]}")
+        final = self.folder(kind, key)
         with self._lock(kind, key):
             if distributed.broadcast(self.has(kind, key) if distributed.is_main() else None):
                 return Artifact(key, final, reused=True)
-            if distributed.is_main():
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            distributed.barrier()
-            try:
-                build(temporary)
-                distributed.barrier()
-                if distributed.is_main():
-                    files = hash_files(temporary, temporary.rglob("*"))
-                    manifest = {"kind": kind, "key": key, **determinants, "files": files}
-                    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-                    _sync([*temporary.rglob("*"), temporary])
-                    temporary.rename(final)
-                    _sync([final.parent])
-            finally:
-                if distributed.is_main():
-                    shutil.rmtree(temporary, ignore_errors=True)
-            distributed.barrier()
+            publish(final, {"kind": kind, "key": key, **determinants}, build)
         return Artifact(key, final, reused=False)
 
     def make_json(self, kind: str, determinants: dict, compute: Callable[[], Any]) -> Any:
@@ -107,14 +99,24 @@ class Store:
 
     @contextmanager
     def _lock(self, kind: str, key: str) -> Iterator[None]:
-        """Let one process at a time make this artifact; the operating system frees the lock of a killed one."""
-        if not distributed.is_main():
-            yield
-            return
-        path = self.root / "locks" / f"{kind}-{key[:16]}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        """Let one process at a time make this artifact; the operating system frees the lock of a killed one.
+
+        The other ranks ask rank 0 again and again, so that none of them waits in one collective until it times out.
+        """
+        path, told = self.root / "locks" / f"{kind}-{key[:16]}", False
+        if distributed.is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+") if distributed.is_main() else nullcontext() as file:
+            while not distributed.broadcast(try_lock(file) if file else None):
+                if file and not told:
+                    file.seek(0)
+                    tell(f"waiting for {file.read() or 'another process'}, which makes {kind} {key[:16]}")
+                    told = True
+                time.sleep(SECONDS_BETWEEN_TRIES)
+            if file:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
             yield
 
 
@@ -135,10 +137,20 @@ def damaged(artifact: Artifact, *names: str) -> list[str]:
     `manifest.json` is one of them if it belongs to another artifact.
     """
     manifest = json.loads((artifact.folder / "manifest.json").read_text())
-    stored = {name: manifest["files"][name] for name in names or manifest["files"]}
-    found = hash_files(artifact.folder, [artifact.folder / name for name in stored])
-    wrong = [name for name, digest in stored.items() if found.get(name) != digest]
+    wrong = _differing(artifact.folder, manifest["files"], names or manifest["files"])
     return wrong + ["manifest.json"] * (manifest["key"] != artifact.key)
+
+
+def differing(folder: Path) -> list[str]:
+    """Return the files of a published folder whose content is not what was stored. The ranks share the work."""
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    mine = sorted(files)[distributed.rank() :: distributed.world_size()]
+    return [name for part in distributed.gather(_differing(folder, files, mine)) for name in part]
+
+
+def _differing(folder: Path, files: dict[str, str], names: Iterable[str]) -> list[str]:
+    found = hash_files(folder, [folder / name for name in names])
+    return [name for name in names if found.get(name) != files[name]]
 
 
 def check(artifact: Artifact, *names: str) -> None:
@@ -147,6 +159,89 @@ def check(artifact: Artifact, *names: str) -> None:
         raise UserError(
             f"{artifact.folder} has changed since it was written ({', '.join(wrong)}); remove it and start again"
         )
+
+
+def publish(final: Path, manifest: dict, build: Callable[[Path], None]) -> None:
+    """Let every rank run `build` in a new folder, which is named `final` when it is whole and on the disk.
+
+    `manifest` is stored in it as manifest.json, with the hash of every file. If another process made `final` meanwhile,
+    its folder is kept. Raises UserError if `final` is a folder without a manifest.
+    """
+    host = socket.gethostname()
+    name = distributed.broadcast(f"tmp-{final.name}-{os.getpid()}-{uuid4().hex[:8]}-{host}")
+    temporary = final.with_name(name)
+    if distributed.is_main():
+        for abandoned in final.parent.glob(f"tmp-{final.name}-*-{host}"):
+            if not _is_alive(int(abandoned.name.removeprefix(f"tmp-{final.name}-").split("-")[0])):
+                shutil.rmtree(abandoned)
+        temporary.mkdir(parents=True)
+    distributed.barrier()
+    try:
+        build(temporary)
+        distributed.barrier()
+        manifest = manifest | {"files": _settle(temporary)}
+        if distributed.is_main():
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            _sync([temporary / "manifest.json", *filter(Path.is_dir, temporary.rglob("*")), temporary])
+            _rename(temporary, final)
+            _sync([final.parent])
+    finally:
+        if distributed.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+    distributed.barrier()
+
+
+def _settle(folder: Path) -> dict[str, str]:
+    """Put the files of a folder on the disk, readable for the group; returns their hashes. The ranks share the work."""
+    found = sorted(filter(Path.is_file, folder.rglob("*"))) if distributed.is_main() else None
+    mine = distributed.broadcast(found)[distributed.rank() :: distributed.world_size()]
+    for path in mine:
+        path.chmod(folder.stat().st_mode & 0o666)  # some libraries write files that only their owner can read
+    _sync(mine)
+    return {name: digest for part in distributed.gather(hash_files(folder, mine)) for name, digest in part.items()}
+
+
+def _rename(temporary: Path, final: Path) -> None:
+    """Rename a folder, unless another process has made `final` already."""
+    try:
+        temporary.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        if not (final / "manifest.json").is_file():
+            raise UserError(f"{final} is incomplete; remove it and start again") from error
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this machine lives."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()  # in a container, a restarted run often has the number of the killed one
+
+
+def try_lock(file: IO) -> bool:
+    """Lock the file until it is closed. Returns False if another process has locked it.
+
+    On a disk without locks every process works: a lock saves work, but no result depends on it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _tell_no_locks(Path(file.name).parent)
+    return True
+
+
+@cache
+def _tell_no_locks(folder: Path) -> None:
+    tell(f"the disk of {folder} has no locks, so runs that want the same artifact at the same time will each make it")
 
 
 def _sync(paths: Iterable[Path]) -> None:

@@ -12,6 +12,7 @@ from conftest import random_model, read_lines
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sdpo import store
 from sdpo.errors import UserError, disk_as_user_error
 from sdpo.model import engine
 from sdpo.run import folder as run_folder
@@ -120,19 +121,63 @@ def test_a_stale_table_under_a_right_hash_is_caught_by_the_audit(run, tmp_path):
         run("split=all_at_once", "loss.beta=0.2")
 
 
-def test_reference_log_probs_that_changed_beside_a_killed_step_are_not_read(run, monkeypatch, tmp_path):
-    """After the first update no gate would notice them."""
+@pytest.mark.parametrize(
+    "name", ["masters-0.safetensors", "moments-0.safetensors", "reference.safetensors", "log.json"]
+)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_goes_on(run, monkeypatch, tmp_path, capsys, name):
+    """Zeros at the end of a file, as a machine that lost power leaves them. No gate would notice them later."""
     overrides = ["split=all_at_once", "launch.checkpoint_minutes=0"]
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
         with pytest.raises(Killed):
             run(*overrides)
-    (table,) = (tmp_path / "store").glob("partial/*/*/reference.safetensors")
-    kept = load_file(table)
-    kept["logps"][5, 0] += 0.5
-    save_file(kept, table)
-    with pytest.raises(UserError, match=r"reference.safetensors has changed since it was written; remove "):
+    before, newest = sorted((tmp_path / "store").glob("partial/*/*"))
+    assert [folder.name for folder in (before, newest)] == ["00000002", "00000003"]
+    content = (newest / name).read_bytes()
+    (newest / name).write_bytes(content[:-40] + bytes(40))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)  # the second of these updates is the third again
+        with pytest.raises(Killed):
+            run(*overrides)
+    assert store.differing(newest) == []
+    done = interrupt_after(monkeypatch, 99)
+    resumed = run(*overrides)
+    assert f"{newest / name} has changed since it was written; not going on from there" in capsys.readouterr().err
+    assert len(done) == len(read_lines(resumed, "train")) - 4
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "another"))
+    assert final_bytes(resumed) == final_bytes(run(*overrides, name="whole"))
+
+
+def test_a_step_without_a_whole_checkpoint_is_refused(run, monkeypatch, tmp_path):
+    overrides = ["split=all_at_once", "launch.checkpoint_minutes=0"]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(Killed):
+            run(*overrides)
+    for table in (tmp_path / "store").glob("partial/*/*/reference.safetensors"):
+        kept = load_file(table)
+        kept["logps"][5, 0] += 0.5
+        save_file(kept, table)
+    with pytest.raises(UserError, match=r"no checkpoint in \S+ is as it was written; remove that folder"):
         run(*overrides)
+
+
+def test_a_step_that_is_killed_while_it_is_hashed_goes_on_from_its_last_checkpoint(run, monkeypatch, tmp_path):
+    overrides = ["split=all_at_once", "launch.checkpoint_minutes=0"]
+
+    def killed(folder, paths):
+        if any(path.name == "train.json" for path in paths):
+            raise Killed
+        return hash_files(folder, paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "hash_files", killed)
+        with pytest.raises(Killed):
+            run(*overrides)
+    done = interrupt_after(monkeypatch, 99)
+    resumed = run(*overrides)
+    assert done == [] and len(read_lines(resumed, "train")) > 3
+    assert list((tmp_path / "store" / "partial").iterdir()) == []
 
 
 def test_reference_log_probs_that_changed_in_a_finished_step_are_not_read(run, tmp_path):

@@ -1,13 +1,18 @@
 """Artifacts: their keys, that each is made once and whole, and that a damaged one is refused."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import random_model
+from safetensors.torch import save_file
 
 from sdpo.errors import UserError
 from sdpo.model.hub import fingerprint
@@ -91,6 +96,74 @@ def test_another_run_makes_the_artifact_of_a_killed_one(tmp_path):
     os.waitpid(child, 0)
     artifact = Store(tmp_path).make("step", {}, build_text("whole"))
     assert [path.name for path in sorted(artifact.folder.iterdir())] == ["manifest.json", "text"]
+    assert [path.name for path in artifact.folder.parent.iterdir()] == [artifact.folder.name]  # no half folder is left
+
+
+def test_without_locks_all_make_the_artifact_and_the_first_is_kept(tmp_path, monkeypatch):
+    """A second process must not delete or replace the work of the first, which a reader may have begun to read."""
+    monkeypatch.setattr(fcntl, "flock", lambda file, operation: None)
+
+    def make(name, seconds):
+        def build(folder: Path):
+            (folder / "text").write_text(name)
+            (tmp_path / name).touch()
+            time.sleep(seconds)
+
+        return lambda: Store(tmp_path / "store").make("step", {}, build)
+
+    quick, slow = in_child(make("quick", 0.5)), in_child(make("slow", 1.5))
+    assert [os.waitpid(child, 0)[1] for child in (quick, slow)] == [0, 0]
+    assert (tmp_path / "quick").exists() and (tmp_path / "slow").exists()
+    artifact = Store(tmp_path / "store").make("step", {}, lambda _: pytest.fail("built again"))
+    assert (artifact.folder / "text").read_text() == "quick"
+    check(artifact)
+    assert [path.name for path in artifact.folder.parent.iterdir()] == [artifact.folder.name]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_disk_without_locks_is_said_once(tmp_path, monkeypatch, capsys, number):
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    store = Store(tmp_path)
+    assert not store.make("step", {"a": 1}, build_text("one")).reused
+    assert not store.make("step", {"a": 2}, build_text("two")).reused
+    assert capsys.readouterr().err.count(f"the disk of {tmp_path / 'locks'} has no locks") == 1
+
+
+def test_who_is_waited_for_is_said(tmp_path, capfd):
+    def hang(folder: Path):
+        (tmp_path / "started").touch()
+        time.sleep(0.5)
+
+    child = in_child(lambda: Store(tmp_path).make("step", {}, hang))
+    while not (tmp_path / "started").exists():
+        time.sleep(0.01)
+    artifact = Store(tmp_path).make("step", {}, build_text("another"))
+    os.waitpid(child, 0)
+    said = f"waiting for process {child} on {socket.gethostname()}, which makes step {artifact.key[:16]}"
+    assert said in capfd.readouterr().err
+
+
+def test_the_group_may_read_what_the_umask_lets_it_read(tmp_path):
+    def build(folder: Path):
+        save_file({"a": torch.zeros(1)}, folder / "a.safetensors")
+        (folder / "a.safetensors").chmod(0o600)
+
+    artifact = Store(tmp_path).make("step", {}, build)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in artifact.folder.iterdir()}
+    assert modes["a.safetensors"] == modes["manifest.json"] == artifact.folder.stat().st_mode & 0o666
+
+
+def test_an_incomplete_folder_in_the_place_of_an_artifact_is_named(tmp_path):
+    store = Store(tmp_path)
+    folder = store.folder("step", key_of("step", {}))
+    folder.mkdir(parents=True)
+    (folder / "text").write_text("half")
+    with pytest.raises(UserError, match=f"{folder} is incomplete; remove it"):
+        store.make("step", {}, build_text("whole"))
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_a_model_made_elsewhere_is_known_by_all_that_it_carries(tmp_path):

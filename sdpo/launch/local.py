@@ -23,6 +23,7 @@ from sdpo.distributed import device, is_main, rank, set_threads, world_size
 from sdpo.errors import UserError
 from sdpo.run import folder as run_folder
 from sdpo.run.folder import Run
+from sdpo.store import try_lock
 
 CHECKOUT = Path(__file__).parents[2]
 PARENT = "SDPO_PARENT"  # environment variable: the port on which the parent of the ranks listens while it lives
@@ -59,7 +60,7 @@ def run(config: Config, folder: Path) -> dict:
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run. A restarted sweep also submits runs whose old jobs are still being executed."""
     with (folder / run_folder.LOCK).open("w") as file:
-        if not run_folder.try_lock(file):
+        if not try_lock(file):
             print(f"another process executes the run in {folder}; waiting for it to end", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

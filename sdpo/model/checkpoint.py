@@ -14,12 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdpo import distributed
+from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.model.engine import Engine
-from sdpo.store import hash_files
-
-# Log-probs that the next updates read. Their hash is checked, because no later check would notice a change.
-REFERENCE = "reference.safetensors"
+from sdpo.store import differing, publish
 
 
 class Saved(NamedTuple):
@@ -30,70 +28,64 @@ class Saved(NamedTuple):
 
 
 class Checkpoint:
-    """The checkpoints of one step; the newest complete one counts. `name` is shown in the progress bar."""
+    """The checkpoints of one step: the newest one and the one before. `name` is shown in the progress bar."""
 
     def __init__(self, folder: Path, name: str, minutes: float):
         self.folder, self.name, self.seconds = folder, name, 60 * minutes
         self.last_save = time.monotonic()
 
     def restore(self, engine: Engine) -> Saved | None:
-        """Load the newest checkpoint into the engine and return the rest of it; None if there is no checkpoint.
+        """Load the newest whole checkpoint into the engine and return the rest of it; None if there is no checkpoint.
 
-        Raises UserError if the reference log-probs in it have changed.
+        Raises UserError if files of every checkpoint have changed.
         """
-        newest = self._newest()
-        if newest is None:
-            return None
-        _load_masters(engine, newest)
-        load_moments(engine, newest)
-        log = json.loads((newest / "log.json").read_text())
-        if log["hashes"] != hash_files(newest, [newest / REFERENCE]):
-            raise UserError(f"{newest / REFERENCE} has changed since it was written; remove {self.folder}")
-        return Saved(load_file(newest / REFERENCE), log)
+        found = distributed.broadcast(self._found())
+        for position, folder in enumerate(found):
+            if wrong := differing(folder):
+                tell(f"{self.name}: {folder / wrong[0]} has changed since it was written; not going on from there")
+                continue
+            self._remove(found[:position])
+            with torch.no_grad():
+                for index, tensor in _read(engine, folder / "masters").items():
+                    engine.parts[int(index)].copy_(tensor)
+            engine.refresh()
+            load_moments(engine, folder)
+            return Saved(load_file(folder / "reference.safetensors"), json.loads((folder / "log.json").read_text()))
+        if found:
+            raise UserError(f"no checkpoint in {self.folder} is as it was written; remove that folder and start again")
+        return None
 
     def due(self) -> bool:
-        """Whether it is time for the next checkpoint, by rank 0's clock."""
-        return distributed.broadcast(time.monotonic() - self.last_save >= self.seconds)
+        """Whether it is time for the next checkpoint, by the clock of this rank."""
+        return time.monotonic() - self.last_save >= self.seconds
 
     def save(self, engine: Engine, state: Saved) -> None:
-        """Write a checkpoint. It is complete once its folder has been renamed, which is the last thing done."""
-        work, final = self.folder / "unfinished", self.folder / f"{len(state.log['entries']):08}"
-        if distributed.is_main():
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-        distributed.barrier()
-        _save_masters(engine, work)
-        save_moments(engine, work)
-        if distributed.is_main():
-            save_file(state.tensors, work / REFERENCE)
-            hashes = hash_files(work, [work / REFERENCE])
-            (work / "log.json").write_text(json.dumps(state.log | {"hashes": hashes}))
-        distributed.barrier()
-        if distributed.is_main():
-            earlier = self._newest()
-            work.rename(final)
-            if earlier:
-                shutil.rmtree(earlier)
+        """Write a checkpoint, then remove all but the newest two."""
+
+        def build(folder: Path) -> None:
+            masters = {str(index): master.detach() for index, master in enumerate(engine.parts)}
+            _write(masters, engine, folder / "masters")
+            save_moments(engine, folder)
+            if distributed.is_main():
+                save_file(state.tensors, folder / "reference.safetensors")
+                (folder / "log.json").write_text(json.dumps(state.log))
+
+        publish(self.folder / f"{len(state.log['entries']):08}", {}, build)
+        self._remove(self._found()[2:])
         self.last_save = time.monotonic()
 
     def clear(self) -> None:
         """Remove the checkpoints of a finished step."""
+        self._remove([self.folder])
+
+    def _remove(self, folders: list[Path]) -> None:
         if distributed.is_main():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def _newest(self) -> Path | None:
-        return max(self.folder.glob("[0-9]*"), default=None)
-
-
-def _save_masters(engine: Engine, folder: Path) -> None:
-    _write({str(index): master.detach() for index, master in enumerate(engine.parts)}, engine, folder / "masters")
-
-
-@torch.no_grad()
-def _load_masters(engine: Engine, folder: Path) -> None:
-    for index, tensor in _read(engine, folder / "masters").items():
-        engine.parts[int(index)].copy_(tensor)
-    engine.refresh()
+    def _found(self) -> list[Path]:
+        """The whole checkpoints, newest first."""
+        return sorted((path.parent for path in self.folder.glob("[0-9]*/manifest.json")), reverse=True)
 
 
 def save_moments(engine: Engine, folder: Path) -> None:

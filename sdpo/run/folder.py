@@ -1,6 +1,5 @@
 """A run and its folder: names, settings, whether the run is finished, how it failed. Imports no torch."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,18 +17,10 @@ from sdpo import config as configuration
 from sdpo import store
 from sdpo.config import Config
 from sdpo.errors import UserError, of_disk, one_line
+from sdpo.store import try_lock
 
 LOCK = ".lock"  # a file in the run folder, locked by the process that executes the run
 NAMED_AXES = ("model", "arm", "split", "reference", "loss")  # their options form the name of a run folder
-
-
-def try_lock(file: IO) -> bool:
-    """Lock the file until it is closed. Returns False if another process has locked it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 class Run(NamedTuple):

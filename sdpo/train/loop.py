@@ -65,6 +65,7 @@ class TrainingLoop:
         """Do all updates and yield one log entry per update, in groups of `record.every`.
 
         If the step has a checkpoint, the loop goes on from there, and the entries that the checkpoint holds come first.
+        If a rank is asked to stop, all save a checkpoint after their present group of updates and exit with STOPPED.
         `start_N2` are the log-probs of the policy at the step's start, which the first update must reproduce. Raises
         UserError if it does not, and if a loss or gradient is not finite.
         """
@@ -88,9 +89,14 @@ class TrainingLoop:
                     entries.append(entry)
                     yield entry
                 bar.show(f"loss {entries[-1]['loss']:.4f}")
-                if checkpoint.due():
+                asked = distributed.gather((distributed.stop_requested(), checkpoint.due()))
+                must_stop = any(stop for stop, _ in asked)
+                if must_stop or asked[0][1]:  # rank 0's clock decides
                     log = {"entries": entries, "windows": reference.report}
                     checkpoint.save(self.engine, Saved(reference.state(), log))
+                if must_stop:
+                    tell(f"asked to stop: update {number + 1} is saved, and the same command goes on from there")
+                    raise SystemExit(distributed.STOPPED)
                 pending, began = [], time.monotonic()
 
     def _take_update(self, number: int, reference: ReferenceLogprobs, start_N2: np.ndarray) -> Pending:

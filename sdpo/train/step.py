@@ -60,7 +60,17 @@ def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: Non
     """
     named = name_step(spec, runner)
     _tell_ignored_settings(spec, named.windows)
-    model = runner.store.make("step", named.determinants, lambda folder: _train(spec, named, runner, folder, record))
+    unfinished, minutes = runner.store.folder("partial", named.key), spec.config.launch.checkpoint_minutes
+    checkpoint = Checkpoint(unfinished, f"step {spec.t}", minutes)
+
+    def build(folder: Path) -> None:
+        _train(spec, named, runner, folder, checkpoint, record)
+
+    with distributed.stops_deferred():
+        model = runner.store.make("step", named.determinants, build)
+        checkpoint.clear()  # not before: a step that is killed while it is hashed goes on from its last checkpoint
+        if any(distributed.gather(distributed.stop_requested())):
+            raise SystemExit(distributed.STOPPED)
     check(model, "train.json", "reference.parquet")
     log = json.loads((model.folder / "train.json").read_text())
     if model.reused:
@@ -71,11 +81,11 @@ def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: Non
     return Step(spec, model, named.windows.first, windows, reference_N2, log["entries"], Speed(**log["speed"]))
 
 
-def _train(spec: StepSpec, named: NamedStep, runner: Runner, folder: Path, record: Record) -> None:
+def _train(
+    spec: StepSpec, named: NamedStep, runner: Runner, folder: Path, checkpoint: Checkpoint, record: Record
+) -> None:
     """Train the step from its start, or from its last checkpoint, and write the artifact's files into `folder`."""
     config, chunk = spec.config, spec.chunk
-    unfinished = runner.store.folder("partial", named.key)
-    checkpoint = Checkpoint(unfinished, f"step {spec.t}", config.launch.checkpoint_minutes)
     scored_before = runner.scored.copy()
     engine, reference, start_N2 = _prepare(spec, named.windows, runner)
     num_weights = throughput.multiplied(spec.start, engine.scorer.model)
@@ -93,7 +103,6 @@ def _train(spec: StepSpec, named: NamedStep, runner: Runner, folder: Path, recor
         speed = throughput.speed(config, num_weights, trained, Pace(*(runner.scored - scored_before).tolist()))
         log = {"entries": entries, "windows": reference.report, "speed": speed._asdict()}
         (folder / "train.json").write_text(json.dumps(log))
-    checkpoint.clear()
 
 
 def _prepare(spec: StepSpec, windows: Windows, runner: Runner) -> tuple[Engine, ReferenceLogprobs, np.ndarray]:

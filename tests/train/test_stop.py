@@ -1,0 +1,107 @@
+"""A run that is asked to stop in the middle of a step saves its last update and ends with a code of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CHECKOUT, read_lines
+
+from sdpo import distributed
+from sdpo.model import engine
+
+QUICK = ["split=all_at_once", "optim.epochs=2"]
+
+
+def weights(folder):
+    return (folder / "steps" / "1" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGHUP"])
+def test_a_signal_in_an_update_loses_no_update(run, monkeypatch, tmp_path, capsys, name):
+    update, done = engine.Plain.update, []
+
+    def signalled(self, lr):
+        done.append(lr)
+        if len(done) == 4:
+            os.kill(os.getpid(), getattr(signal, name))
+        return update(self, lr)
+
+    monkeypatch.setattr(engine.Plain, "update", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        run(*QUICK)
+    assert stopped.value.code == distributed.STOPPED == 85 and len(done) == 4
+    assert "asked to stop: update 4 is saved" in capsys.readouterr().err
+    assert signal.getsignal(getattr(signal, name)) == signal.SIG_DFL
+    resumed = run(*QUICK)
+    assert len(done) == len(read_lines(resumed, "train"))
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "another"))
+    assert weights(resumed) == weights(run(*QUICK, name="whole"))
+
+
+def test_a_signal_after_the_last_update_lets_the_step_be_stored(run, monkeypatch):
+    from sdpo.model import hub
+
+    save = hub.save
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "save", signalled)
+        with pytest.raises(SystemExit):
+            run(*QUICK)
+    monkeypatch.setattr(engine.Plain, "update", lambda self, lr: pytest.fail("trained again"))
+    run(*QUICK)
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with distributed.stops_deferred():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not distributed.stop_requested() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["off", "zero3"])
+def test_one_of_two_ranks_is_asked_and_both_save(toy, tmp_path, stage):
+    def children(pid):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def start(folder):
+        command = [sys.executable, CHECKOUT / "train.py", "launch.ranks=2", "launch.device=cpu", f"deepspeed={stage}"]
+        command += ["data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]", "data.template=plain"]
+        command += ["model=local", f"model.path={toy / 'model'}", "evaluate=[]", "split=all_at_once"]
+        command += ["optim.lr=3e-3", "optim.pairs_per_update=8", "optim.epochs=20", f"hydra.run.dir={folder / 'run'}"]
+        environment = os.environ | {"SDPO_STORE": str(folder / "store")}
+        return subprocess.Popen(
+            list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def trained():
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        return metrics.read_text().count('"train"') if metrics.exists() else 0
+
+    parent = start(tmp_path)
+    deadline = time.monotonic() + 240
+    while trained() <= 5:
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    ranks = children(children(parent.pid)[0])
+    os.kill(ranks[1], signal.SIGTERM)
+    said = parent.communicate()[0]
+    assert parent.returncode != 0 and "is saved, and the same command goes on from there" in said
+    (kept,) = tmp_path.glob("store/partial/*/[0-9]*")
+    assert 5 < int(kept.name) == trained() < 120
+    for folder in (tmp_path, tmp_path / "whole"):
+        again = start(folder)
+        said = again.communicate()[0]
+        assert again.returncode == 0, said
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole" / "run")
