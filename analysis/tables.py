@@ -24,6 +24,11 @@ COMPANIONS = {
     "preference/reward_accuracy_initial": "reward accuracy",
     "preference/ranking_accuracy": "ranking accuracy",
     "win_rate/length_controlled": "win rate, equal length",
+    "judge/length_controlled": "judged win rate, equal length",
+    "alpaca_eval/length_controlled": "AlpacaEval, equal length",
+    "arena_hard/win_rate": "Arena-Hard",
+    "mt_bench/score": "MT-Bench",
+    "reward_bench": "implicit reward accuracy",
     "generate/kl": "KL of answers (nats)",
 }
 STEP_COLUMNS = {

@@ -70,8 +70,8 @@ INSTEAD = {  # settings that replace those of the option's group
     "experiment=study/base": SMALL,
     "experiment=real/stories": [*HERE, "hydra.sweeper.params.seed=0"],
 }
-# The hardness sweeps train these: they define the sources that the arms name. A judge needs tests/evals/test_judge.py.
-ELSEWHERE = ("arm=hardness/easy_then_hard", "arm=hardness/hard_then_easy", "evaluate=[judge]")
+# The hardness sweeps train these: they define the sources that the arms name. The suites run in tests/evals/.
+ELSEWHERE = ("arm=hardness/easy_then_hard", "arm=hardness/hard_then_easy", "evaluate=[judge]", "evaluate=[results]")
 for name in help.options("experiment"):
     if name in ("demo", "controls") or name.startswith("study/"):
         of_sources = OF_HARDNESS if name.startswith("study/hardness") else SMALL

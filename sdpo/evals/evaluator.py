@@ -85,6 +85,7 @@ class Evaluator:
             "initial_model": lambda: initial,
             "exam": lambda: self.inputs.exam,
             "runner": lambda: runner,
+            "t": lambda: len(self.measured),
             "report": lambda: answers.append,
         }
         measures: Measures = {}

@@ -13,7 +13,8 @@ import numpy as np
 from sdpo import distributed
 from sdpo.data import prompts as prompt_files
 from sdpo.data.preferences import Pair
-from sdpo.evals import answer_formats, benchmarks, generation, kl, pairwise, reward_model
+from sdpo.errors import UserError
+from sdpo.evals import answer_formats, benchmarks, generation, kl, pairwise, result_files, reward_model
 from sdpo.evals.chat_endpoint import Endpoint
 from sdpo.evals.decoding import Decoding, choose
 from sdpo.evals.generation import LIBRARIES
@@ -237,6 +238,17 @@ def reward_bench(
     measures |= {f"{category}/accuracy": measure for category, measure in by_category.items()}
     known = [measure["value"] for measure in by_category.values() if measure["value"] is not None]
     return {"reward_bench": mean(known)} | {f"reward_bench/{name}": measure for name, measure in measures.items()}
+
+
+def results(t: int, *, files: list[str], run: str) -> Measures:
+    """What AlpacaEval, Arena-Hard or MT-Bench found for the model `<run>-M_<t>`, whose answers `generate` wrote.
+
+    Raises UserError if `files` have no model of that run.
+    """
+    found = result_files.read(files)
+    if not any(name.startswith(f"{run}-M_") for name in found):
+        raise UserError(f"{', '.join(files)} have no model {run}-M_0, {run}-M_1, ...; they have {', '.join(found)}")
+    return found.get(f"{run}-M_{t}", {})
 
 
 def h4(
