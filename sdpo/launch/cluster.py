@@ -7,6 +7,7 @@ from tqdm import tqdm
 from sdpo.config import Settings
 from sdpo.errors import UserError
 from sdpo.launch import local as launch
+from sdpo.launch.order import by_first_missing_step
 from sdpo.launch.summary import note_end
 from sdpo.run.folder import Run
 
@@ -15,7 +16,7 @@ def execute(todo: list[Run], folder: Path, slurm: Settings, bar: tqdm) -> None:
     """Submit a sweep's runs with submitit's parameters `slurm`, and wait for all. An interrupt cancels them."""
     import submitit
 
-    settings = dict(slurm)
+    settings, todo = dict(slurm), by_first_missing_step(todo)
     try:
         executor = submitit.AutoExecutor(folder / "slurm", cluster=settings.pop("cluster", "slurm"))
         executor.update_parameters(name=folder.name, **settings)

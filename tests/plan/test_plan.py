@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 from sdpo import stepwise
 from sdpo.errors import UserError
+from sdpo.launch.order import by_first_missing_step
 from sdpo.plan import flops, report
 from sdpo.run.folder import Run
 from sdpo.store import Artifact
@@ -224,3 +225,18 @@ def test_utilisation_counts_the_reference_pass_where_it_was_made(monkeypatch):
 def test_hours_of_the_paper_s_data_on_eight_gpus():
     # 12.9k + 60.9k pairs, 51M tokens, 10.7B weights, 3 epochs: 2.4 hours at 50 % of the peak, so 3.0 at 40 %.
     assert flops.gpu_hours(20 * 10.73e9 * 51e6) / 8 == pytest.approx(2.4 * 50 / 40, rel=0.02)
+
+
+def test_a_sweep_starts_runs_that_need_another_step_first(asked):
+    moving, fixed = (
+        asked("moving", "split=random", seeds=2),
+        asked("fixed", "split=random", "reference=initial", seeds=2),
+    )
+    # Both arms begin with the same step for each seed.
+    runs = [moving[0], fixed[0], moving[1], fixed[1]]
+    assert by_first_missing_step(runs) == [moving[0], moving[1], fixed[0], fixed[1]]
+    train(moving[0])
+    # Now moving 0 misses nothing and fixed 0 a step of its own.
+    assert by_first_missing_step(runs) == [moving[0], fixed[0], moving[1], fixed[1]]
+    broken = runs[3]._replace(config=replace(runs[3].config, data=replace(runs[3].config.data, train=["nowhere"])))
+    assert by_first_missing_step([*runs[:3], broken]) == [*runs[:3], broken]
