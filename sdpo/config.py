@@ -148,7 +148,8 @@ class Deepspeed:
 
 @dataclass
 class Launch:
-    ranks: int = at_least(1, 1)
+    ranks: int = at_least(1, 1)  # on all nodes together
+    nodes: int = at_least(1, 1)
     threads: int = at_least(1, 1)  # per rank
     device: str = one_of("auto", "cpu", "cuda")
     attention: str = one_of("auto", "sdpa", "varlen", "flex", "plain")
@@ -156,6 +157,7 @@ class Launch:
     tokens_per_pack: int = at_least(1, 8192)  # unique tokens in a micro-batch, at most
     recompute_activations: bool = False  # recompute them in the backward pass to save memory
     checkpoint_minutes: float = at_least(0, 10.0)  # minutes between checkpoints inside a step
+    timeout_minutes: float = at_least(0.01, 30.0)  # after which a rank that does not answer ends the run
 
 
 @dataclass

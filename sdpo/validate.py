@@ -16,6 +16,11 @@ def check(config: Config) -> None:
     from sdpo.variants import placebo
     from sdpo.variants import reference as references
 
+    if config.launch.ranks % config.launch.nodes:
+        raise UserError(
+            f"launch.ranks={config.launch.ranks} counts the ranks of all nodes together: use a multiple of "
+            f"launch.nodes={config.launch.nodes}"
+        )
     if config.launch.compile and config.deepspeed.stage == 3:
         raise UserError(
             "launch.compile: ZeRO-3 gathers parameters between layers, which a compiled graph cannot do: "

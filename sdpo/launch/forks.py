@@ -13,20 +13,27 @@ from multiprocessing.context import ForkProcess
 
 from tqdm import tqdm
 
+from sdpo.distributed import STOPPED, stop_requested
 from sdpo.errors import UserError
 from sdpo.launch import local as launch
+from sdpo.launch.order import by_first_missing_step
+from sdpo.launch.rank import follow_parent
 from sdpo.launch.summary import note_end
 from sdpo.run.folder import Run
 from sdpo.run.provenance import num_cores, query_gpus
 
 
 def execute(todo: list[Run], n: int | str, bar: tqdm) -> None:
-    """Execute the runs, `n` at a time (`auto`: as many as cores or GPUs allow). An interrupt kills all children."""
+    """Execute the runs, `n` at a time (`auto`: as many as cores or GPUs allow).
+
+    An interrupt kills all children. If this process or one of them is told to stop, it exits with STOPPED.
+    """
     import sdpo.stepwise  # noqa: F401  imported once, here: the children find it in memory
 
-    waiting, free = todo[::-1], slots(todo, n)
+    free = slots(todo, n)
+    waiting = (by_first_missing_step(todo) if len(free) < len(todo) else todo)[::-1]
     running: dict[int, tuple[ForkProcess, Run, str]] = {}
-    alive = os.pipe()
+    alive, codes = os.pipe(), set[int | None]()
     try:
         while waiting or running:
             while waiting and free:
@@ -38,9 +45,16 @@ def execute(todo: list[Run], n: int | str, bar: tqdm) -> None:
                 assert isinstance(sentinel, int)
                 child, one, gpus = running.pop(sentinel)
                 child.join()
+                codes.add(child.exitcode)
                 free.append(gpus)
                 note_end(one, bar, _exit_sentence(child.exitcode))
             bar.refresh()
+            if stop_requested():
+                waiting.clear()
+                for child, *_ in running.values():
+                    child.terminate()
+        if STOPPED in codes or stop_requested():
+            raise SystemExit(STOPPED)
     finally:
         for child, *_ in running.values():
             child.kill()
@@ -53,7 +67,7 @@ def _child(one: Run, gpus: str, alive: tuple[int, int]) -> None:
     """One run in its own process, which ends when its parent ends; what it prints goes to log.txt."""
     read, write = alive
     os.close(write)
-    launch.exit_with_parent(read)
+    follow_parent(read)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent kills its children
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     with (one.folder / "log.txt").open("a") as log:
@@ -63,7 +77,7 @@ def _child(one: Run, gpus: str, alive: tuple[int, int]) -> None:
 
 
 def _exit_sentence(code: int | None) -> str | None:
-    if not code:
+    if not code or code == STOPPED:
         return None
     return f"killed by signal {-code}" if code < 0 else f"ended with code {code}; log.txt has the details"
 

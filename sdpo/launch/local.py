@@ -1,7 +1,8 @@
-"""One run and its ranks: the only file that knows torchrun and the rank environment.
+"""One run: on one rank in this process, or on several under torchrun.
 
 A run of one rank is executed in the process that asks for it. A run of several ranks is executed by children of
-torchrun, which read config.yaml in the run folder, as a cluster job does: `python -m sdpo.launch RUN/config.yaml`.
+torchrun, which read config.yaml in the run folder, as a cluster job does: `python -m sdpo.launch RUN/config.yaml`. If
+the ranks are on several nodes, this command is started on each of them.
 """
 
 import fcntl
@@ -12,21 +13,25 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
+from argparse import ArgumentParser
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from sdpo import config as configuration
-from sdpo.config import Config, Launch
-from sdpo.distributed import device, is_main, rank, set_threads, world_size
+from sdpo.config import Config
+from sdpo.distributed import STOPPED, stop_requested, stops_deferred
 from sdpo.errors import UserError
+from sdpo.launch import rank
+from sdpo.launch.nodes import Nodes, alone, of_slurm
 from sdpo.run import folder as run_folder
 from sdpo.run.folder import Run
 from sdpo.store import try_lock
 
 CHECKOUT = Path(__file__).parents[2]
-PARENT = "SDPO_PARENT"  # environment variable: the port on which the parent of the ranks listens while it lives
+TORCHRUN = ["-m", "torch.distributed.run", "--signals-to-handle=SIGINT", "--shutdown-timeout=10"]
+IGNORING = ["sh", "-c", "trap '' TERM USR2 HUP; exec \"$@\"", "sh"]  # torchrun; its ranks set their own handlers
+ALL_STOPPED = rf"exitcode\s*: {STOPPED}\b"  # in torchrun's log
 
 
 def refuse_ranks() -> None:
@@ -40,16 +45,22 @@ def refuse_ranks() -> None:
         )
 
 
-def run(config: Config, folder: Path) -> dict:
-    """Execute the run that `folder` was prepared for, on `launch.ranks` ranks. Returns its summary.
+def run(config: Config, folder: Path, nodes: Nodes | None = None) -> dict:
+    """Execute the run that `folder` was prepared for, or this node's part of it. Returns its summary.
 
     An error is raised, and also written to error.txt in the folder.
     """
     try:
-        with _locked(folder):
+        nodes = nodes or alone(config.launch)
+        with nullcontext() if nodes.node else _locked(folder):
             if not Run(config, folder, choices={}, arm="").finished:  # another process may have just finished it
-                (folder / "error.txt").unlink(missing_ok=True)  # the failure of that process
-                (execute_rank if config.launch.ranks == 1 else _start_ranks)(config, folder)
+                if nodes.node == 0:
+                    (folder / "error.txt").unlink(missing_ok=True)  # the failure of that process
+                if config.launch.ranks == nodes.of == 1:
+                    rank.exit_at_signals()
+                    rank.execute(config, folder)
+                else:
+                    _start_ranks(config, folder, nodes)
         return json.loads((folder / "summary.json").read_text())
     except Exception as error:
         run_folder.fail(folder, error)
@@ -66,114 +77,74 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def execute_rank(config: Config, folder: Path) -> None:
-    """This rank's part of a run."""
-    set_threads(config.launch.threads)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    if device(config.launch.device).type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving a model asks DeepSpeed, which would look for a GPU
-    import torch
-
-    from sdpo import stepwise
-
-    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import inductor, in seconds
-    # Filling helps to find errors, and costs a tenth of a small step. (mypy cannot see it: torch makes it a property.)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    _join_process_group(config.launch, with_deepspeed=config.deepspeed.stage is not None)
-    try:
-        stepwise.run(config, folder)
-        if is_main():
-            run_folder.finish(config, folder)
-    except Exception as error:
-        run_folder.fail(folder, error)  # before the group ends: the other ranks will only report a lost connection
-        raise
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def _join_process_group(launch: Launch, with_deepspeed: bool) -> None:
-    """Join the process group; DeepSpeed needs one even for a single rank."""
-    if launch.ranks == 1 and not with_deepspeed:
-        return
-    import torch
-    import torch.distributed as dist
-
-    on = device(launch.device)
-    is_gpu = on.type == "cuda"
-    if is_gpu:
-        torch.cuda.set_device(on)
-    os.environ.setdefault("LOCAL_RANK", "0")  # torchrun sets it; DeepSpeed reads it for a single rank, too
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if is_gpu else "gloo",
-        store=dist.HashStore() if world_size() == 1 else None,  # None: the store of torchrun
-        rank=rank(),
-        world_size=world_size(),
-        device_id=on if is_gpu else None,
-    )
-
-
 def job(folder: Path) -> list[str]:
     """The command that executes the run of a prepared folder, on this machine or another one."""
-    return ["env", f"PYTHONPATH={_python_path()}", sys.executable, "-m", "sdpo.launch", str(folder / "config.yaml")]
+    return ["env", f"PYTHONPATH={python_path()}", sys.executable, "-m", "sdpo.launch", str(folder / "config.yaml")]
 
 
-def _start_ranks(config: Config, folder: Path) -> None:
+def _start_ranks(config: Config, folder: Path, nodes: Nodes) -> None:
     """Execute torchrun until it ends. Raises UserError with the error of the first rank that failed."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    torchrun = [sys.executable, *TORCHRUN, *nodes.torchrun(config.launch.ranks, folder.name)]
     script = ["-m", "sdpo.launch", str(folder / "config.yaml")]
-    with socket.create_server(("127.0.0.1", 0)) as alive, (folder / "log.txt").open("a") as log:
-        env = {**os.environ, "PYTHONPATH": _python_path(), PARENT: str(alive.getsockname()[1])}
+    path = folder / nodes.log
+    with socket.create_server(("127.0.0.1", 0)) as server, path.open("ab") as log:
+        env = {**os.environ, "PYTHONPATH": python_path(), rank.PARENT: str(server.getsockname()[1])}
         env["OMP_NUM_THREADS"] = str(config.launch.threads)
-        command = [*torchrun, f"--nproc-per-node={config.launch.ranks}", *script]
-        agent = subprocess.Popen(command, env=env, stderr=log, start_new_session=True)
+        begin = log.tell()
+        agent = subprocess.Popen([*IGNORING, *torchrun, *script], env=env, stderr=log, start_new_session=True)
         try:
-            code = agent.wait()
+            with stops_deferred():
+                _follow(agent, server)
         finally:
             if agent.poll() is None:
-                os.killpg(agent.pid, signal.SIGKILL)  # its ranks end when `alive` closes
+                os.killpg(agent.pid, signal.SIGKILL)  # its ranks end when `server` closes
                 agent.wait()
-    if code:
-        raise UserError(_cause(folder))
+    if agent.returncode:
+        raise _cause(config, path, path.read_bytes()[begin:].decode(errors="replace"))
 
 
-def _cause(folder: Path) -> str:
-    """Why the ranks failed. If one was killed, the others only report its loss; so torchrun's log is read first."""
-    signals = re.findall(r"Signal \d+ \((\w+)\) received", (folder / "log.txt").read_text())
+def _follow(agent: subprocess.Popen, server: socket.socket) -> None:
+    """Wait until torchrun ends. If this process is told to stop, tell every rank that has connected to `server`."""
+    server.settimeout(0.1)
+    with ExitStack() as connections:
+        waiting: list[socket.socket] = []
+        while agent.poll() is None:
+            with suppress(TimeoutError):
+                waiting.append(connections.enter_context(server.accept()[0]))
+            while stop_requested() and waiting:
+                with suppress(ConnectionError):  # it has ended
+                    waiting.pop().send(b"!")
+
+
+def _cause(config: Config, path: Path, log: str) -> BaseException:
+    """Why the ranks ended. If one was killed, the others only report its loss; so torchrun's log is read first."""
+    if rank.WATCHDOG in log:
+        return UserError(rank.late(config.launch))
+    if re.search(ALL_STOPPED, log):
+        return SystemExit(STOPPED)
+    see = f"{path} has the details"
+    signals = re.findall(r"Signal \d+ \((\w+)\) received", log)
     if killed := [name for name in signals if name != "SIGTERM"]:  # torchrun ends the remaining ranks with SIGTERM
-        (folder / "error.txt").unlink(missing_ok=True)
-        return f"a rank was killed by {killed[0]}; {folder / 'log.txt'} has the details"
-    return run_folder.failure(folder) or f"torchrun died; {folder / 'log.txt'} has the details"
+        (path.parent / "error.txt").unlink(missing_ok=True)
+        return UserError(f"a rank was killed by {killed[0]}; {see}")
+    return UserError(run_folder.failure(path.parent) or f"torchrun died; {see}")
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """The PYTHONPATH with which children find this package from any working directory."""
     return os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
 
 
-def exit_with_parent(descriptor: int) -> None:
-    """Watch the other end of `descriptor` in a thread, and end this process as soon as the parent that owns it ends."""
-
-    def watch() -> None:
-        with suppress(ConnectionError):
-            os.read(descriptor, 1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def main() -> None:
-    """Execute a whole run or, under torchrun, one rank of it."""
-    path = Path(sys.argv[1])
-    config = configuration.load(path)
-    if "RANK" not in os.environ:
-        run(config, path.parent)
-        return
-    exit_with_parent(socket.create_connection(("127.0.0.1", int(os.environ[PARENT]))).detach())
-    if is_main():
-        os.dup2(1, 2)  # to the terminal; the standard error of torchrun and the other ranks goes to log.txt
-    try:
-        execute_rank(config, path.parent)
-    except Exception as error:
-        run_folder.fail(path.parent, error)
-        sys.exit(1)
+def main(arguments: list[str]) -> None:
+    """Execute a whole run, one node's part of it or, under torchrun, one rank of it."""
+    parser = ArgumentParser("python -m sdpo.launch", description="Execute the run of a prepared folder.")
+    parser.add_argument("config", type=Path, help="config.yaml in the run folder")
+    parser.add_argument("--node", type=int, default=0, help="number of this node, from 0")
+    parser.add_argument("--of", type=int, help="number of nodes; without it that of the SLURM job")
+    parser.add_argument("--at", default="", help="HOST:PORT on node 0, where the nodes meet")
+    given = parser.parse_args(arguments)
+    config, folder = configuration.load(given.config), given.config.parent
+    if "RANK" in os.environ:
+        rank.main(config, folder)
+    else:
+        run(config, folder, Nodes(given.node, given.of, given.at) if given.of else of_slurm(config.launch))

@@ -12,7 +12,7 @@ from pathlib import Path
 from sdpo import console, distributed, validate
 from sdpo.config import Settings
 from sdpo.errors import UserError
-from sdpo.launch import cluster, forks
+from sdpo.launch import forks
 from sdpo.launch.summary import summary_table
 from sdpo.run import folder as run_folder
 from sdpo.run.folder import Run
@@ -51,10 +51,13 @@ def run(sweep: Sweep) -> bool:
         finished = len(sweep.runs) - len(todo)
         with console.progress(len(sweep.runs), sweep.folder.name, "runs", done=finished) as bar:
             if todo and sweep.backend == "slurm":
+                from sdpo.launch import cluster  # here, because most sweeps do not need submitit
+
                 cluster.execute(todo, sweep.folder, sweep.slurm, bar)
             elif todo:
-                forks.execute(todo, sweep.n, bar)
-    except KeyboardInterrupt:
+                with distributed.stops_deferred():
+                    forks.execute(todo, sweep.n, bar)
+    except (KeyboardInterrupt, SystemExit):
         print(summary_table(sweep.runs, {one.folder for one in todo}))
         raise
     print(summary_table(sweep.runs, {one.folder for one in todo}))

@@ -54,8 +54,8 @@ class Run(NamedTuple):
                 raise UserError(f"{self.folder}: another process runs other settings there; name another folder")
 
     def _write(self) -> None:
-        for leftover in ("done", "error.txt", "log.txt"):
-            (self.folder / leftover).unlink(missing_ok=True)
+        for leftover in [self.folder / "done", self.folder / "error.txt", *self.folder.glob("log*.txt")]:
+            leftover.unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(configuration.to_yaml(self.config))
         names = {
             "run": self.folder.name,

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from conftest import CHECKOUT, read_lines
 
 from sdpo import config, distributed, stepwise
 from sdpo.errors import UserError
-from sdpo.launch import local
+from sdpo.launch import local, rank
 from sdpo.run import folder as run_folder
 
 
@@ -73,11 +74,12 @@ def ranks(tmp_path, monkeypatch):
             port = str(free.getsockname()[1])
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
 
-        def one(rank):
-            os.environ |= {**world, "RANK": str(rank)}
-            local.execute_rank(settings, tmp_path / "run")
+        def one(number):
+            os.environ |= {**world, "RANK": str(number)}
+            rank.exit_at_signals()
+            rank.execute(settings, tmp_path / "run")
 
-        processes = [multiprocessing.get_context("fork").Process(target=one, args=[rank]) for rank in range(2)]
+        processes = [multiprocessing.get_context("fork").Process(target=one, args=[number]) for number in range(2)]
         for process in processes:
             process.start()
         for process in processes:
@@ -97,3 +99,23 @@ def test_the_rank_that_failed_is_reported_and_not_the_one_that_lost_it(ranks):
 
     folder, codes = ranks(work)
     assert run_folder.failure(folder) == "NoMemory: no memory is left" and 0 not in codes
+
+
+def test_a_run_that_is_told_to_stop_ends_with_code_85_on_every_rank(ranks):
+    def work(config, folder):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        distributed.barrier()
+
+    folder, codes = ranks(work)
+    assert codes == [85, 85] and run_folder.failure(folder) is None and not (folder / "done").exists()
+
+
+def test_a_frozen_rank_ends_the_run_after_the_timeout(ranks):
+    def work(config, folder):
+        if distributed.rank() == 1:
+            time.sleep(6)
+        distributed.barrier()
+
+    folder, codes = ranks(work, timeout_minutes=3 / 60)
+    assert run_folder.failure(folder).startswith("a rank did not answer for 0.05 minutes (launch.timeout_minutes)")
+    assert 0 not in codes
