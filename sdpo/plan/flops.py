@@ -9,6 +9,7 @@ import math
 from dataclasses import asdict
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -65,6 +66,15 @@ def count_parameters(config: Config, initial: Artifact) -> float:
 def _count_built(**settings: int) -> int:
     """The number of weights of a laboratory model, counted on a model built for this purpose."""
     return sum(weights.numel() for weights in new_model(LabModel(**settings), seed=0).parameters())
+
+
+def count_reference(config: Config) -> float:
+    """The number of weights of an external reference: counted if it is a folder, else as given; 0 if not known."""
+    rule = config.reference
+    if rule["name"] != "external":
+        return 0
+    here = Artifact("", Path(rule["path"]), reused=True) if Path(rule["path"]).is_dir() else None
+    return _count_stored(here) or rule.get("parameters") or 0
 
 
 def _count_stored(model: Artifact | None) -> int | None:

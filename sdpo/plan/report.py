@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from sdpo.config import Config, Optim, Record
 from sdpo.console import columns, number, progress
-from sdpo.plan import dry_run, flops
+from sdpo.errors import UserError
+from sdpo.plan import dry_run, flops, memory
 from sdpo.plan.dry_run import Planned
 from sdpo.run.folder import Run
 from sdpo.store import ReadOnly
@@ -26,14 +27,18 @@ class Foreseen(NamedTuple):
     """A run and its planned steps."""
 
     run: Run
+    size: memory.Size
     initial: list[Planned]  # the step that trains S; empty if S exists as it is
     for_scores: list[Planned]  # models that only score the pairs
     steps: list[Planned]  # M_1 .. M_T
 
 
 def show(asked: list[Run]) -> None:
-    """Print the plan of these runs."""
-    print(text(foresee(asked)))
+    """Print the plan of these runs. Raises UserError if one of them does not fit in memory."""
+    foreseen = foresee(asked)
+    print(text(foreseen))
+    if refused := _refused(foreseen):
+        raise UserError("; ".join(f"{', '.join(arms)}: {why}" for why, arms in refused.items()))
 
 
 def foresee(asked: list[Run]) -> list[Foreseen]:
@@ -46,8 +51,10 @@ def foresee(asked: list[Run]) -> list[Foreseen]:
             if reads not in prepared:
                 prepared[reads] = dry_run.prepare(run.config, store)
             ready = prepared[reads]
+            weights = flops.count_parameters(run.config, ready.inputs.initial)
+            size = memory.Size.of(run.config, weights, flops.count_reference(run.config))
             for_scores = dry_run.plan_scoring_models(run.config, ready)
-            foreseen.append(Foreseen(run, ready.steps, for_scores, dry_run.plan_steps(run.config, ready)))
+            foreseen.append(Foreseen(run, size, ready.steps, for_scores, dry_run.plan_steps(run.config, ready)))
             bar.update()
     bar.close()
     return foreseen
@@ -77,7 +84,8 @@ def text(foreseen: list[Foreseen]) -> str:
     rows.append(_row("all, shared ones once", str(len(foreseen)), everything))
     owners = {key: [arm for arm in arms if key in arms[arm]] for key in steps}
     lines = [*_keys(steps, owners), "", *columns([HEAD, *rows]), ""]
-    return "\n".join([*lines, _count(steps, owners), *_assumptions(foreseen, everything)])
+    lines += [_count(steps, owners), *_assumptions(foreseen, everything), *_needs(foreseen)]
+    return "\n".join(lines)
 
 
 def _keys(steps: Steps, owners: dict[str, list[str]]) -> Iterator[str]:
@@ -120,6 +128,34 @@ def _assumptions(foreseen: list[Foreseen], everything: Steps) -> Iterator[str]:
     for reason, num in reasons.items():
         yield f"the chunks of {num} of {len(foreseen)} runs are not known yet, because {reason}:"
         yield "their sizes are taken from the settings, and chunks that turn out equal will be trained on once"
+
+
+def _needs(foreseen: list[Foreseen]) -> Iterator[str]:
+    """What runs with missing steps need of GPUs, nodes and disk; nothing on CPUs and for models of unknown size."""
+    open_runs = [one for one in foreseen if any(not step.model.reused for step in one.steps)]
+    on_gpus = [one for one in open_runs if one.run.config.launch.device != "cpu" and not math.isnan(one.size.weights)]
+    for size, stage, limit in dict.fromkeys(map(_demand, on_gpus)):
+        yield from memory.lines(size, stage, limit)
+    made = {step.model.key: one.size.step_on_disk for one in on_gpus for step in one.steps if not step.model.reused}
+    if made:
+        yield f"the steps to train take {number(sum(made.values()) / memory.GB)} GB of disk"
+
+
+def _demand(one: Foreseen) -> tuple[memory.Size, int | None, float]:
+    """The size of a run, its stage, and the memory of a GPU."""
+    return one.size, one.run.config.deepspeed.stage, memory.limit(one.run.config.launch)
+
+
+def _refused(foreseen: list[Foreseen]) -> dict[str, list[str]]:
+    """Why some runs cannot be trained, each with its arms."""
+    refused: dict[str, list[str]] = {}
+    for one in foreseen:
+        if one.run.config.launch.device == "cpu" or all(step.model.reused for step in one.steps):
+            continue
+        why = memory.refusal(*_demand(one))
+        if why and one.run.arm not in refused.setdefault(why, []):
+            refused[why].append(one.run.arm)
+    return refused
 
 
 def _split_by_existence(steps: Steps) -> tuple[list[Planned], list[Planned]]:
