@@ -1,0 +1,150 @@
+"""What the store holds, whether it is whole, and what no run needs.
+
+Everything is read from manifests as JSON; no model is loaded.
+"""
+
+import json
+import re
+import shutil
+import time
+from argparse import ArgumentParser
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from sdpo.console import columns
+from sdpo.errors import UserError
+from sdpo.store import Artifact, Store, damaged
+
+KEY = re.compile(r"\b[0-9a-f]{64}\b")
+DAY = 24 * 3600  # seconds after which what a process left unfinished counts as abandoned
+
+
+class Entry(NamedTuple):
+    """An artifact of the store, or what an abandoned process left of one (then without a key)."""
+
+    kind: str
+    key: str
+    folder: Path
+    size: int  # bytes
+    parents: set[str]  # the keys that its manifest names: what it was made from
+    is_model: bool
+
+
+def entries(store: Store) -> list[Entry]:
+    """Every artifact of the store, by kind and key."""
+    return [_entry(path) for path in sorted(store.root.glob("[!.]*/[0-9a-f]*/manifest.json"))]
+
+
+def _entry(path: Path) -> Entry:
+    text = path.read_text()
+    manifest = json.loads(text)
+    parents = set(KEY.findall(text)) - {manifest["key"], *manifest["files"].values()}
+    is_model = any(path.parent.glob("model*.safetensors"))
+    return Entry(manifest["kind"], manifest["key"], path.parent, _size(path.parent), parents, is_model)
+
+
+def leftovers(store: Store) -> list[Entry]:
+    """What processes left that ended long ago: unfinished artifacts, and checkpoints of steps that are finished."""
+    found = []
+    for folder in [*store.root.glob("*/tmp-*"), *store.root.glob("partial/*")]:
+        is_finished = (store.root / "step" / folder.name / "manifest.json").is_file()
+        if is_finished or time.time() - folder.stat().st_mtime > DAY:
+            found.append(Entry("unfinished", "", folder, _size(folder), set(), is_model=False))
+    return found
+
+
+def needed(stored: list[Entry], runs: list[Path], keep: str) -> set[str]:
+    """The keys that finished runs need: of the models that they keep, and of what was measured on these.
+
+    `keep` is all, last, or the numbers of steps with commas between them.
+    """
+    models = set[str]()
+    for run in runs:
+        manifest = json.loads((run / "manifest.json").read_text())
+        steps = {step["t"]: step["key"] for step in manifest["steps"]}
+        dropped = {key for t, key in steps.items() if not _is_kept(t, max(steps), keep)}
+        models |= set(KEY.findall(json.dumps(manifest))) - dropped
+    return models | {one.key for one in stored if not one.is_model and (not one.parents or one.parents & models)}
+
+
+def _is_kept(t: int, last: int, keep: str) -> bool:
+    return keep == "all" or (t == last if keep == "last" else str(t) in keep.split(","))
+
+
+def find_runs(folders: list[Path]) -> list[Path]:
+    """The run folders in some folders. Raises UserError if there are none."""
+    runs = sorted({path.parent for folder in folders for path in folder.rglob("config.yaml")})
+    if not runs:
+        raise UserError(f"no run folder in {', '.join(map(str, folders))}: name the folders that hold all runs")
+    return runs
+
+
+def list_entries(store: Store) -> str:
+    """A line per artifact, and a sum per kind."""
+    stored = entries(store)
+    rows = [(e.kind, e.key[:16], _text(e.size), " ".join(sorted(key[:16] for key in e.parents))) for e in stored]
+    lines = columns([("kind", "key", "size", "made from"), *rows]) if rows else []
+    sums = Counter[str]()
+    for one in [*stored, *leftovers(store)]:
+        sums[one.kind] += one.size
+    return "\n".join(lines + [f"{kind}: {_text(size)}" for kind, size in sums.items()])
+
+
+def verify(store: Store) -> None:
+    """Read every file. Raises UserError if an artifact is not what was stored."""
+    bad = [one.folder for one in entries(store) if damaged(Artifact(one.key, one.folder, reused=True))]
+    if bad:
+        raise UserError(f"{len(bad)} artifacts have changed: {', '.join(map(str, bad))}; remove them and start again")
+
+
+def prune(store: Store, folders: list[Path], keep: str, abandon: bool, remove: bool) -> str:
+    """List what no run in `folders` needs, and remove it if `remove` is set, with the links of runs to it.
+
+    Raises UserError if a run is not finished, whose needs nobody knows, unless `abandon` is set.
+    """
+    runs = find_runs(folders)
+    finished = [run for run in runs if (run / "done").is_file()]
+    if len(finished) < len(runs) and not abandon:
+        open_run = min(set(runs) - set(finished))
+        raise UserError(f"{open_run} is not finished: finish it, or add --abandon to lose what it has done")
+    stored = entries(store)
+    wanted = needed(stored, finished, keep)
+    surplus = [one for one in stored if one.key not in wanted] + leftovers(store)
+    if remove:
+        for one in surplus:
+            shutil.rmtree(one.folder)
+        for link in (link for run in runs for link in run.glob("steps/*")):
+            if not link.exists():
+                link.unlink()
+    lines = [f"{one.folder}  {_text(one.size)}" for one in surplus]
+    total = _text(sum(one.size for one in surplus))
+    return "\n".join([*lines, f"{total} {'removed' if remove else 'can be removed: add --yes'}"])
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _text(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def main(arguments: list[str]) -> None:
+    """Do what the command asks for."""
+    parser = ArgumentParser("python -m sdpo.artifacts", description="What the store (SDPO_STORE) holds.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="every artifact, its size and what it was made from")
+    commands.add_parser("verify", help="read every file and compare it with the hash that was stored")
+    pruning = commands.add_parser("prune", help="list or remove what no run needs")
+    pruning.add_argument("runs", nargs="+", type=Path, help="folders that hold all runs which use the store")
+    pruning.add_argument("--keep", default="all", help="models of a run that stay: all | last | numbers, as 1,3")
+    pruning.add_argument("--abandon", action="store_true", help="also what only unfinished runs would need")
+    pruning.add_argument("--yes", action="store_true", help="remove it; without this it is only listed")
+    given = parser.parse_args(arguments)
+    if given.command == "list":
+        print(list_entries(Store()))
+    elif given.command == "verify":
+        verify(Store())
+    else:
+        print(prune(Store(), given.runs, given.keep, given.abandon, given.yes))
