@@ -17,6 +17,7 @@ from sdpo import config, distributed, stepwise
 from sdpo.errors import UserError
 from sdpo.launch import local, rank
 from sdpo.run import folder as run_folder
+from sdpo.store import Store, key_of
 
 
 @pytest.mark.slow
@@ -99,6 +100,29 @@ def test_the_rank_that_failed_is_reported_and_not_the_one_that_lost_it(ranks):
 
     folder, codes = ranks(work)
     assert run_folder.failure(folder) == "NoMemory: no memory is left" and 0 not in codes
+
+
+def test_a_wait_for_another_arm_is_longer_than_the_timeout(ranks, tmp_path, capfd):
+    """Another process makes the artifact; it holds the lock until the test ends its wait, twice the timeout later."""
+    store = Store(tmp_path / "store")
+    made = multiprocessing.Event()
+
+    def make(folder):
+        made.set()
+        time.sleep(8)
+
+    def work(config, folder):
+        assert store.make("value", {}, lambda folder: None).reused
+
+    first = multiprocessing.get_context("fork").Process(target=store.make, args=["value", {}, make])
+    first.start()
+    made.wait()
+    assert ranks(work, timeout_minutes=4 / 60)[1] == [0, 0]
+    first.join()
+    told = capfd.readouterr().err
+    assert told.startswith(f"waiting for process {first.pid} on ")
+    assert told.endswith(f", which makes value {key_of('value', {})[:16]}\n")
+    assert told.count("\n") == 1
 
 
 def test_a_run_that_is_told_to_stop_ends_with_code_85_on_every_rank(ranks):

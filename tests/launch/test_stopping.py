@@ -1,0 +1,29 @@
+"""A parent that is told to stop tells its ranks and runs, which save every update and end with code 85."""
+
+import signal
+
+import pytest
+from test_kills import command, final_bytes, start, uninterrupted, updates_kept, wait_until  # noqa: F401
+
+from sdpo.distributed import STOPPED
+
+
+def trained(folder):
+    metrics = folder / "run" / "metrics.jsonl"
+    return metrics.read_text().count('"train"') if metrics.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
+def test_a_parent_that_is_told_to_stop_loses_no_update(command, uninterrupted, tmp_path, stop):  # noqa: F811
+    rarely = [*command, "launch.checkpoint_minutes=1000"]
+    parent = start(rarely, "off", tmp_path)
+    wait_until(lambda: trained(tmp_path) > 3)
+    parent.send_signal(stop)
+    error = parent.communicate()[1]
+    assert parent.returncode == STOPPED and error.startswith("asked to stop: update "), error
+    assert 3 < updates_kept(tmp_path) == trained(tmp_path) < 60
+    assert not (tmp_path / "run" / "error.txt").exists()
+    again = start(rarely, "off", tmp_path)
+    assert (again.communicate()[1], again.returncode) == ("", 0)
+    assert final_bytes(tmp_path) == uninterrupted("off")
