@@ -2,9 +2,10 @@
 
 Requests are retried with back-off, a few run at a time, and spending has a bound. Every reply is on the disk before its
 question counts as answered, so that nothing is asked twice, also after a kill. The key is read from the environment
-when a request is sent, and written nowhere.
+when a request is sent, and written nowhere. A request that is never answered counts as free.
 """
 
+import fcntl
 import json
 import os
 import threading
@@ -12,7 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
+from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
@@ -63,27 +65,22 @@ def ask(endpoint: Endpoint, conversations: list[Conversation], about: dict[str, 
     """
     keys = [key_of("reply", _request(endpoint, turns) | {"url": endpoint.url}) for turns in conversations]
     path = store.root / "replies" / f"{key_of('endpoint', {'url': endpoint.url, 'model': endpoint.model})[:16]}.jsonl"
-    ledger = Ledger(path, endpoint.max_cost, about)
-    missing = {key: turns for key, turns in zip(keys, conversations, strict=True) if key not in ledger.lines}
-    if missing:
-        price = sum(map(endpoint.estimate, missing.values()))
-        tell(
-            f"{endpoint.model}: {len(missing)} replies of {len(keys)} are asked for, about ${price:.4g} or less; "
-            f"${ledger.spent:.4g} of ${endpoint.max_cost:.4g} is spent"
-        )
-    retries = urllib3.Retry(
-        RETRIES,
-        status_forcelist=BUSY,
-        allowed_methods=None,
-        backoff_factor=0.5,
-        backoff_max=60,
-        backoff_jitter=1.0,
-        raise_on_status=False,
-        redirect=0,
-    )
-    options: dict[str, Any] = {"maxsize": endpoint.concurrency, "retries": retries, "timeout": endpoint.timeout}
+    with Ledger(path, endpoint.max_cost, about) as ledger:
+        missing = {key: turns for key, turns in zip(keys, conversations, strict=True) if key not in ledger.lines}
+        if missing:
+            price = sum(map(endpoint.estimate, missing.values()))
+            tell(
+                f"{endpoint.model}: {len(missing)} replies of {len(keys)} are asked for, about ${price:.4g} or less; "
+                f"${ledger.spent:.4g} of ${endpoint.max_cost:.4g} is spent"
+            )
+            _ask_for(missing, endpoint, ledger)
+        return [Reply(ledger.lines[key]["text"], ledger.lines[key]["version"]) for key in keys]
+
+
+def _ask_for(missing: dict[str, Conversation], endpoint: Endpoint, ledger: "Ledger") -> None:
+    """Add the replies to the ledger. After an error nothing more is asked, and what is under way is still kept."""
     with (
-        urllib3.PoolManager(**options) as pool,
+        _connections(endpoint) as pool,
         ThreadPoolExecutor(endpoint.concurrency) as workers,
         progress(len(missing), "judge", "replies") as bar,
     ):
@@ -98,25 +95,52 @@ def ask(endpoint: Endpoint, conversations: list[Conversation], about: dict[str, 
         except BaseException:
             workers.shutdown(cancel_futures=True)
             raise
-    return [Reply(ledger.lines[key]["text"], ledger.lines[key]["version"]) for key in keys]
+
+
+def _connections(endpoint: Endpoint) -> urllib3.PoolManager:
+    """Connections that repeat requests, through the proxy that the environment names, if any."""
+    retries = urllib3.Retry(
+        RETRIES,
+        status_forcelist=BUSY,
+        allowed_methods=None,
+        backoff_factor=0.5,
+        backoff_max=60,
+        backoff_jitter=1.0,
+        raise_on_status=False,
+        redirect=0,
+    )
+    options: dict[str, Any] = {"maxsize": endpoint.concurrency, "retries": retries, "timeout": endpoint.timeout}
+    url = urllib3.util.parse_url(endpoint.url)
+    proxy = None if proxy_bypass(url.host or "") else getproxies().get(url.scheme or "")
+    return urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
 
 
 class Ledger:
-    """What was asked of one model of an endpoint: one JSON object a line, with what it cost."""
+    """What was asked of one model of an endpoint: one JSON object a line, with what it cost.
+
+    As a context manager it keeps other processes waiting, so that they know what is spent.
+    """
 
     def __init__(self, path: Path, max_cost: float, about: dict[str, Any]):
         self._path, self._max_cost, self._about = path, max_cost, about
         self._reserved = 0.0  # dollars that the requests under way may cost
-        self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        whole = path.read_bytes()
+        self._lock = threading.Lock()  # of the threads of this process
+
+    def __enter__(self) -> Self:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a+b")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._file.seek(0)
+        whole = self._file.read()
         complete = whole[: whole.rfind(b"\n") + 1]  # a kill may have cut off the last line
-        if complete != whole:
-            os.truncate(path, len(complete))
+        self._file.truncate(len(complete))
         lines = [json.loads(line) for line in complete.splitlines()]
         self.lines = {line["key"]: line for line in lines}
         self.spent: float = sum(line["cost"] for line in lines)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def add(self, key: str, estimate: float, ask: Callable[[], dict[str, Any]]) -> None:
         """Ask, and write the reply. Raises UserError instead if it might cost more than is left."""
@@ -130,15 +154,20 @@ class Ledger:
             self._reserved += estimate
         try:
             line = {"key": key} | self._about | ask()
-        finally:
+        except BaseException:
             with self._lock:
                 self._reserved -= estimate
-        with self._lock, self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            self.lines[key] = line
-            self.spent += line["cost"]
+            raise
+        with self._lock:
+            self._reserved -= estimate
+            self._write(key, line)
+
+    def _write(self, key: str, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.lines[key] = line
+        self.spent += line["cost"]
 
 
 def _request(endpoint: Endpoint, turns: Conversation) -> dict[str, Any]:
@@ -156,10 +185,10 @@ def _reply(endpoint: Endpoint, turns: Conversation, pool: urllib3.PoolManager) -
             text, used = content["choices"][0]["message"]["content"], content.get("usage")
             if not isinstance(text, str):
                 raise TypeError(f"content is {type(text).__name__}")
+            cost = endpoint.cost(used["prompt_tokens"], used["completion_tokens"]) if used else endpoint.estimate(turns)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             lost, problem = lost + 1, error
             continue
-        cost = endpoint.cost(used["prompt_tokens"], used["completion_tokens"]) if used else endpoint.estimate(turns)
         version = "/".join(filter(None, (content.get("model") or endpoint.model, content.get("system_fingerprint"))))
         return {"text": text, "version": version, "cost": cost + lost * endpoint.estimate(turns)}
     raise UserError(

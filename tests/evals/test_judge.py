@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server = self.server
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions" and asked["temperature"] == 0
+        assert self.path.endswith("/v1/chat/completions") and asked["temperature"] == 0
         text = asked["messages"][-1]["content"]
         question, a, b = (part.partition("\n\n")[2].strip() for part in text.split("# ")[1:])
         with server.lock:
@@ -205,6 +205,34 @@ def test_spending_stops_at_its_bound_and_goes_on_from_there(tmp_path, capsys):
         compare(endpoint(server), questions, tmp_path)
         assert set(server.requests.values()) == {1} and len(server.requests) == 10
         assert "judge: 7 replies of 10 are asked for, about $" in capsys.readouterr().err
+
+
+def test_processes_that_share_a_store_share_the_bound(tmp_path):
+    """Two at once, with different questions: together they spend no more than one of them may."""
+    stopped = []
+
+    def ask(questions):
+        try:
+            compare(endpoint(server, max_cost=0.16), questions, tmp_path)  # 12 replies
+        except UserError as error:
+            stopped.append(str(error))
+
+    with serving() as server:
+        threads = [threading.Thread(target=ask, args=([f"{name}{i}" for i in range(5)],)) for name in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert 10 <= sum(server.requests.values()) <= 12 and len(stopped) == 1
+
+
+def test_a_proxy_of_the_environment_is_used(tmp_path, monkeypatch):
+    with serving() as server:
+        monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        (judgement,) = compare(endpoint(server, url="http://judge.invalid/v1"), ["q"], tmp_path)
+        assert judgement.first == 1.0 and sum(server.requests.values()) == 2
 
 
 KILLED = """
