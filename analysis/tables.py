@@ -28,7 +28,7 @@ COMPANIONS = {
     "alpaca_eval/length_controlled": "AlpacaEval, equal length",
     "arena_hard/win_rate": "Arena-Hard",
     "mt_bench/score": "MT-Bench",
-    "reward_bench": "implicit reward accuracy",
+    "reward_bench/accuracy": "implicit reward accuracy",
     "generate/kl": "KL of answers (nats)",
 }
 STEP_COLUMNS = {

@@ -1,4 +1,4 @@
-"""Other models that score the training pairs: the model before fine-tuning, and reward models.
+"""Rewards of pairs: by the model before fine-tuning, by reward models, and the accuracy of implicit ones.
 
 Shape suffixes: N pairs; columns are the chosen and the rejected response; B sequences of one length, T tokens.
 """
@@ -23,10 +23,25 @@ from sdpo.data.templates import Writer
 from sdpo.data.tokenize import content_hash, encode
 from sdpo.errors import UserError
 from sdpo.model import hub, rotary
+from sdpo.stats import Measures, mean
 from sdpo.store import Artifact
 from sdpo.train.reference_windows import external
 from sdpo.train.runner import Runner
 from sdpo.types import TokenPair
+
+SECTIONS = {  # of RewardBench (Lambert et al. 2403.13787), as its rewardbench/constants.py has them
+    "chat": ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"),
+    "chat_hard": (
+        *("mt-bench-hard", "llmbar-natural", "llmbar-adver-neighbor", "llmbar-adver-GPTInst"),
+        *("llmbar-adver-GPTOut", "llmbar-adver-manual"),
+    ),
+    "safety": (
+        *("refusals-dangerous", "refusals-offensive", "xstest-should-refuse", "xstest-should-respond"),
+        "donotanswer",
+    ),
+    "reasoning": ("math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"),
+}
+UPWEIGHTED = {"math-prm": 984}  # counts as many pairs as the code of its section
 
 
 def base_logps(settings: Settings, rows: list[TokenPair], runner: Runner) -> np.ndarray:
@@ -86,6 +101,27 @@ def read_pairs(names: list[str], columns: dict[str, str] | None, max_tokens: int
     if lost := [pair.id for pair in pairs if pair.id not in rows]:
         raise UserError(f"{', '.join(names)}: the responses of pair {lost[0]} are the same tokens; remove the pair")
     return PairTable.join(pairs, rows)
+
+
+def accuracies(right_N: np.ndarray, categories_N: np.ndarray) -> Measures:
+    """The accuracy of all pairs, of every category, and the mean over categories; `score` is RewardBench's own.
+
+    It is there if all of RewardBench's categories are: the mean of its sections, which are means over pairs.
+    """
+    by_category = {category: mean(right_N[categories_N == category]) for category in dict.fromkeys(categories_N)}
+    measures = {f"{category}/accuracy": measure for category, measure in by_category.items()}
+    known = [measure["value"] for measure in by_category.values() if measure["value"] is not None]
+    measures |= {"accuracy": mean(right_N), "mean_of_categories": mean(known)}
+    if by_category.keys() >= {category for members in SECTIONS.values() for category in members}:
+        sections = {}
+        for section, members in SECTIONS.items():
+            weights = [UPWEIGHTED.get(category, np.sum(categories_N == category)) for category in members]
+            sections[section] = np.average(
+                [right_N[categories_N == category].mean() for category in members], weights=weights
+            )
+        measures |= {f"sections/{section}": mean([value]) for section, value in sections.items()}
+        measures["score"] = mean([np.mean(list(sections.values()))])
+    return measures
 
 
 def has_base_logps(settings: Settings, rows: list[TokenPair], runner: Runner) -> bool:

@@ -232,12 +232,8 @@ def reward_bench(
     margin_N = ratio_N2[:, 0] - ratio_N2[:, 1]
     if model.key == initial_model.key:
         margin_N = np.full_like(margin_N, np.nan)
-    right_N = share_above(margin_N)
-    by_category = {category: mean(right_N[table.sources == category]) for category in dict.fromkeys(table.sources)}
-    measures = {"accuracy": mean(right_N), "margin": mean(margin_N)}
-    measures |= {f"{category}/accuracy": measure for category, measure in by_category.items()}
-    known = [measure["value"] for measure in by_category.values() if measure["value"] is not None]
-    return {"reward_bench": mean(known)} | {f"reward_bench/{name}": measure for name, measure in measures.items()}
+    measures = reward_model.accuracies(share_above(margin_N), table.sources) | {"margin": mean(margin_N)}
+    return {f"reward_bench/{name}": measure for name, measure in measures.items()}
 
 
 def results(t: int, *, files: list[str], run: str) -> Measures:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import toys
+from scipy import stats
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval")
 from test_eval_harness import SPLITS, command_line
@@ -137,6 +138,27 @@ def test_everything_that_changes_a_score_is_in_its_key(prepared, sums, ask):
     runner.numerics.all["precision"] = "fp32"
     suites.h4(prepared.initial, runner, local=str(sums))
     assert len(set(keys)) == len(keys) == len(settings) + 3
+
+
+def test_a_group_gives_its_own_score_and_those_of_its_tasks():
+    """Every metric of lm-eval's results is a measure; a standard error that is not known gives no interval."""
+    results = {
+        "results": {
+            "stem": {"alias": "stem", "sample_len": 6, "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,none": 0.25},
+            "physics": {"alias": " - physics", "sample_len": 4, "acc,none": 0.25, "acc_stderr,none": 0.1},
+            "algebra": {"alias": " - algebra", "sample_len": 2, "acc,strict": 1.0, "acc_stderr,strict": "N/A"},
+        },
+        "versions": {"physics": 1, "algebra": 2.0},
+        "n-shot": {"physics": 5, "algebra": 0},
+    }
+    results["results"]["stem"]["f1_stderr,none"] = "N/A"
+    found = eval_harness._measures(results, Asking())
+    values = {name: {metric: measure["value"] for metric, measure in own.items()} for name, own in found.items()}
+    assert values == {"stem": {"acc": 0.5, "f1": 0.25}, "physics": {"acc": 0.25}, "algebra": {"acc/strict": 1.0}}
+    assert found["physics"]["acc"]["high"] == pytest.approx(0.25 + stats.t.ppf(0.975, 3) * 0.1)
+    assert found["algebra"]["acc/strict"]["high"] is None and found["stem"]["f1"]["n"] == 6
+    assert found["physics"]["acc"]["version"].startswith("physics 1, lm-eval 0.4.")
+    assert found["physics"]["acc"]["version"].endswith(", 5 shots")
 
 
 class Listing(Store):

@@ -9,7 +9,7 @@ from conftest import byte_tokenizer, random_model
 from toys import prepare
 
 from sdpo.errors import UserError
-from sdpo.evals import suites
+from sdpo.evals import reward_model, suites
 from sdpo.model import hub
 from sdpo.store import Artifact
 
@@ -63,13 +63,26 @@ def test_accuracy_equals_a_naive_computation(made, pairs, monkeypatch):
     assert values["reward_bench/accuracy"] == right.mean()
     assert values["reward_bench/chat/accuracy"] == right[:8].mean() != right[8:].mean()
     assert values["reward_bench/code/accuracy"] == right[8:].mean() and found["reward_bench/code/accuracy"]["n"] == 12
-    assert values["reward_bench"] == pytest.approx((right[:8].mean() + right[8:].mean()) / 2)
+    assert values["reward_bench/mean_of_categories"] == pytest.approx((right[:8].mean() + right[8:].mean()) / 2)
     assert values["reward_bench/margin"] == pytest.approx(np.mean(margins), abs=1e-4)
     monkeypatch.setattr(inputs.runner, "load", lambda *_: pytest.fail("a model is run again"))
     again = suites.reward_bench(other, inputs.initial, inputs.runner, pairs=[str(path)], columns=COLUMNS)
     assert again == found
     of_initial = suites.reward_bench(inputs.initial, inputs.initial, inputs.runner, pairs=[str(path)], columns=COLUMNS)
     assert {name: measure["value"] for name, measure in of_initial.items()} == dict.fromkeys(found)
+
+
+def test_the_score_of_reward_bench_by_hand():
+    """Only math and one of six languages are right, and one of two pairs of a chat category: other sections are 0."""
+    names = [category for members in reward_model.SECTIONS.values() for category in members]
+    categories = np.array(names + ["alpacaeval-easy"], dtype=object)
+    right = np.isin(categories, ["math-prm", "hep-go"]).astype(float)
+    right[-1] = 1.0
+    found = reward_model.accuracies(right, categories)
+    assert len(names) == 23 and found["sections/chat"]["value"] == pytest.approx(1 / 6)  # one of six pairs
+    assert found["sections/reasoning"]["value"] == pytest.approx((984 + 1) / (984 + 6))
+    assert found["score"]["value"] == pytest.approx((1 / 6 + 985 / 990) / 4)
+    assert "score" not in reward_model.accuracies(right[1:-1], categories[1:-1])
 
 
 def test_no_pair_is_left_out_silently(made, tmp_path):
