@@ -6,6 +6,7 @@ when a request is sent, and written nowhere. A request that is never answered co
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import threading
@@ -21,7 +22,7 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 from sdpo.console import progress, tell
 from sdpo.errors import UserError, one_line
-from sdpo.store import Store, key_of
+from sdpo.store import Store
 
 Conversation = list[dict[str, str]]
 
@@ -57,14 +58,19 @@ class Reply(NamedTuple):
     version: str  # the model that answered, as the endpoint names it
 
 
+def digest(content: Any) -> str:
+    """A short hash of JSON. Unlike a key it is the same under all numerics: what was paid for is not paid for again."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def ask(endpoint: Endpoint, conversations: list[Conversation], about: dict[str, Any], store: Store) -> list[Reply]:
     """The replies to all conversations; those that the store has are not asked for again.
 
     `about` is kept beside every reply. Raises UserError if the endpoint refuses, cannot be reached or does not answer
     in its protocol, and before the bound on spending would be exceeded.
     """
-    keys = [key_of("reply", _request(endpoint, turns) | {"url": endpoint.url}) for turns in conversations]
-    path = store.root / "replies" / f"{key_of('endpoint', {'url': endpoint.url, 'model': endpoint.model})[:16]}.jsonl"
+    keys = [digest(_request(endpoint, turns)) for turns in conversations]
+    path = store.root / "replies" / f"{digest({'url': endpoint.url, 'model': endpoint.model})}.jsonl"
     with Ledger(path, endpoint.max_cost, about) as ledger:
         missing = {key: turns for key, turns in zip(keys, conversations, strict=True) if key not in ledger.lines}
         if missing:

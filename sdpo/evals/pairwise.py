@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sdpo.data.prompts import Prompt
-from sdpo.evals.chat_endpoint import Conversation, Endpoint, ask
+from sdpo.evals.chat_endpoint import Conversation, Endpoint, ask, digest
 from sdpo.stats import Measures, length_controlled, mean
-from sdpo.store import Store, key_of
+from sdpo.store import Store
 
 RULES = """\
 You compare two answers to the same question. Judge how well each one does what the question asks: whether it is \
@@ -35,7 +35,7 @@ def conversation(question: str, a: str, b: str) -> Conversation:
     return [{"role": "system", "content": RULES}, {"role": "user", "content": text}]
 
 
-PROMPT_HASH = key_of("prompt", {"turns": conversation("question", "a", "b")})[:16]
+PROMPT_HASH = digest(conversation("question", "a", "b"))
 
 
 def compare(
