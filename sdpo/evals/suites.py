@@ -194,6 +194,8 @@ def judge(
     decoding = choose(preset, temperature, top_p, max_new_tokens, batch_size, seed)
     ours, theirs = (_first_answers(one, prompts, decoding, runner) for one in (model, initial_model))
     determinants = {
+        "weights": model.key,
+        "initial": initial_model.key,
         "url": url,
         "judge": model_name,
         "max_tokens": max_tokens,
