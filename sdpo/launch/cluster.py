@@ -44,10 +44,10 @@ class Execution(Checkpointable):
 
     def checkpoint(self) -> DelayedSubmission:
         """Stop the run and return what the requeued job does. Called on node 0, in a handler of signals."""
-        if self.process:
+        if self.process and self.process.returncode is None:
             self.process.terminate()
             _wait(self.process)
-            self.process = None  # which cannot be pickled
+        self.process = None  # which cannot be pickled
         return DelayedSubmission(self)
 
 
@@ -73,11 +73,14 @@ def submit(todo: list[Run], folder: Path, slurm: Settings) -> list[tuple[Run, su
     """
     settings, listed = dict(slurm), folder / "jobs.json"
     cluster = settings.pop("cluster", "slurm")
+    if cluster not in KINDS:
+        raise UserError(f"hydra.launcher.slurm.cluster is {cluster!r}; it can be {', '.join(KINDS)}")
     known = json.loads(listed.read_text()) if listed.is_file() else {}
     jobs, new = [], dict[str, list[Run]]()
     for one in todo:
-        job = KINDS[cluster](folder / "slurm", known.get(one.folder.name, ""), range(one.config.launch.nodes))
-        if job.job_id and job.state in ALIVE:
+        id = known.get(one.folder.name)
+        job = KINDS[cluster](folder / "slurm", id, range(one.config.launch.nodes)) if id else None
+        if job and job.state in ALIVE:
             jobs.append((one, job))
         else:
             new.setdefault(json.dumps(resources(one.config.launch)), []).append(one)
@@ -105,4 +108,6 @@ def resources(launch: Launch) -> Settings:
 
 def _wait(process: subprocess.Popen) -> None:
     """Wait until the process ends. Popen.wait holds a lock, which a handler of signals would wait for."""
-    select.select([os.pidfd_open(process.pid)], [], [])
+    descriptor = os.pidfd_open(process.pid)
+    select.select([descriptor], [], [])
+    os.close(descriptor)

@@ -62,6 +62,7 @@ def test_a_sweep_that_is_started_again_submits_no_run_twice(slurm, tmp_path):
     assert json.loads((tmp_path / "sweep" / "jobs.json").read_text()) == again
 
 
+@pytest.mark.slow
 def test_a_run_saves_before_its_job_is_requeued(tmp_path):
     """The signal, its handler and the requeue are submitit's own; the run is a stand-in."""
     execution = cluster.Execution(tmp_path)

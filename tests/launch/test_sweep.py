@@ -13,6 +13,7 @@ from conftest import CHECKOUT
 from test_kills import alive, children, wait_until
 
 from sdpo import config
+from sdpo.distributed import STOPPED
 from sdpo.errors import UserError
 from sdpo.launch import forks, sweep
 from sdpo.launch.summary import summary_table
@@ -169,7 +170,7 @@ def test_a_run_that_fails_is_named_and_it_alone_is_done_again(multirun, toy, tmp
     assert third.returncode == 1 and "declares other contrasts, and some of its runs are finished" in error
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
 def test_an_ended_sweep_leaves_no_run_behind(multirun, tmp_path, ending):
     parent = multirun("seed=0,1,2", "optim.epochs=100000", "hydra.launcher.n=2")
     wait_until(lambda: len(list((tmp_path / "sweep").glob("*/metrics.jsonl"))) == 2)
@@ -181,6 +182,10 @@ def test_an_ended_sweep_leaves_no_run_behind(multirun, tmp_path, ending):
     if ending is signal.SIGINT:
         assert parent.returncode == 130 and "0 of 3 runs finished" in output
         assert error == "interrupted; the same command goes on from here\n"
+    if ending is signal.SIGTERM:
+        assert (parent.returncode, error) == (STOPPED, "") and "0 of 3 runs finished" in output
+        assert not list((tmp_path / "sweep").glob("*/error.txt"))
+        assert len(list((tmp_path / "store" / "partial").glob("*/[0-9]*"))) == 2  # both running steps are saved
 
 
 @pytest.mark.slow
