@@ -117,13 +117,16 @@ def _follow(agent: subprocess.Popen, server: socket.socket) -> None:
 
 
 def _cause(config: Config, path: Path, log: str) -> BaseException:
-    """Why the ranks ended. If one was killed, the others only report its loss; so torchrun's log is read first."""
+    """Why the ranks ended. If one was killed, the others only report its loss; so torchrun's log is read first.
+
+    The last part of the log is about the rank that ended first. Those that do not end after it are killed by torchrun.
+    """
     if rank.WATCHDOG in log:
         return UserError(rank.late(config.launch))
     if re.search(ALL_STOPPED, log):
         return SystemExit(STOPPED)
     see = f"{path} has the details"
-    signals = re.findall(r"Signal \d+ \((\w+)\) received", log)
+    signals = re.findall(r"Signal \d+ \((\w+)\) received", log.rpartition("Root Cause")[2])
     if killed := [name for name in signals if name != "SIGTERM"]:  # torchrun ends the remaining ranks with SIGTERM
         (path.parent / "error.txt").unlink(missing_ok=True)
         return UserError(f"a rank was killed by {killed[0]}; {see}")

@@ -1,9 +1,19 @@
 """A parent that is told to stop tells its ranks and runs, which save every update and end with code 85."""
 
+import os
 import signal
 
 import pytest
-from test_kills import command, final_bytes, start, uninterrupted, updates_kept, wait_until  # noqa: F401
+from test_kills import (  # noqa: F401
+    alive,
+    children,
+    command,
+    final_bytes,
+    start,
+    uninterrupted,
+    updates_kept,
+    wait_until,
+)
 
 from sdpo.distributed import STOPPED
 
@@ -27,3 +37,14 @@ def test_a_parent_that_is_told_to_stop_loses_no_update(command, uninterrupted, t
     again = start(rarely, "off", tmp_path)
     assert (again.communicate()[1], again.returncode) == ("", 0)
     assert final_bytes(tmp_path) == uninterrupted("off")
+
+
+@pytest.mark.slow
+def test_a_rank_that_freezes_ends_the_run_with_the_sentence_of_the_other(command, tmp_path):  # noqa: F811
+    parent = start([*command, "launch.timeout_minutes=0.2", "optim.epochs=100000"], "off", tmp_path)
+    wait_until(lambda: trained(tmp_path) > 3)
+    (agent,) = children(parent.pid)
+    ranks = children(agent)
+    os.kill(ranks[1], signal.SIGSTOP)
+    assert parent.communicate()[1].startswith("error: a rank did not answer for 0.2 minutes")
+    assert parent.returncode == 1 and not any(map(alive, ranks))  # torchrun killed it
