@@ -8,7 +8,7 @@ from conftest import CHECKOUT
 
 # A file or folder of sdpo/ may import what stands in its own line or in a line above it.
 ORDER = [
-    "errors types config binding distributed console store artifacts metrics stats wandb_mirror",
+    "errors types config binding distributed console store metrics stats wandb_mirror",
     "variants",
     "data",
     "model",

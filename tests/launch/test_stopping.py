@@ -31,7 +31,7 @@ def test_a_parent_that_is_told_to_stop_loses_no_update(command, uninterrupted, t
     wait_until(lambda: trained(tmp_path) > 3)
     parent.send_signal(stop)
     error = parent.communicate()[1]
-    assert parent.returncode == STOPPED and error.startswith("asked to stop: update "), error
+    assert (parent.returncode, error) == (STOPPED, "")
     assert 3 < updates_kept(tmp_path) == trained(tmp_path) < 60
     assert not (tmp_path / "run" / "error.txt").exists()
     again = start(rarely, "off", tmp_path)

@@ -1,4 +1,4 @@
-"""What the store holds, whether it is whole, and what no run needs.
+"""`python -m sdpo.run.artifacts list|verify|prune`: what the store holds, whether it is whole, what no run needs.
 
 Everything is read from manifests as JSON; no model is loaded.
 """
@@ -6,6 +6,7 @@ Everything is read from manifests as JSON; no model is loaded.
 import json
 import re
 import shutil
+import sys
 import time
 from argparse import ArgumentParser
 from collections import Counter
@@ -91,11 +92,13 @@ def list_entries(store: Store) -> str:
     return "\n".join(lines + [f"{kind}: {_text(size)}" for kind, size in sums.items()])
 
 
-def verify(store: Store) -> None:
-    """Read every file. Raises UserError if an artifact is not what was stored."""
-    bad = [one.folder for one in entries(store) if damaged(Artifact(one.key, one.folder, reused=True))]
+def verify(store: Store) -> str:
+    """Read every file, and count the artifacts. Raises UserError if one is not what was stored."""
+    stored = entries(store)
+    bad = [one.folder for one in stored if damaged(Artifact(one.key, one.folder, reused=True))]
     if bad:
         raise UserError(f"{len(bad)} artifacts have changed: {', '.join(map(str, bad))}; remove them and start again")
+    return f"{len(stored)} artifacts are what was stored"
 
 
 def prune(store: Store, folders: list[Path], keep: str, abandon: bool, remove: bool) -> str:
@@ -130,9 +133,9 @@ def _text(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Do what the command asks for."""
-    parser = ArgumentParser("python -m sdpo.artifacts", description="What the store (SDPO_STORE) holds.")
+    parser = ArgumentParser("python -m sdpo.run.artifacts", description="What the store (SDPO_STORE) holds.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every artifact, its size and what it was made from")
     commands.add_parser("verify", help="read every file and compare it with the hash that was stored")
@@ -141,10 +144,17 @@ def main(arguments: list[str]) -> None:
     pruning.add_argument("--keep", default="all", help="models of a run that stay: all | last | numbers, as 1,3")
     pruning.add_argument("--abandon", action="store_true", help="also what only unfinished runs would need")
     pruning.add_argument("--yes", action="store_true", help="remove it; without this it is only listed")
-    given = parser.parse_args(arguments)
-    if given.command == "list":
-        print(list_entries(Store()))
-    elif given.command == "verify":
-        verify(Store())
-    else:
-        print(prune(Store(), given.runs, given.keep, given.abandon, given.yes))
+    given = parser.parse_args()
+    try:
+        if given.command == "list":
+            print(list_entries(Store()))
+        elif given.command == "verify":
+            print(verify(Store()))
+        else:
+            print(prune(Store(), given.runs, given.keep, given.abandon, given.yes))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
