@@ -9,7 +9,7 @@ import toys
 from scipy import stats
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval")
-from test_eval_harness import SPLITS, command_line
+from test_eval_harness import command_line
 
 from sdpo.errors import UserError
 from sdpo.evals import eval_harness, suites
@@ -17,7 +17,6 @@ from sdpo.evals.eval_harness import Asking
 from sdpo.model.engine import has_bf16
 from sdpo.store import Store, key_of
 
-SPLITS["gsm8k"] = ("gsm8k/gsm8k.yaml", ("train", "test"))
 RULES = "Answer with the number alone."
 
 

@@ -26,6 +26,7 @@ DEFINITIONS = Path(find_spec("lm_eval.tasks").origin).parent
 SPLITS = {  # task -> where lm-eval defines it, and its splits in the slices
     "arc_challenge": ("arc/arc_challenge.yaml", ("train", "test")),
     "hellaswag": ("hellaswag/hellaswag.yaml", ("train", "validation")),
+    "gsm8k": ("gsm8k/gsm8k.yaml", ("train", "test")),
 }
 
 
@@ -97,7 +98,7 @@ def test_scores_equal_those_of_naive_log_probs(architecture, monkeypatch, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", SPLITS)
+@pytest.mark.parametrize("task", ["arc_challenge", "hellaswag"])
 def test_scores_equal_those_of_the_command_line(stories, real_data, task, tmp_path):
     shots, _ = eval_harness.H4[task]
     local = str(real_data / "eval")
@@ -160,6 +161,8 @@ folder = data / "model" / "stories260K"
 lm = eval_harness.DistributedHFLM(hub.load(folder), hub.load_tokenizer(folder), batch_size=16)
 found = eval_harness.h4(lm, str(data / "eval"), limit=21)
 Path(sys.argv[2], f"{distributed.rank()}.json").write_text(json.dumps(found))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # else a rank that ends late may fail because the other one is gone
 """
 
 
