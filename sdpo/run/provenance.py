@@ -20,8 +20,9 @@ def environment() -> dict[str, dict]:
 
 
 def _versions() -> dict[str, str | None]:
-    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    versions: dict[str, str | None] = {"sdpo": project["version"], "python": platform.python_version()}
+    project = CHECKOUT / "pyproject.toml"  # absent if the package is installed
+    own = tomllib.loads(project.read_text())["project"]["version"] if project.is_file() else version("sdpo")
+    versions: dict[str, str | None] = {"sdpo": own, "python": platform.python_version()}
     for library in LIBRARIES:
         try:
             versions[library] = version(library)
