@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from analysis import checks, collect, equal_kl, figures, table_format, tables
@@ -54,9 +53,10 @@ def _content(folder: Path) -> dict:
         "arms": tables.show(tables.arms(folder)),
         "medians": tables.show(tables.medians(folder)),
         "left_s": LEFT_S,
+        "others": tables.show(tables.others(folder)),
         "steps": tables.show(tables.steps(folder)),
         "pictures": [
-            {"title": title, "svg": Markup(to_svg(draw(*tables_read), title)), "caption": draw.__doc__}
+            {"title": title, "svg": to_svg(draw(*tables_read), title), "caption": draw.__doc__}
             for title, draw, tables_read in _figure_calls(folder, measures, steps, references)
         ],
         "answers": list(_answers(collect.answers(folder))),

@@ -35,12 +35,9 @@ def render(table: pd.DataFrame, title: str, notes: list[str], form: str) -> str:
 
 
 def document(tables: list[str], form: str) -> str:
-    """Several rendered tables as one output; in LaTeX a document that compiles as it is."""
-    body = "\n\n".join(tables)
-    if form != "latex":
-        return body
-    packages = "\n".join(rf"\usepackage{package}" for package in ("[T1]{fontenc}", "{booktabs}", "{graphicx}"))
-    return f"\\documentclass{{article}}\n{packages}\n\\begin{{document}}\n{body}\n\\end{{document}}"
+    """Several rendered tables as one output; in LaTeX a file to \\input, which says what it needs."""
+    needs = ["% needs \\usepackage[T1]{fontenc}, \\usepackage{booktabs} and \\usepackage{graphicx}"]
+    return "\n\n".join(needs * (form == "latex") + tables)
 
 
 def _text(rows: list[list[str]], title: str, notes: list[str]) -> str:
@@ -67,6 +64,7 @@ def _latex(rows: list[list[str]], title: str, notes: list[str]) -> str:
 
 
 def _tex(text: str) -> str:
-    """Text with LaTeX's special characters escaped, and minus signs and ± as mathematics."""
+    """Text with LaTeX's special characters escaped, and models (M_1), minus signs and ± as mathematics."""
     escaped = "".join(LITERAL.get(character, character) for character in text)
-    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", escaped)
+    models = re.sub(r"\bM\\_(\d+|t)\b", r"$M_{\1}$", escaped)
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", models)

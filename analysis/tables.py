@@ -18,6 +18,7 @@ from analysis.significance import INERT, LEFT_S, holm, paired, sign_flip, verdic
 from sdpo.errors import UserError
 from sdpo.stats import Interval, student
 
+OWN = ("preference/", "lab/")  # suites whose measures the table of arms and the figures show
 COMPANIONS = {
     "lab/gold": "gold reward",
     "lab/kl": "KL to S (nats)",
@@ -88,6 +89,26 @@ def medians(*paths: Path | str) -> pd.DataFrame:
     return pd.DataFrame(rows if has_seeds else [])
 
 
+def others(*paths: Path | str) -> pd.DataFrame:
+    """One row per measure of the suites that were asked for beside the pairs' and the laboratory's (h4, lm_eval, ...),
+    one column for S and one per arm, after the last step. Empty if there are none.
+    """
+    measures = collect.measures(*paths)
+    asked = measures[~measures["measure"].str.startswith(OWN) & ~measures["measure"].isin(COMPANIONS)]
+    if asked.empty:
+        return asked
+    names = {name: name for name in asked["measure"].unique()}
+    values = collect.by_arm(collect.last(asked), ["measure"]).set_index(["arm", "measure"])
+    start = _start(asked, names)
+    columns = {
+        "S": start,
+        **{arm: {name: _cell(values, (arm, name)) for name in names} for arm in asked["arm"].unique()},
+    }
+    return pd.DataFrame(
+        {"measure": list(names)} | {arm: [cells[name] for name in names] for arm, cells in columns.items()}
+    )
+
+
 def contrasts(*paths: Path | str) -> pd.DataFrame:
     """One row per declared contrast whose arms exist: its verdict, the paired difference of headlines with its test,
     and the difference at equal KL to S, in gold reward above plain DPO (see equal_kl).
@@ -104,8 +125,9 @@ def contrasts(*paths: Path | str) -> pd.DataFrame:
         row["verdict"] = verdict(
             row["difference"], p, num_contrasts=len(rows), inert=row["inert"], at_equal_kl=row["at equal KL"]
         )
-    tested, by_kl = ["contrast", "difference", "seeds", "p", "p, Holm"], ["at equal KL", "seeds there"]
-    return pd.DataFrame(rows, columns=["of", "verdict", *tested, *by_kl, "leverage"]).dropna(axis=1, how="all")
+    tested = ["difference", "verdict", "contrast", "seeds", "p", "p, Holm"]
+    by_kl = ["at equal KL", "seeds there"]
+    return pd.DataFrame(rows, columns=["of", *tested, *by_kl, "leverage"]).dropna(axis=1, how="all")
 
 
 def steps(*paths: Path | str) -> pd.DataFrame:
@@ -200,6 +222,7 @@ def _render_tables(paths: list[Path], form: str) -> list[str]:
     tables = {
         f"Arms: {of_seeds}": arms(*paths),
         f"Medians, and seeds that left S (KL above {LEFT_S:g} nats)": medians(*paths),
+        f"Other measures after the last step: {of_seeds}": others(*paths),
         "Declared contrasts: paired over seeds, exact sign-flip test, Holm's correction": contrasts(*paths),
         "Exploratory: gold reward above plain DPO at equal KL to S": equal_kl.above_plain(*paths),
         f"Steps: {of_seeds}": steps(*paths),

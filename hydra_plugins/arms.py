@@ -17,6 +17,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from sdpo import distributed
 from sdpo.config import Config
 from sdpo.run import folder as run_folder
 from sdpo.run.folder import Run
@@ -30,9 +31,14 @@ class Schema(Config):
 
 
 def _schema() -> DictConfig:
-    """The schema of every configuration. A command line may add keys to the mappings named here."""
+    """The schema of every configuration. A command line may add keys to the mappings named here.
+
+    The open axes are among them, because Hydra composes a sweep first without its swept options: in a sweep over splits
+    split.num_chunks=3 belongs to no option yet. `sdpo.validate` refuses keys that the option of a run does not have.
+    """
     schema = OmegaConf.structured(Schema)
-    for mapping in (schema.steps, schema.data.columns, schema.data.revisions, schema.data.nominal):
+    open_axes = [schema[axis] for axis in ("split", "score", "reference", "loss", "tune")]
+    for mapping in (schema.steps, schema.data.columns, schema.data.revisions, schema.data.nominal, *open_axes):
         OmegaConf.set_struct(mapping, False)
     return schema
 
@@ -60,22 +66,32 @@ class Arms(Launcher):
 
     def composed(self, overrides: Sequence[str]) -> DictConfig:
         """Return the configuration of a run. Runs that differ only in the seed share one object, with the last seed."""
-        config = self.compose(tuple(override for override in overrides if not override.startswith(SEED)))
+        from sdpo.launch import sweep
+
+        with sweep.nothing_left(Path(self.config.hydra.sweep.dir)):
+            config = self.compose(tuple(override for override in overrides if not override.startswith(SEED)))
         config.seed = next((o.removeprefix(SEED) for o in reversed(overrides) if o.startswith(SEED)), self.config.seed)
         return config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose every run, do them all, and write the report. Errors go up to train.py."""
-        from sdpo.launch import sweep
+        from sdpo.launch import sweep, unread
 
         folder = Path(self.config.hydra.sweep.dir).absolute()
+        commands: dict[str, tuple[DictConfig, list[str]]] = {}
         runs = {}  # by folder, so that a run is done once even if it was asked for twice
-        for overrides, arm in zip(job_overrides, run_folder.labels(job_overrides), strict=True):
-            config = self.composed(overrides)
-            subfolder, job = folder / config.hydra.sweep.subdir, run_folder.without_hydra(config)
-            runs[subfolder] = Run.from_composed(job, config.hydra, subfolder, arm, folder.name)
-        asked = sweep.Sweep(folder, list(runs.values()), list(self.config.hydra.overrides.task), **self.settings)
-        if sweep.run(asked):
+        with sweep.nothing_left(folder):
+            distributed.set_threads(1)  # before torch starts; every run then sets its own number
+            unread.refuse_launcher(self.config.hydra, is_sweep=True)
+            for overrides, arm in zip(job_overrides, run_folder.labels(job_overrides), strict=True):
+                config = self.composed(overrides)
+                subfolder, job = folder / config.hydra.sweep.subdir, run_folder.without_hydra(config)
+                runs[subfolder] = Run.from_composed(job, config.hydra, subfolder, arm, folder.name)
+                commands.setdefault(arm, (job, config.hydra.overrides.task))
+            unread.refuse(commands)
+            asked = sweep.Sweep(folder, list(runs.values()), list(self.config.hydra.overrides.task), **self.settings)
+            is_done = sweep.run(asked)
+        if is_done:
             from analysis import report  # here, because the runs do not need its libraries
 
             print(f"report: {report.write_report(folder)}")

@@ -115,6 +115,7 @@ class Data:
     on_bad_row: str = one_of("error", "skip")
     template: str | None = one_of(*TEMPLATES)
     template_date: str = "2024-07-26"  # ISO: the day on which templates that read the clock are rendered
+    limit: int = at_least(0, 0)  # read only so many rows, the first, of every file or data set; 0: all
     max_tokens: int = at_least(2, 1024)
     on_long: str = one_of("error", "drop", "truncate_prompt", "truncate_response")
     seed: int = at_least(0, 0)  # of the held-out share and the laboratory's pairs
@@ -255,10 +256,14 @@ def _schema() -> DictConfig:
 
 def sentence(error: OmegaConfBaseException, root: str = "the configuration") -> str:
     """Return one line for the user: the wrong key, and the keys that exist; `root` is the name of the top level."""
-    if isinstance(error, AttributeError | KeyError) and error.parent_node:
+    if isinstance(error, AttributeError | KeyError) and error.parent_node is not None:
         parent = error.parent_node._get_full_key(None) or root
         similar = _inner_keys(error.parent_node, error.full_key) if parent == root else []
-        exists = f"did you mean {' or '.join(similar)}?" if similar else f"{parent} has {', '.join(error.parent_node)}"
+        exists = (
+            f"did you mean {' or '.join(similar)}?"
+            if similar
+            else f"{parent} has {', '.join(error.parent_node) or 'none'}"
+        )
         return f"unknown key {error.full_key}; {exists}"
     if "is not a ListConfig" in str(error):
         return f"{error.full_key} is a list; write '{error.full_key}=[...]'"

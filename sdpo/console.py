@@ -101,8 +101,10 @@ def step_line(step: Entry) -> str:
     ]
     if step["utilisation"]:
         parts[-1] += f" at {step['utilisation']:.0%} of the peak"
-    measure = next((name for name in STEP_MEASURES if name in step["eval"]), None)
-    if measure:
+    measures = [name for name in STEP_MEASURES if name in step["eval"]][:1]
+    suites = {name.partition("/")[0]: name for name in reversed(step["eval"])}  # each with its first measure
+    measures += [name for suite, name in sorted(suites.items()) if suite not in ("lab", "preference")]
+    for measure in measures:
         value, low, high = (number(step["eval"][measure][part]) for part in ("value", "low", "high"))
         parts.append(f"{measure} {value} [{low}, {high}]")
     return "  ".join(parts)

@@ -43,13 +43,21 @@ def around(value: float, standard_error: float, n: int) -> Interval:
 
 def wilson(values: np.ndarray) -> Interval:
     """Return the share of values above 0 (zeros count half) with its Wilson score interval."""
-    n = len(values)
-    if n == 0:
-        return Interval(nan, nan, nan, 0)
-    share, z = float(share_above(values).mean()), float(stats.norm.ppf((1 + PROBABILITY) / 2))
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    return Interval(share, max(middle - half, 0.0), min(middle + half, 1.0), n)
+    return of_hits(share_above(values))
+
+
+def of_hits(hits: np.ndarray) -> Interval:
+    """Return the share of hits (1, 0, or 1/2 for a tie) with its Wilson score interval, without nan values."""
+    known = hits[~np.isnan(hits)]
+    return of_share(float(known.mean()), len(known)) if len(known) else Interval(nan, nan, nan, 0)
+
+
+def of_share(value: float, n: int) -> Interval:
+    """Return a share of `n` items with its Wilson score interval."""
+    z = float(stats.norm.ppf((1 + PROBABILITY) / 2))
+    middle = (value + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (value * (1 - value) / n + z**2 / (4 * n**2)) ** 0.5
+    return Interval(value, max(middle - half, 0.0), min(middle + half, 1.0), n)
 
 
 def share_above(values: np.ndarray) -> np.ndarray:
@@ -65,6 +73,14 @@ def as_measure(interval: Interval) -> Measure:
 def mean(values: Sequence[float] | np.ndarray) -> Measure:
     """Return the mean of one number per pair, prompt or item as a measure; undefined if there are none."""
     return as_measure(student(values))
+
+
+def share(hits: Sequence[float] | np.ndarray) -> Measure:
+    """Return the share of hits (1 or True, 0 or False, 1/2 for a tie) as a measure with Wilson's interval.
+
+    Student's interval would leave 0 to 1, and have no width if all hits are equal.
+    """
+    return as_measure(of_hits(np.asarray(hits, dtype=np.float64)))
 
 
 def length_controlled(wins: np.ndarray, longer: np.ndarray) -> Measure:

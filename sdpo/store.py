@@ -51,11 +51,21 @@ def hash_files(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
 
 
 class Store:
-    """Artifacts below one folder: `root`, else `SDPO_STORE`, else `store/` in the checkout."""
+    """Artifacts below one folder: `root`, else `SDPO_STORE`, else `store/` in the checkout.
+
+    An installed package has no checkout; its store is `store/` in the working directory.
+    """
 
     def __init__(self, root: Path | None = None):
         checkout = Path(__file__).parents[1]
-        self.root = Path(root or os.environ.get("SDPO_STORE") or checkout / "store").resolve()
+        here = checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+        self.root = Path(root or os.environ.get("SDPO_STORE") or here / "store").resolve()
+        there = next(path for path in (self.root, *self.root.parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise UserError(
+                f"steps are to be stored in {self.root}, but {there} is no folder that can be written to; "
+                "set SDPO_STORE to another folder"
+            )
 
     def folder(self, kind: str, key: str) -> Path:
         """Return the folder of an artifact, whether it exists or not."""

@@ -82,6 +82,21 @@ SETTINGS = {
         "write 'data.train=[\"ä/b.jsonl\",a.jsonl]'",
     ),
     "a folder without quotes": (["hydra.run.dir=läuf"], "hydra.run.dir=läuf has letters outside ASCII"),
+    "T that nothing reads": (["T=3"], "T=3 is read by nothing here: set split.num_chunks"),
+    "a score that nothing reads": (["score=length_gap"], "score=length_gap is read by nothing here: leave score out"),
+    "a cluster without a sweep": (
+        ["hydra.launcher.backend=slurm"],
+        "hydra.launcher.backend is not read by a single run: use -m, which makes it a sweep",
+    ),
+    "a sweep in the folder of a run": (
+        ["hydra.mode=MULTIRUN"],
+        "hydra.run.dir is not read by a sweep: use hydra.sweep.dir",
+    ),
+    "rows of the laboratory": (
+        ["data=lab", "model=lab", "data.limit=5"],
+        "data.limit=5 is read by nothing here: the lab",
+    ),
+    "a key of another option": (["split.num_chunks=3"], "sdpo.variants.split.all_at_once: unknown key num_chunks"),
     "no sweep": (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
     "overlap": ([HELD_OUT], "a.jsonl, row 1: field 'prompt' is held out too, in held_out.jsonl, row 1; repair it or"),
 }
@@ -104,6 +119,7 @@ def refused(tmp_path, toy, monkeypatch, capsys):
             runpy.run_path(str(TRAIN), run_name="__main__")
         torch.set_deterministic_debug_mode("default")
         assert not list(Path("store").glob("step/*")) and capsys.readouterr().out == ""
+        assert not list(Path(".").glob("out/*")) and not Path("multirun.yaml").exists()
         assert end.value.code.startswith("error: ") and "\n" not in end.value.code  # Python prints it and exits with 1
         return end.value.code.removeprefix("error: ")
 

@@ -105,6 +105,11 @@ def test_step_line():
         "step 2  519 pairs of orca, polite  loss 0.6931 -> 0.5  gamma_ref -12.25  "
         "4322 tokens/s  preference/ranking_accuracy 0.75 [-, 0.8]"
     )
+    asked = {
+        "h4": {"value": 0.5, "low": 0.25, "high": 0.75, "n": 9},
+        "h4/mmlu": {"value": 1, "low": 0, "high": 1, "n": 9},
+    }
+    assert step_line(step | {"eval": step["eval"] | asked}).endswith("0.75 [-, 0.8]  h4 0.5 [0.25, 0.75]")
     assert step_line(step | {"gamma_ref_mean": None, "eval": {}}).endswith("gamma_ref -  4322 tokens/s")
     assert step_line(step | {"utilisation": 0.414, "eval": {}}).endswith("4322 tokens/s at 41% of the peak")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdpo.stats import length_controlled, mean, share_above, wilson
+from sdpo.stats import length_controlled, mean, share, share_above, wilson
 
 
 def test_mean_and_its_interval():
@@ -25,6 +25,23 @@ def test_wilson_by_hand():
     )
     assert wilson(np.array([0, 0])).value == 0.5
     assert np.isnan(wilson(np.array([])).value)
+
+
+def test_a_share_has_wilson_s_interval():
+    # 3 of 3: from 1 / (1 + 1.959964^2 / 3) to 1, where Student's would be [1, 1]; what is undefined does not count
+    assert share(np.array([1.0, np.nan, 1.0, 1.0])) == {
+        "value": 1.0,
+        "low": pytest.approx(0.438503, abs=1e-6),
+        "high": 1.0,
+        "n": 3,
+    }
+    assert share([True, False]) == {
+        "value": 0.5,
+        "low": pytest.approx(0.094531, abs=1e-6),
+        "high": pytest.approx(0.905469, abs=1e-6),
+        "n": 2,
+    }
+    assert share([]) == {"value": None, "low": None, "high": None, "n": 0}
 
 
 def test_ties_are_half():

@@ -30,7 +30,7 @@ def refused(folder, *arguments, **environment):
     ("argument", "sentence"),
     [
         ("++typo=1", "error: unknown key typo; the configuration has model, data"),
-        ("loss.betta=1", "error: unknown key loss.betta; loss has name, beta, label_smoothing"),
+        ("loss.betta=1", "error: sdpo.variants.loss.dpo: unknown key betta; dpo has beta, label_smoothing"),
         ("loss=foo", "error: loss has no 'foo'; it has apo_down, apo_zero"),
         ("lss=dpo", "error: unknown key lss; the configuration has hydra, model"),
         ("seed", "error: Error parsing override 'seed' missing EQUAL"),

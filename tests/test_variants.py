@@ -42,7 +42,7 @@ NEW = {
     "reference/lagged": (
         references,
         lagged,
-        "# The model of some steps ago.\nname: lagged\nlag: 2 # steps\nplacebo: none # as in every rule\n",
+        "# The model of some steps ago.\nname: lagged\nlag: 2 # steps\n",
     ),
     "loss/soft_hinge": (
         losses,

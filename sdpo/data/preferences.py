@@ -139,6 +139,7 @@ class _Intake:
         pairs = []
         for name in names:
             table = read_hub(name, self.settings.revisions) if self.settings.name == "hub" else read_file(name)
+            table = table._replace(rows=table.rows[: self.settings.limit or None])
             pairs += self._read_table(side, table, reserved or {})
         return pairs
 

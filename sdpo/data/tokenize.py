@@ -25,6 +25,8 @@ COUNTS = (
     *("prompts_with_bos", "responses_with_stop"),
 )
 NOTES = {  # of what is worth saying to a person: the count, and what it counts
+    "dropped_long": "pairs were left out, because they are longer than data.max_tokens (data.on_long=drop)",
+    "truncated": "pairs were shortened to data.max_tokens",
     "answers_behind_prompt": (
         "answers follow their prompt directly, because the template begins the whole conversation in another way"
     ),

@@ -1,6 +1,7 @@
 """Benchmarks of a stored model: computed once by sdpo.evals.eval_harness, and kept with all that decides a score."""
 
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ def measure(name: str, model: Artifact, runner: Runner, local: str | None, batch
 
     Raises UserError if `local` is not a folder.
     """
+    if find_spec("lm_eval") is None:
+        raise UserError(f"evaluate={name} needs lm-eval: pip install 'sdpo[eval]'")
     from sdpo.evals import eval_harness  # here, because lm-eval takes seconds to import
 
     folder = Path(local) if local else None
@@ -31,6 +34,7 @@ def measure(name: str, model: Artifact, runner: Runner, local: str | None, batch
         tokenizer.chat_template = Writer(tokenizer, None, data.template_date).template()
     determinants = {
         "suite": name,
+        "shares": "wilson",
         "weights": model.key,
         "tokenizer": hub.fingerprint_tokenizer(tokenizer),
         "lm_eval": version("lm_eval"),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from functools import cache
 from importlib.metadata import version
-from math import nan
+from math import isclose, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,7 +170,11 @@ def run(
 
 
 def _measures(results: dict, asking: Asking) -> dict[str, Measures]:
-    """Every metric of every task and group: lm-eval's value, with the Student interval from its standard error."""
+    """Every metric of every task and group: lm-eval's value, with the Student interval from its standard error.
+
+    A metric that is a share of items has Wilson's interval. Only a mean of zeros and ones has the standard error
+    sqrt(p (1 - p) / (n - 1)), the largest that numbers from 0 to 1 can have.
+    """
     scores: dict[str, Measures] = {}
     for name, found in results["results"].items():
         label, n = _label(name, results, asking), found["sample_len"]
@@ -179,8 +183,10 @@ def _measures(results: dict, asking: Asking) -> dict[str, Measures]:
             metric, _, filtering = key.partition(",")
             if not filtering or metric.endswith("_stderr"):
                 continue
-            error = found.get(f"{metric}_stderr,{filtering}")
-            interval = stats.around(float(value), nan if error == "N/A" else float(error), n)
+            stderr = found.get(f"{metric}_stderr,{filtering}")
+            error, value = nan if stderr == "N/A" else float(stderr), float(value)
+            is_share = 0 <= value <= 1 and isclose(error**2 * (n - 1), value * (1 - value), rel_tol=1e-6, abs_tol=1e-12)
+            interval = stats.of_share(value, n) if is_share else stats.around(value, error, n)
             measure = stats.as_measure(interval) | {"version": label}
             scores[name][metric if filtering == "none" else f"{metric}/{filtering}"] = measure
     return scores
@@ -199,11 +205,13 @@ def _label(name: str, results: dict, asking: Asking) -> str:
 
 
 def _mean(measures: list[Measure]) -> Measure:
-    """The mean of independent measures, with its interval."""
+    """The mean of independent measures; the sides of its interval are the root mean squares of theirs, over sqrt(n)."""
     value = sum(m["value"] for m in measures) / len(measures)
-    halves = [nan if m["high"] is None else m["high"] - m["value"] for m in measures]
-    half = sum(h**2 for h in halves) ** 0.5 / len(measures)
-    interval = Interval(value, value - half, value + half, sum(m["n"] for m in measures))
+    low, high = (
+        sum(nan if m[side] is None else (m[side] - m["value"]) ** 2 for m in measures) ** 0.5 / len(measures)
+        for side in ("low", "high")
+    )
+    interval = Interval(value, value - low, value + high, sum(m["n"] for m in measures))
     return stats.as_measure(interval) | {"version": "; ".join(m["version"] for m in measures)}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from sdpo.data.prompts import Prompt
 from sdpo.evals.chat_endpoint import Conversation, Endpoint, ask, digest
-from sdpo.stats import Measures, length_controlled, mean
+from sdpo.stats import Measures, length_controlled, mean, share
 from sdpo.store import Store
 
 RULES = """\
@@ -72,11 +72,11 @@ def rates(name: str, judgements: list[Judgement], longer: np.ndarray) -> Measure
     versions = dict.fromkeys(judgement.version for judgement in judgements)
     label = {"version": ", ".join([*versions, f"prompt {PROMPT_HASH}"])}
     measures = {
-        name: mean(wins),
+        name: share(wins),
         f"{name}/length_controlled": length_controlled(wins, longer[both_N]) if both_N.any() else mean([]),
         f"{name}/longer": mean(longer),
-        f"{name}/orders_agree": mean(first == second),
-        f"{name}/first_preferred": mean((first + 1 - second) / 2),  # one half: the judge favours no position
-        f"{name}/unreadable": mean(~readable_N2.ravel()),
+        f"{name}/orders_agree": share(first == second),
+        f"{name}/first_preferred": share((first + 1 - second) / 2),  # one half: the judge favours no position
+        f"{name}/unreadable": share(~readable_N2.ravel()),
     }
     return {key: measure | label for key, measure in measures.items()}

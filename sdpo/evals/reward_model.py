@@ -23,7 +23,7 @@ from sdpo.data.templates import Writer
 from sdpo.data.tokenize import content_hash, encode
 from sdpo.errors import UserError
 from sdpo.model import hub, rotary
-from sdpo.stats import Measures, mean
+from sdpo.stats import Measures, mean, share
 from sdpo.store import Artifact
 from sdpo.train.reference_windows import external
 from sdpo.train.runner import Runner
@@ -108,10 +108,10 @@ def accuracies(right_N: np.ndarray, categories_N: np.ndarray) -> Measures:
 
     It is there if all of RewardBench's categories are: the mean of its sections, which are means over pairs.
     """
-    by_category = {category: mean(right_N[categories_N == category]) for category in dict.fromkeys(categories_N)}
+    by_category = {category: share(right_N[categories_N == category]) for category in dict.fromkeys(categories_N)}
     measures = {f"{category}/accuracy": measure for category, measure in by_category.items()}
     known = [measure["value"] for measure in by_category.values() if measure["value"] is not None]
-    measures |= {"accuracy": mean(right_N), "mean_of_categories": mean(known)}
+    measures |= {"accuracy": share(right_N), "mean_of_categories": mean(known)}
     if by_category.keys() >= {category for members in SECTIONS.values() for category in members}:
         sections = {}
         for section, members in SECTIONS.items():

@@ -21,7 +21,7 @@ from sdpo.evals.generation import LIBRARIES
 from sdpo.lab import exam as lab_exam
 from sdpo.lab import measures as lab_measures
 from sdpo.model import limits
-from sdpo.stats import Measures, length_controlled, mean, share_above
+from sdpo.stats import Measures, length_controlled, mean, share, share_above
 from sdpo.store import Artifact, key_of
 from sdpo.train.runner import Runner
 
@@ -54,10 +54,11 @@ def preference(
     for name, other in (("step", reference), ("initial", initial)):
         margin = gamma - (other[:, 0] - other[:, 1])
         columns |= {f"reward_accuracy_{name}": share_above(margin), f"margin_{name}": margin}
-    measures = {f"preference/{name}": mean(values) for name, values in columns.items()}
+    of = {name: share if "accuracy" in name else mean for name in columns}
+    measures = {f"preference/{name}": of[name](values) for name, values in columns.items()}
     for source in dict.fromkeys(sources):
         for name in ("ranking_accuracy", "reward_accuracy_initial", "gamma", "shorter_accuracy"):
-            measures[f"preference/{source}/{name}"] = mean(columns[name][sources == source])
+            measures[f"preference/{source}/{name}"] = of[name](columns[name][sources == source])
     return measures
 
 
@@ -71,7 +72,7 @@ def lab(model: Artifact, initial_model: Artifact, exam: lab_exam.Exam | None, ru
     load, determinants = runner.load_verified, {"weights": model.key, "exam": asdict(exam), **LIBRARIES}
     measures = runner.store.make_json(
         "evaluation",
-        {"suite": "lab", "initial": initial_model.key, **determinants},
+        {"suite": "lab", "initial": initial_model.key, "shares": "wilson", **determinants},
         lambda: lab_measures.measure(load(model), load(initial_model), runner.tokenizer, exam, seed=0),
     )
     if model.key == initial_model.key:
@@ -112,7 +113,7 @@ def generate(
     return {
         "generate/kl": mean(np.array(kl.kl_to_initial(model, initial_model, prompts, decoding, runner))),
         "generate/tokens": mean(np.array([len(answer["ids"]) for answer in flat])),
-        "generate/ended": mean(np.array([answer["ended"] for answer in flat])),
+        "generate/ended": share(np.array([answer["ended"] for answer in flat])),
     }
 
 
@@ -150,7 +151,7 @@ def win_rate(
     rewards_N2 = reward_model.rewards({"path": path, "revision": revision, "template": template}, pairs, runner)
     gap = rewards_N2[:, 0] - rewards_N2[:, 1]
     wins, longer = share_above(gap), np.array([len(pair.chosen) - len(pair.rejected) for pair in pairs])
-    values = (mean(wins), length_controlled(wins, longer), mean(gap), mean(longer))
+    values = (share(wins), length_controlled(wins, longer), mean(gap), mean(longer))
     return {f"win_rate{name}": measure for name, measure in zip(names, values, strict=True)}
 
 

@@ -1,9 +1,11 @@
 """The laboratory's measures: gold reward, right answers, fillers, exact KL to S, multiple choice, best of n.
 
-A measure is {"value", "low", "high", "n"}: a mean over prompts or items with its 95 % Student interval.
+A measure is {"value", "low", "high", "n"}: a mean over prompts or items with its 95 % Student interval, or a share of
+right ones with Wilson's.
 Shapes: P prompts, K answers per prompt, I items, C choices (the right one first).
 """
 
+from collections.abc import Callable
 from math import comb
 
 import numpy as np
@@ -12,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sdpo.lab import world
 from sdpo.lab.exam import Exam
 from sdpo.model.sampling import encode, kl, response_logp, sample
-from sdpo.stats import Measures, mean
+from sdpo.stats import Measure, Measures, mean, share
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 ANSWER_BATCH = 8  # answers per prompt that are sampled at once: the KV cache of more takes too much memory
@@ -36,12 +38,12 @@ def measure(
     return {
         "lab/gold": mean(gold_P),
         "lab/exact": mean((text_PK == right_P[:, None]).mean(axis=1)),
-        "lab/greedy_exact": mean(right_P == greedy_P),
+        "lab/greedy_exact": share(right_P == greedy_P),
         "lab/fillers": mean(np.char.count(text_PK, world.FILLER).mean(axis=1)),
         "lab/kl": mean(kl_PK.mean(axis=1)),
-        "lab/h4": mean(right_I),
-        **_by_family("lab/gold", exam.prompts, gold_P),
-        **_by_family("lab/h4", [item[0] for item in exam.items], right_I),
+        "lab/h4": share(right_I),
+        **_by_family("lab/gold", exam.prompts, gold_P, mean),
+        **_by_family("lab/h4", [item[0] for item in exam.items], right_I, share),
     }
 
 
@@ -79,6 +81,6 @@ def _multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     return (logp_IC[:, 0] > logp_IC[:, 1:].amax(dim=1)).cpu().numpy()
 
 
-def _by_family(name: str, prompts: list[str], values: np.ndarray) -> Measures:
+def _by_family(name: str, prompts: list[str], values: np.ndarray, measure: Callable[[np.ndarray], Measure]) -> Measures:
     families = np.array([world.family_of(prompt) for prompt in prompts])
-    return {f"{name}/{family}": mean(values[families == family]) for family in world.FAMILIES}
+    return {f"{name}/{family}": measure(values[families == family]) for family in world.FAMILIES}

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sdpo import config, errors
 from sdpo.errors import UserError
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = Path(__file__).parents[1] / "conf"  # a link to conf/, so that an installed package carries it
 MOST_LINES = 4  # for the options of one axis in the overview
 EXAMPLES = """\
 examples
@@ -28,18 +28,28 @@ examples
   python train.py steps.2.optim.lr=1e-6                   another learning rate in step 2
   python train.py experiment=demo plan=true               the steps that exist, those to train, and their cost
 
-python train.py --help loss    explains one axis or key"""
+python train.py --help loss    explains one axis or key; --help arm=ARM shows a file, --help launcher how sweeps run"""
 
 
 def show(names: list[str]) -> str:
-    """All axes on one screen; or one axis, or one section of config.yaml. Raises UserError if the name is unknown."""
+    """All axes on one screen; or one axis, option (arm=...), section of config.yaml, or the launcher of sweeps.
+
+    Raises UserError if the name is unknown.
+    """
     if not names:
         return _overview()
+    group, _, option = names[0].partition("=")
+    if option and group in groups() and option in options(group):
+        return (CONF / group / f"{option}.yaml").read_text().rstrip()
     if names[0] in groups():
         return "\n".join(_option(names[0], option) for option in options(names[0]))
     if names[0] in _sections():
         return _sections()[names[0]]
-    raise UserError(f"there is no help on {names[0]!r}; there is help on {', '.join([*groups(), *_sections()])}")
+    if names[0] in ("launcher", "hydra.launcher"):
+        return (CONF / "hydra" / "launcher" / "arms.yaml").read_text().rstrip()
+    raise UserError(
+        f"there is no help on {names[0]!r}; there is help on {', '.join([*groups(), *_sections(), 'launcher'])}"
+    )
 
 
 def options(group: str) -> list[str]:
@@ -113,8 +123,10 @@ def _overview() -> str:
 
 
 def _option(group: str, option: str) -> str:
-    """The description of an option, then its keys with their comments."""
+    """The description of an option, then its keys with their comments; the files of arms and experiments are long."""
     lines = (CONF / group / f"{option}.yaml").read_text().splitlines()
     comments = [line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line]
+    if group in ("arm", "experiment"):
+        lines = []
     keys = [f"    {line}" for line in lines if line and not line.startswith(("#", "name:", "defaults:", "  - "))]
     return "\n".join([f"{option:<16} {comments[0]}", *keys])

@@ -5,11 +5,12 @@ Hydra hands the runs over in hydra_plugins/arms.py.
 
 import json
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdpo import console, distributed, validate
+from sdpo import console, validate
 from sdpo.config import Settings
 from sdpo.errors import UserError
 from sdpo.launch import forks
@@ -36,7 +37,6 @@ class Sweep:
 def run(sweep: Sweep) -> bool:
     """Execute the runs that are not finished and print the table. Returns False if the sweep was only planned."""
     _check(sweep)
-    distributed.set_threads(1)  # before torch starts; every run then sets its own number
     todo = [one for one in sweep.runs if not one.finished]
     for one in {one.arm: one for one in todo}.values():  # runs of one arm differ in their seed only
         validate.check(one.config)
@@ -44,7 +44,6 @@ def run(sweep: Sweep) -> bool:
         from sdpo.plan import report
 
         report.show(sweep.runs)
-        _leave_nothing(sweep.folder)
         return False
     _prepare(sweep, todo)
     try:
@@ -70,12 +69,16 @@ def refuse_failures(sweep: Sweep) -> None:
         raise UserError(f"{len(failed)} of {len(sweep.runs)} runs failed; the same command retries only these")
 
 
-def _leave_nothing(folder: Path) -> None:
-    """Remove what Hydra wrote for a sweep that was only planned."""
-    if not (folder / "sweep.json").exists():
-        (folder / "multirun.yaml").unlink(missing_ok=True)
-        with suppress(OSError):  # the folder does not exist, or holds other files
-            folder.rmdir()
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """Remove at the end what Hydra wrote for a sweep that was refused or only planned."""
+    try:
+        yield
+    finally:
+        if not (folder / "sweep.json").exists():
+            (folder / "multirun.yaml").unlink(missing_ok=True)
+            with suppress(OSError):  # the folder does not exist, or holds other files
+                folder.rmdir()
 
 
 def _prepare(sweep: Sweep, todo: list[Run]) -> None:

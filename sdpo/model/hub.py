@@ -27,13 +27,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def locate(path: str | None, revision: str | None, on_hub: bool, trust_remote_code: bool = False) -> Path:
     """The folder of a model that was made elsewhere. A repository of the Hub is downloaded first, code only if trusted.
+    A folder that exists is taken even if the model is sought on the Hub.
 
     Raises UserError if there is no such folder or repository, if it lacks config.json or safetensors weights, if the
     weights are quantised, and if it holds an adapter.
     """
     if not path:
         raise UserError("model.path is not set; name a folder (model=local) or a repository (model=hub)")
-    if on_hub:
+    if on_hub and not Path(path).is_dir():
         from huggingface_hub import snapshot_download
 
         _check_repository(path)

@@ -39,7 +39,9 @@ def render(files: RunFiles, t: int) -> str:
     manifest, summary, config, report = files
     data, is_hub = config["data"], config["data"]["name"] == "hub"
     header = {"library_name": "transformers", "tags": ["dpo", "sdpo", "preference-optimization"]}
-    header |= {"base_model": config["model"]["path"]} if config["model"]["name"] == "hub" else {}
+    base = config["model"]
+    if base["name"] == "hub" and not Path(base["path"]).is_absolute():
+        header["base_model"] = base["path"]
     header |= {"datasets": sorted({name.split(":")[0] for name in data["train"]})} if is_hub and data["train"] else {}
     before, after = summary["initial"]["eval"], summary["steps"][t - 1]["eval"]
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)

@@ -50,7 +50,7 @@ class StepSpec:
 
     @property
     def placebo(self) -> str:
-        return self.config.reference["placebo"] if self.reads_reference else "none"
+        return self.config.reference.get("placebo", "none") if self.reads_reference else "none"
 
 
 def determinants(spec: StepSpec, windows: list[dict]) -> dict[str, Any]:

@@ -52,6 +52,13 @@ def test_a_seed_that_left_s_is_named_and_moves_no_median(tmp_path):
     assert tables.medians(folder / "stepwise-s1").empty  # of one seed the mean says all
 
 
+def test_every_measure_that_was_asked_for_is_shown(sweep):
+    table = tables.others(sweep).set_index("measure")
+    assert table.index.tolist() == ["generate/tokens", "generate/ended"]
+    assert list(table) == ["S", "all at once", "stepwise"] and table.notna().all(axis=None)
+    assert tables.others(make_run(sweep.parent / "unasked", answers=False)).empty
+
+
 def test_contrast(sweep):
     row = tables.contrasts(sweep).iloc[0]
     assert row["contrast"] == "stepwise - all at once" and row["seeds"] == 6
@@ -149,6 +156,8 @@ def test_formats(sweep):
     assert "| a_b\\|c | -1.5 ± 0.1 |" in table_format.render(table, "Title", ["note"], "markdown")
     assert r"50 \% \& \{more\} &  \\" in table_format.render(table, "Title", [], "latex")
     assert r"a\_b|c & $-$1.5 $\pm$ 0.1 \\" in table_format.render(table, "Title", [], "latex")
+    models = pd.DataFrame({"reference": ["0.4 M_0 + 0.6 M_12", "M_t"], "of": ["VLLM_0", ""]})
+    assert r"0.4 $M_{0}$ + 0.6 $M_{12}$ & VLLM\_0 \\" in table_format.render(models, "Title", [], "latex")
     lines = table_format.render(table, "Title", [], "text").splitlines()
     assert len({len(line) for line in lines[1:]}) == 1
 
@@ -169,8 +178,13 @@ def say(monkeypatch, capsys):
 def test_latex_compiles(sweep, tmp_path, say, what):
     if not shutil.which("pdflatex"):
         pytest.skip("no pdflatex on the path")
-    (tmp_path / "table.tex").write_text(say(sweep if what == "sweep" else what, "--format", "latex"))
-    compiler = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "table.tex"]
+    table = say(sweep if what == "sweep" else what, "--format", "latex")
+    needed = re.findall(r"\\usepackage\S+?\}", table.splitlines()[0])
+    assert len(needed) == 3 and "documentclass" not in table
+    (tmp_path / "table.tex").write_text(table)
+    document = [r"\documentclass{article}", *needed, r"\begin{document}", r"\input{table}", r"\end{document}"]
+    (tmp_path / "paper.tex").write_text("\n".join(document))
+    compiler = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
     made = subprocess.run(compiler, cwd=tmp_path, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout[-2000:]
     assert "Overfull" not in made.stdout

@@ -192,6 +192,12 @@ def test_hub(monkeypatch):
     assert report["files"][0]["sha256"] != report["files"][1]["sha256"]
 
 
+def test_a_limit_reads_the_first_rows_of_every_file(tmp_path):
+    files = [write(tmp_path / f"{name}.jsonl", ROWS[start:]) for name, start in (("a", 0), ("b", 20))]
+    prompts = [pair.prompt[-1]["content"] for pair in load(*files, held_out_share=0, limit=2).train]
+    assert prompts == [f"Question {i}?" for i in (0, 1, 20, 21)]
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_folders_of_data_sets(tmp_path, monkeypatch, saved):
     import datasets

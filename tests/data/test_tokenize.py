@@ -179,6 +179,13 @@ def test_a_prompt_that_is_not_how_the_conversation_begins(tokenizer):
     assert note.startswith("2 answers follow their prompt directly, because the template begins")
 
 
+def test_pairs_that_are_left_out_or_cut_are_told(tokenizer):
+    pairs = [pair(id=str(n), prompt="Why?" * n) for n in (1, 2, 50, 60)]
+    for on_long, note in (("drop", "2 pairs were left out"), ("truncate_prompt", "2 pairs were shortened")):
+        _, report = tokens(pairs, tokenizer, max_tokens=60, on_long=on_long)
+        assert [said.startswith(note) for said in report["notes"]] == [True]
+
+
 def test_a_template_that_reads_the_clock_reads_the_date_that_is_set():
     own = byte_tokenizer()
     own.chat_template = "{{ strftime_now('%d %b %Y') }}: " + CHATML

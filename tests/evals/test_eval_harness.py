@@ -109,8 +109,8 @@ def test_scores_equal_those_of_the_command_line(stories, real_data, task, tmp_pa
     for metric in ("acc", "acc_norm"):
         measure = ours[f"{task}/{metric}"]
         assert measure["value"] == theirs[f"{metric},none"] and measure["n"] == 60
-        half = stats.t.ppf(0.975, 59) * theirs[f"{metric}_stderr,none"]
-        assert measure["high"] == pytest.approx(measure["value"] + half, rel=1e-12)
+        share = stats.binomtest(round(60 * measure["value"]), 60).proportion_ci(method="wilson")
+        assert (measure["low"], measure["high"]) == pytest.approx((share.low, share.high), rel=1e-9)
 
 
 def test_stored_scores_depend_on_model_tokenizer_and_data(toy, tmp_path, real_data, monkeypatch):
@@ -140,7 +140,7 @@ def test_h4_is_the_mean_of_its_four(stories, real_data):
     four = [measures[f"h4/{task}"] for task in eval_harness.H4]
     assert [measure["n"] for measure in four] == [2, 2, 57 * 2, 2] and measures["h4"]["n"] == 120
     assert measures["h4"]["value"] == pytest.approx(sum(measure["value"] for measure in four) / 4, rel=1e-15)
-    half = math.sqrt(sum((measure["high"] - measure["value"]) ** 2 for measure in four)) / 4
+    half = math.sqrt(sum((measure["low"] - measure["value"]) ** 2 for measure in four)) / 4
     assert measures["h4"]["low"] == pytest.approx(measures["h4"]["value"] - half, rel=1e-12)
     assert measures["h4/mmlu"]["version"].startswith("mmlu 2, lm-eval 0.")
     json.dumps(measures, allow_nan=False)

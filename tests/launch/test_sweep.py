@@ -140,6 +140,13 @@ def multirun(toy, tmp_path, monkeypatch):
     return start
 
 
+def test_a_key_of_swept_options_is_given_to_each(multirun):
+    planned = multirun("split=random,stratified", "split.num_chunks=3", "plan=true")
+    output, error = planned.communicate()
+    assert planned.returncode == 0, error
+    assert all(f"step 3 of split={split}" in output for split in ("random", "stratified"))
+
+
 def test_a_run_that_fails_is_named_and_it_alone_is_done_again(multirun, toy, tmp_path):
     arms = ["data.train=[a.jsonl]", "data.train=[later/a.jsonl]"]
     overrides = ["data.train=[a.jsonl],[later/a.jsonl]", f"+hydra.launcher.contrasts.files={json.dumps(arms)}"]

@@ -18,6 +18,10 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_a_folder_is_taken_even_if_the_model_is_sought_on_the_hub(toy):
+    assert hub.locate(str(toy / "model"), None, on_hub=True) == toy / "model"
+
+
 def locate(folder):
     return hub.locate(str(folder), None, on_hub=False)
 

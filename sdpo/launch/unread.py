@@ -1,0 +1,52 @@
+"""Settings of a command that nothing would read. They are refused: two equal runs would look like two results."""
+
+from collections.abc import Mapping, Sequence
+
+from omegaconf import DictConfig, OmegaConf
+
+from sdpo.errors import UserError
+
+OF_SWEEPS = ("hydra.launcher.", "hydra.sweep.", "hydra.sweeper.")
+OF_SINGLE_RUNS = ("hydra.run.",)
+
+
+def refuse(runs: Mapping[str, tuple[DictConfig, Sequence[str]]]) -> None:
+    """Raise UserError if these runs do not read a setting that their overrides give; the runs are arm -> (what Hydra
+    composed, overrides).
+
+    In a sweep some arms may ignore a setting that others read, but not one that is swept.
+    """
+    given = [
+        (job, dict(override.lstrip("+").partition("=")[::2] for override in job_s)) for job, job_s in runs.values()
+    ]
+    for key, (reads, instead) in READERS.items():
+        values = [settings[key] for _, settings in given if key in settings]
+        unread = [job for job, settings in given if key in settings and not reads(job)]
+        if unread and (len(unread) == len(values) or len(set(values)) > 1):
+            raise UserError(f"{key}={values[0]} is read by nothing here: {instead}")
+
+
+def refuse_launcher(hydra: DictConfig, is_sweep: bool) -> None:
+    """Raise UserError if a single run is given a setting of sweeps, or a sweep one of single runs."""
+    keys = [override.lstrip("+~").partition("=")[0] for override in hydra.overrides.hydra]
+    if wrong := [key for key in keys if key.startswith(OF_SINGLE_RUNS if is_sweep else OF_SWEEPS)]:
+        what, instead = ("a sweep", "hydra.sweep.dir") if is_sweep else ("a single run", "-m, which makes it a sweep")
+        raise UserError(f"{wrong[0]} is not read by {what}: use {instead}")
+
+
+def _reads_t(job: DictConfig) -> bool:
+    return "${T}" in OmegaConf.to_yaml(job)
+
+
+def _reads_score(job: DictConfig) -> bool:
+    from sdpo.curriculum import chunking  # here, because it imports numpy and torch, which take seconds
+
+    return chunking.bind_split(OmegaConf.to_container(job.split, resolve=True)).needs_scores  # type: ignore[arg-type]
+
+
+# What a command may set -> whether a run reads it, and what to do if it does not.
+READERS = {
+    "T": (_reads_t, "set split.num_chunks (or split.num), or choose an arm that reads T, as easy_to_hard does"),
+    "data.limit": (lambda job: job.data.name != "lab", "the laboratory has data.lab.sources.NAME.num_pairs"),
+    "score": (_reads_score, "leave score out, or choose split=easy_to_hard, split.keep below 1 or split.within=score"),
+}

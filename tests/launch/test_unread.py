@@ -1,0 +1,32 @@
+"""What no run of a command reads is refused; what some arms read may be given to all."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from sdpo.errors import UserError
+from sdpo.launch import unread
+
+
+def job(reads_t):
+    return OmegaConf.create({"T": 2, "split": {"name": "random", "num_chunks": "${T}" if reads_t else 2}})
+
+
+def test_t_is_refused_where_it_makes_equal_runs():
+    reader, other = job(reads_t=True), job(reads_t=False)
+    unread.refuse({"easy": (reader, ["arm=easy", "T=3"]), "plain": (other, ["arm=plain", "T=3"])})
+    unread.refuse({"easy T=3": (reader, ["T=3"]), "easy T=4": (reader, ["T=4"])})
+    unread.refuse({"plain": (other, ["arm=plain"])})
+    with pytest.raises(UserError, match="T=3 is read by nothing here: set split.num_chunks"):
+        unread.refuse({"plain": (other, ["arm=plain", "T=3"])})
+    with pytest.raises(UserError, match="T=3 is read by nothing here"):  # two rows with different names, but one result
+        unread.refuse({f"{arm} T={t}": (one, [f"T={t}"]) for arm, one in (("e", reader), ("p", other)) for t in (3, 4)})
+
+
+@pytest.mark.parametrize("split", [{"name": "easy_to_hard"}, {"name": "random", "num_chunks": 2, "keep": 0.5}])
+def test_a_score_is_read_where_pairs_are_sorted_or_dropped(split):
+    unread.refuse({"": (OmegaConf.create({"split": split}), ["score=gamma"])})
+
+
+def test_a_score_is_refused_where_none_is_read():
+    with pytest.raises(UserError, match="score=gamma is read by nothing here"):
+        unread.refuse({"": (job(reads_t=False), ["score=gamma"])})
