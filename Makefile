@@ -6,6 +6,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist
 .PHONY: demo test test-all lint
 demo: .venv/ready
 	$(BIN)/python train.py experiment=demo
+	@echo "next: source .venv/bin/activate, then python train.py --help"
 
 test: lint
 	$(PYTEST) -m "not slow"

@@ -128,14 +128,14 @@ ASKED = blocks("""
 logprobs
     113e28bbad71332f22f5d4e7d0a6bc82484a4d3725b2b8bccabfdd081a821501
 evaluation lab
-    2380fbc09c7be21f689de79e40276e1935dfb5551a6d01dadc7dc81792dbecb4
-    f097160983fa935389410ba9d3880222d2e867c7edf1beb5d97fa5b3b1c1998f
+    b0c5e87ae22a546a2c5ae01a445e0b99a4e1e8fbaa45909b1f0780b83f09c32c
+    e127d73cacd3f153bd2fc5b08ba1cce9c525d074261f433cc970f956ac91cc84
 evaluation best_of_n
     82bc427aef0ca0139fa65cc98a1ed5014de2418937b2faba15034bb26172ba0a
 evaluation h4
-    5a39662539be0c17bd5422b197a87547b542084c3b53a9a652e08b975a77c097
+    573b94e7481ee642000583aeebbdb7d8d329f131ce17d4bde78a6de9106e6182
 evaluation benchmark
-    349323203612371abbc23f8167b51ce345a01580770834690892f50e3b779d4f
+    a1b3d1d5d049abaf8032f938bec6ebe1948fa8fdd8127c81fa21111e9fbb80a4
 answers
     2938a6ece0418f8550a890cb6b63605c58a2a095227aa96317a53c9c92cdc5cc
 evaluation divergence
@@ -154,9 +154,9 @@ pairs
 DETERMINANTS = """
 answers decoding device precision prompts template tokenizer torch transformers weights
 evaluation answers device initial precision suite torch transformers weights
-evaluation asking batch_size device limit lm_eval local precision ranks suite tasks tokenizer weights
-evaluation batch_size device limit lm_eval local precision suite tokenizer weights
-evaluation exam initial suite torch transformers weights
+evaluation asking batch_size device limit lm_eval local precision ranks shares suite tasks tokenizer weights
+evaluation batch_size device limit lm_eval local precision shares suite tokenizer weights
+evaluation exam initial shares suite torch transformers weights
 evaluation exam suite torch transformers weights
 logprobs attention compile device precision rows weights
 mean weights
@@ -187,24 +187,23 @@ steps/1
     chat_template.jinja manifest.json model.safetensors probes.parquet reference.parquet train.json
 config.yaml
     T data data.columns data.held_out data.held_out_share data.lab data.lab.num_demonstrations data.lab.num_held_out
-    data.lab.num_items data.lab.num_prompts data.lab.num_samples data.lab.prompts data.lab.sources data.max_tokens
-    data.name data.nominal data.on_bad_row data.on_long data.revisions data.seed data.source_from data.template
-    data.template_date data.train deepspeed deepspeed.offload deepspeed.stage evaluate evaluate.generate
-    evaluate.generate.batch_size evaluate.generate.file evaluate.generate.max_new_tokens evaluate.generate.name
-    evaluate.generate.preset evaluate.generate.seed evaluate.generate.temperature evaluate.generate.top_p
-    evaluate.preference evaluate.preference.name launch
-    launch.attention launch.checkpoint_minutes launch.compile launch.device launch.memory launch.nodes launch.ranks
-    launch.recompute_activations launch.threads launch.timeout_minutes launch.tokens_per_pack loss
-    loss.beta loss.label_smoothing loss.name
-    model model.device model.lab model.lab.heads model.lab.layers model.lab.width model.lr model.name
-    model.parameters model.path model.revision model.seed model.sft model.template model.trust_remote_code optim
-    optim.betas optim.clip optim.epochs optim.lr optim.moments optim.pairs_per_update optim.schedule
-    optim.schedule_over optim.warmup optim.weight_decay plan precision probe probe.every record record.every
-    record.mode record.project record.wandb reference reference.name reference.placebo rounds rounds.answers
-    rounds.batch_size rounds.judge rounds.max_new_tokens rounds.name rounds.path rounds.revision rounds.share
-    rounds.temperature rounds.template save_dtype score score.model
-    score.name seed split split.disjoint_prompts split.equal split.keep split.level split.measure split.name
-    split.num_chunks split.within start steps tune tune.name
+    data.lab.num_items data.lab.num_prompts data.lab.num_samples data.lab.prompts data.lab.sources data.limit
+    data.max_tokens data.name data.nominal data.on_bad_row data.on_long data.revisions data.seed data.source_from
+    data.template data.template_date data.train deepspeed deepspeed.offload deepspeed.stage evaluate
+    evaluate.generate evaluate.generate.batch_size evaluate.generate.file evaluate.generate.max_new_tokens
+    evaluate.generate.name evaluate.generate.preset evaluate.generate.seed evaluate.generate.temperature
+    evaluate.generate.top_p evaluate.preference evaluate.preference.name launch launch.attention
+    launch.checkpoint_minutes launch.compile launch.device launch.memory launch.nodes launch.ranks
+    launch.recompute_activations launch.threads launch.timeout_minutes launch.tokens_per_pack loss loss.beta
+    loss.label_smoothing loss.name model model.device model.lab model.lab.heads model.lab.layers model.lab.width
+    model.lr model.name model.parameters model.path model.revision model.seed model.sft model.template
+    model.trust_remote_code optim optim.betas optim.clip optim.epochs optim.lr optim.moments optim.pairs_per_update
+    optim.schedule optim.schedule_over optim.warmup optim.weight_decay plan precision probe probe.every record
+    record.every record.mode record.project record.wandb reference reference.name reference.placebo rounds
+    rounds.answers rounds.batch_size rounds.judge rounds.max_new_tokens rounds.name rounds.path rounds.revision
+    rounds.share rounds.temperature rounds.template save_dtype score score.model score.name seed split
+    split.disjoint_prompts split.equal split.keep split.level split.measure split.name split.num_chunks split.within
+    start steps tune tune.name
 manifest.json
     arm choices choices.split command git git.commit git.diff git.dirty machine machine.cores machine.cpu machine.gpus
     machine.system model_key run seed steps steps.gamma_ref_mean steps.key steps.num_pairs steps.reused steps.sources

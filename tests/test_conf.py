@@ -141,8 +141,13 @@ def test_the_configuration_is_shown_without_importing_anything_heavy():
     assert not re.search(r"\| +(torch|transformers|numpy|wandb)$", shown.stderr, re.MULTILINE)
 
 
+def test_the_table_of_options_is_the_one_that_help_makes():
+    assert (CHECKOUT / "docs" / "options.md").read_text() == help.markdown() + "\n"
+
+
 def readme_commands():
-    text = (CHECKOUT / "README.md").read_text().replace("\\\n", " ")
+    pages = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
     found = re.findall(r"`(python train\.py .*?)`|^ +(python train\.py(?!.* --help).*)", text, re.MULTILINE)
     return [inline or line for inline, line in found]
 

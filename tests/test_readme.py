@@ -13,7 +13,8 @@ from runs import make_sweep
 
 from sdpo.run import model_card
 
-README, CONTRIBUTING = ((CHECKOUT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+README, CONTRIBUTING = "\n".join(page.read_text() for page in PAGES), (CHECKOUT / "CONTRIBUTING.md").read_text()
 CODE = ("sdpo", "analysis", "hydra_plugins")
 
 
@@ -75,6 +76,19 @@ def test_the_tree_of_contributing_names_every_file_of_the_code():
             listed.append("".join(folders))
     files = [file for folder in CODE for file in (CHECKOUT / folder).rglob("*.py") if file.name != "__init__.py"]
     assert sorted(listed) == sorted(["train.py", *(str(file.relative_to(CHECKOUT)) for file in files)])
+
+
+def test_the_readme_is_short_and_no_link_of_a_page_is_dead():
+    assert len(PAGES[0].read_text().splitlines()) <= 220
+    pages = [*PAGES, CHECKOUT / "CONTRIBUTING.md", CHECKOUT / "CHANGELOG.md"]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text())]
+    own = [(page.parent / link) for page, link in links if not link.startswith("https://")]
+    assert len(own) > 3 and [path for path in own if not path.is_file()] == []
+
+
+def test_continuous_integration_runs_what_a_submission_must_pass():
+    jobs = yaml.safe_load((CHECKOUT / ".github/workflows/ci.yml").read_text())["jobs"]
+    assert jobs["test"]["steps"][-1]["run"] == ".ci/run" and (CHECKOUT / ".ci/run").is_file()
 
 
 def test_every_file_that_a_text_names_exists():

@@ -38,6 +38,8 @@ def show(names: list[str]) -> str:
     """
     if not names:
         return _overview()
+    if names[0] == "markdown":
+        return markdown()
     group, _, option = names[0].partition("=")
     if option and group in groups() and option in options(group):
         return (CONF / group / f"{option}.yaml").read_text().rstrip()
@@ -50,6 +52,21 @@ def show(names: list[str]) -> str:
     raise UserError(
         f"there is no help on {names[0]!r}; there is help on {', '.join([*groups(), *_sections(), 'launcher'])}"
     )
+
+
+def markdown() -> str:
+    """All axes, their options and the keys of config.yaml as Markdown: the content of docs/options.md."""
+    parts = [
+        "# All axes and options",
+        "Made by `python train.py --help markdown`; the option in bold is the default.",
+    ]
+    for group, default in groups().items():
+        rows = [(option, _option(group, option).splitlines()[0][len(option) :].strip()) for option in options(group)]
+        marked = [(f"**{o}**" if o == default.strip('"[]') else o, said.replace("|", "\\|")) for o, said in rows]
+        table = "\n".join(["| option | |", "|---|---|", *(f"| {option} | {said} |" for option, said in marked)])
+        parts += [f"## {group}", table]
+    sections = "\n".join(_sections().values())
+    return "\n\n".join([*parts, "## Keys of config.yaml", f"```yaml\n{sections}\n```"])
 
 
 def options(group: str) -> list[str]:
