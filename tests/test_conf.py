@@ -148,7 +148,7 @@ def test_the_table_of_options_is_the_one_that_help_makes():
 def readme_commands():
     pages = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
-    found = re.findall(r"`(python train\.py .*?)`|^ +(python train\.py(?!.* --help).*)", text, re.MULTILINE)
+    found = re.findall(r"`(python train\.py (?!--help).*?)`|^ +(python train\.py(?!.* --help).*)", text, re.MULTILINE)
     return [inline or line for inline, line in found]
 
 
