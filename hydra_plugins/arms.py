@@ -68,8 +68,11 @@ class Arms(Launcher):
         """Return the configuration of a run. Runs that differ only in the seed share one object, with the last seed."""
         from sdpo.launch import sweep
 
-        with sweep.nothing_left(Path(self.config.hydra.sweep.dir)):
+        try:
             config = self.compose(tuple(override for override in overrides if not override.startswith(SEED)))
+        except Exception:
+            sweep.leave_nothing(Path(self.config.hydra.sweep.dir))
+            raise
         config.seed = next((o.removeprefix(SEED) for o in reversed(overrides) if o.startswith(SEED)), self.config.seed)
         return config
 
@@ -80,7 +83,7 @@ class Arms(Launcher):
         folder = Path(self.config.hydra.sweep.dir).absolute()
         commands: dict[str, tuple[DictConfig, list[str]]] = {}
         runs = {}  # by folder, so that a run is done once even if it was asked for twice
-        with sweep.nothing_left(folder):
+        try:
             distributed.set_threads(1)  # before torch starts; every run then sets its own number
             unread.refuse_launcher(self.config.hydra, is_sweep=True)
             for overrides, arm in zip(job_overrides, run_folder.labels(job_overrides), strict=True):
@@ -91,6 +94,8 @@ class Arms(Launcher):
             unread.refuse(commands)
             asked = sweep.Sweep(folder, list(runs.values()), list(self.config.hydra.overrides.task), **self.settings)
             is_done = sweep.run(asked)
+        finally:
+            sweep.leave_nothing(folder)
         if is_done:
             from analysis import report  # here, because the runs do not need its libraries
 

@@ -61,11 +61,8 @@ class Store:
         here = checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
         self.root = Path(root or os.environ.get("SDPO_STORE") or here / "store").resolve()
         there = next(path for path in (self.root, *self.root.parents) if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise UserError(
-                f"steps are to be stored in {self.root}, but {there} is no folder that can be written to; "
-                "set SDPO_STORE to another folder"
-            )
+        if not there.is_dir():
+            raise UserError(f"{there} is a file, and steps are stored in folders; set SDPO_STORE to a folder")
 
     def folder(self, kind: str, key: str) -> Path:
         """Return the folder of an artifact, whether it exists or not."""

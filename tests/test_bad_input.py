@@ -82,8 +82,8 @@ SETTINGS = {
         "write 'data.train=[\"ä/b.jsonl\",a.jsonl]'",
     ),
     "a folder without quotes": (["hydra.run.dir=läuf"], "hydra.run.dir=läuf has letters outside ASCII"),
-    "T that nothing reads": (["T=3"], "T=3 is read by nothing here: set split.num_chunks"),
-    "a score that nothing reads": (["score=length_gap"], "score=length_gap is read by nothing here: leave score out"),
+    "T that nothing reads": (["T=3"], "this run does not read T=3: set split.num_chunks"),
+    "a score that nothing reads": (["score=length_gap"], "this run does not read score=length_gap: leave score out"),
     "a cluster without a sweep": (
         ["hydra.launcher.backend=slurm"],
         "hydra.launcher.backend is not read by a single run: use -m, which makes it a sweep",
@@ -94,7 +94,7 @@ SETTINGS = {
     ),
     "rows of the laboratory": (
         ["data=lab", "model=lab", "data.limit=5"],
-        "data.limit=5 is read by nothing here: the lab",
+        "this run does not read data.limit=5: the lab",
     ),
     "a key of another option": (["split.num_chunks=3"], "sdpo.variants.split.all_at_once: unknown key num_chunks"),
     "no sweep": (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),

@@ -180,3 +180,10 @@ def test_a_model_made_elsewhere_is_known_by_all_that_it_carries(tmp_path):
         (tmp_path / name).write_text(f"another {name}")
         assert fingerprint(tmp_path) != known, name
         known = fingerprint(tmp_path)
+
+
+def test_a_file_in_place_of_the_store_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "file" / "store"))
+    with pytest.raises(UserError, match="file is a file, and steps are stored in folders; set SDPO_STORE to a folder"):
+        Store()

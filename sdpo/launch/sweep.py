@@ -5,8 +5,7 @@ Hydra hands the runs over in hydra_plugins/arms.py.
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,16 +68,12 @@ def refuse_failures(sweep: Sweep) -> None:
         raise UserError(f"{len(failed)} of {len(sweep.runs)} runs failed; the same command retries only these")
 
 
-@contextmanager
-def nothing_left(folder: Path) -> Iterator[None]:
-    """Remove at the end what Hydra wrote for a sweep that was refused or only planned."""
-    try:
-        yield
-    finally:
-        if not (folder / "sweep.json").exists():
-            (folder / "multirun.yaml").unlink(missing_ok=True)
-            with suppress(OSError):  # the folder does not exist, or holds other files
-                folder.rmdir()
+def leave_nothing(folder: Path) -> None:
+    """Remove what Hydra wrote for a sweep that was refused or only planned."""
+    if not (folder / "sweep.json").exists():
+        (folder / "multirun.yaml").unlink(missing_ok=True)
+        with suppress(OSError):  # the folder does not exist, or holds other files
+            folder.rmdir()
 
 
 def _prepare(sweep: Sweep, todo: list[Run]) -> None:

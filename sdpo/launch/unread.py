@@ -16,14 +16,17 @@ def refuse(runs: Mapping[str, tuple[DictConfig, Sequence[str]]]) -> None:
 
     In a sweep some arms may ignore a setting that others read, but not one that is swept.
     """
-    given = [
-        (job, dict(override.lstrip("+").partition("=")[::2] for override in job_s)) for job, job_s in runs.values()
-    ]
     for key, (reads, instead) in READERS.items():
-        values = [settings[key] for _, settings in given if key in settings]
-        unread = [job for job, settings in given if key in settings and not reads(job)]
-        if unread and (len(unread) == len(values) or len(set(values)) > 1):
-            raise UserError(f"{key}={values[0]} is read by nothing here: {instead}")
+        given = {arm: value for arm, (_, overrides) in runs.items() if (value := _value(key, overrides)) is not None}
+        unread = [arm for arm in given if not reads(runs[arm][0])]
+        if unread and (len(unread) == len(given) or len(set(given.values())) > 1):
+            who = f"the arm {unread[0]!r}" if len(runs) > 1 else "this run"
+            raise UserError(f"{who} does not read {key}={given[unread[0]]}: {instead}")
+
+
+def _value(key: str, overrides: Sequence[str]) -> str | None:
+    """The value that the overrides give to a key; None if they do not."""
+    return next((value for name, _, value in (o.lstrip("+").partition("=") for o in overrides) if name == key), None)
 
 
 def refuse_launcher(hydra: DictConfig, is_sweep: bool) -> None:

@@ -16,9 +16,11 @@ def test_t_is_refused_where_it_makes_equal_runs():
     unread.refuse({"easy": (reader, ["arm=easy", "T=3"]), "plain": (other, ["arm=plain", "T=3"])})
     unread.refuse({"easy T=3": (reader, ["T=3"]), "easy T=4": (reader, ["T=4"])})
     unread.refuse({"plain": (other, ["arm=plain"])})
-    with pytest.raises(UserError, match="T=3 is read by nothing here: set split.num_chunks"):
+    with pytest.raises(UserError, match="this run does not read T=3: set split.num_chunks"):
         unread.refuse({"plain": (other, ["arm=plain", "T=3"])})
-    with pytest.raises(UserError, match="T=3 is read by nothing here"):  # two rows with different names, but one result
+    with pytest.raises(
+        UserError, match="the arm 'p T=3' does not read T=3"
+    ):  # two rows with different names, but one result
         unread.refuse({f"{arm} T={t}": (one, [f"T={t}"]) for arm, one in (("e", reader), ("p", other)) for t in (3, 4)})
 
 
@@ -28,5 +30,5 @@ def test_a_score_is_read_where_pairs_are_sorted_or_dropped(split):
 
 
 def test_a_score_is_refused_where_none_is_read():
-    with pytest.raises(UserError, match="score=gamma is read by nothing here"):
+    with pytest.raises(UserError, match="this run does not read score=gamma"):
         unread.refuse({"": (job(reads_t=False), ["score=gamma"])})
