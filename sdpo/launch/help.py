@@ -28,7 +28,7 @@ examples
   python train.py steps.2.optim.lr=1e-6                   another learning rate in step 2
   python train.py experiment=demo plan=true               the steps that exist, those to train, and their cost
 
-python train.py --help loss    explains one axis or key; --help arm=ARM shows a file, --help launcher how sweeps run"""
+python train.py --help loss    explains an axis or key; --help arm=NAME its file; --help launcher sweeps"""
 
 
 def show(names: list[str]) -> str:
