@@ -36,6 +36,17 @@ def stories(real_data):
     return eval_harness.DistributedHFLM(hub.load(folder), hub.load_tokenizer(folder), batch_size=16)
 
 
+def test_a_share_of_items_has_wilson_s_interval_and_a_mean_student_s():
+    # 1 of 5 right: lm-eval's standard error sqrt(.2 * .8 / 4) is .2; a mean of other numbers has a smaller one
+    found = {"sample_len": 5, "acc,none": 0.2, "acc_stderr,none": 0.2, "mc2,none": 0.2, "mc2_stderr,none": 0.1}
+    given = {"results": {"task": found}, "versions": {"task": 1}, "n-shot": {"task": 0}}
+    scores = eval_harness._measures(given, eval_harness.Asking())["task"]
+    share = stats.binomtest(1, 5).proportion_ci(method="wilson")
+    assert (scores["acc"]["low"], scores["acc"]["high"]) == pytest.approx((share.low, share.high))
+    half = 2.776445 * 0.1  # t(.975, 4)
+    assert (scores["mc2"]["low"], scores["mc2"]["high"]) == pytest.approx((0.2 - half, 0.2 + half), rel=1e-6)
+
+
 def command_line(model, data, task, place, *options):
     """The results and samples of the `lm_eval` command for a task whose rows `datasets` reads from the same files."""
     definition, splits = SPLITS[task]
