@@ -162,6 +162,9 @@ def test_page_in_a_browser(page, sweep, tmp_path):
             assert tab.evaluate(
                 "[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().width > 300)"
             )
+            if file == page:  # what the contrasts come to is seen without scrolling
+                heads = "[...document.querySelectorAll('th')].filter(h => h.textContent == 'difference')"
+                assert 0 < tab.evaluate(f"{heads}[0].getBoundingClientRect().right") <= width
             names = "[...document.querySelectorAll('td:first-child')].filter(c => !c.textContent.includes(' '))"
             assert tab.evaluate(f"{names}.every(c => c.getBoundingClientRect().height < 50)"), "a name is one line"
             assert tab.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 16
