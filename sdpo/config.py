@@ -259,11 +259,8 @@ def sentence(error: OmegaConfBaseException, root: str = "the configuration") -> 
     if isinstance(error, AttributeError | KeyError) and error.parent_node is not None:
         parent = error.parent_node._get_full_key(None) or root
         similar = _inner_keys(error.parent_node, error.full_key) if parent == root else []
-        exists = (
-            f"did you mean {' or '.join(similar)}?"
-            if similar
-            else f"{parent} has {', '.join(error.parent_node) or 'none'}"
-        )
+        keys = ", ".join(error.parent_node) or "none"
+        exists = f"did you mean {' or '.join(similar)}?" if similar else f"{parent} has {keys}"
         return f"unknown key {error.full_key}; {exists}"
     if "is not a ListConfig" in str(error):
         return f"{error.full_key} is a list; write '{error.full_key}=[...]'"

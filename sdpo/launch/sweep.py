@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdpo import console, validate
+from sdpo import console, distributed, validate
 from sdpo.config import Settings
 from sdpo.errors import UserError
 from sdpo.launch import forks
