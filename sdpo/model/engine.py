@@ -80,8 +80,10 @@ class Plain:
     def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
         """A copy of the trained weights (of all weights if none is trained): whole, fp32, on the host, by name.
 
-        If the masters are divided over the ranks, only rank 0 gets the weights unless `everywhere` is set.
+        Only rank 0 gets them unless `everywhere` is set.
         """
+        if not (everywhere or distributed.is_main()):
+            return {}
         full = self.masters or dict(self.scorer.named_parameters())
         return {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in full.items()}
 

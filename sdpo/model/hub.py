@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +128,17 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return key_of("tokenizer", {"backend": backend, "special": special, "template": tokenizer.chat_template})
 
 
-def load(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder: fp32, in eval mode, with its own attention.
+def load(folder: Path, trust_remote_code: bool = False, as_stored: bool = False) -> PreTrainedModel:
+    """The model of a folder in eval mode, with its own attention: in fp32, or in bf16 if it is wanted `as_stored` so.
 
+    Weights in the dtype of their file are mapped into memory and not copied: all processes of a machine share them.
     Raises UserError if its files are damaged, lack weights, which transformers would initialise at random, have others
     that it would ignore, or hold a number that is not finite.
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.float32,
+            dtype=torch.bfloat16 if as_stored and _dtypes(folder) == {"BF16"} else torch.float32,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -193,8 +195,19 @@ def save(
 
 def count_weights(folder: Path) -> int:
     """The number of weights in a model's files. Reads only the files' headers."""
-    total = 0
+    return sum(math.prod(header.get_shape()) for header in _headers(folder))
+
+
+def _dtypes(folder: Path) -> set[str]:
+    """The dtypes of a model's files, in safetensors' names. Raises UserError if a file cannot be read."""
+    try:
+        return {header.get_dtype() for header in _headers(folder)}
+    except SafetensorError as error:
+        raise UserError(f"{folder} cannot be loaded: its weights are damaged ({error})") from error
+
+
+def _headers(folder: Path) -> Iterator[Any]:
+    """What safetensors knows of each tensor of a model without reading it: shape and dtype."""
     for path in weight_files(folder):
         with safe_open(path, framework="np") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total
+            yield from (file.get_slice(name) for name in file.keys())  # noqa: SIM118

@@ -3,6 +3,7 @@
 import gc
 import os
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from sdpo import config, distributed
+from sdpo.model.hub import DTYPES, cast
 from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import Pack
 from sdpo.model.parameters import adamw, temporarily_add, trained_parameters
@@ -42,17 +44,21 @@ class Zero:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.stage: int | None = settings.stage
         trained = trained_parameters(scorer)
-        exact = {name: p.detach().clone() for name, p in trained.items()} if precision == "bf16" else None
+        # DeepSpeed makes its masters from the bf16 cast: they are replaced by the fp32 weights that were loaded.
+        exact = {name: p.detach() for name, p in trained.items() if p.dtype != DTYPES[precision] == torch.bfloat16}
+        deepspeed_config = _zero_config(optim, precision, settings)
+        if settings.stage == 3:
+            deepspeed.zero.Init(module=_InTurn(scorer, device, DTYPES[precision]), config_dict_or_path=deepspeed_config)
         self.module, wrapped, _, _ = deepspeed.initialize(
-            model=scorer,
+            model=cast(scorer, device, DTYPES[precision]),
             optimizer=adamw(list(trained.values()), optim) if trained else None,
-            config=_zero_config(optim, precision, settings),
+            config=deepspeed_config,
         )
         self.scorer, self.part = scorer, distributed.rank()
         if trained:
             self.zero, self.optimizer = wrapped, wrapped.optimizer
         self.module.training = scorer.training  # the wrapper's own train() and eval() do not set this flag
-        if exact:  # DeepSpeed makes its masters from the bf16 cast: replace them by the fp32 weights that were loaded
+        if exact:
             self.set_weights(exact)
 
     def forward(self, pack: Pack) -> ChosenRejected:
@@ -133,6 +139,19 @@ class Zero:
         for owner in (self.module.optimizer, self.module, self):
             vars(owner).clear()
         gc.collect()
+
+
+class _InTurn(nn.Module):
+    """A scorer whose parameters are moved and cast just before DeepSpeed divides them, so that only one is whole."""
+
+    def __init__(self, scorer: Scorer, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.scorer, self.device, self.dtype = scorer, device, dtype
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        for param in self.scorer.parameters():
+            param.data = param.data.to(self.device, self.dtype, copy=True)
+            yield param
 
 
 def _zero_config(optim: config.Optim, precision: str, settings: config.Deepspeed) -> dict[str, Any]:

@@ -56,14 +56,14 @@ class Runner:
         if self._engine and self._loaded == model.key:
             return self._engine
         self._start_loading(model)
-        return self._open(model, self.load_plain(model).requires_grad_(False), self.config)
+        return self._open(model, self._load_as_stored(model).requires_grad_(False), self.config)
 
     def load_to_train(self, spec: StepSpec) -> Engine:
         """A new engine with a new optimiser, at the bytes of the step's start."""
         adapter = bind(tune, spec.config.tune)()
         if adapter is None:
             self._start_loading(spec.start)
-            return self._open(spec.start, self.load_plain(spec.start).requires_grad_(True), spec.config)
+            return self._open(spec.start, self._load_as_stored(spec.start).requires_grad_(True), spec.config)
         adapted = adapters.spec_for(adapter, spec.start, spec.history)
         self._start_loading(*{spec.start, adapted.base})
         self._adapter = adapted
@@ -78,6 +78,10 @@ class Runner:
     def load_plain(self, model: Artifact) -> PreTrainedModel:
         """The model in fp32 on the CPU, without an engine; the present engine stays as it is."""
         return hub.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
+
+    def _load_as_stored(self, model: Artifact) -> PreTrainedModel:
+        """The model for an engine, which casts it."""
+        return hub.load(model.folder, self.config.model.trust_remote_code, as_stored=True)
 
     def load_verified(self, model: Artifact) -> PreTrainedModel:
         """As `load_plain`, but UserError if the folder no longer holds the weights that the key names."""

@@ -160,19 +160,23 @@ def test_the_rank_is_part_of_the_key(run):
     assert len(keys) == 2
 
 
+def check_two_ranks(one, two, stage):
+    """Run `one` again in the folder `two`, on two ranks at a ZeRO stage, with the same losses. Returns the folder."""
+    settings = config.load(one / "config.yaml")
+    settings.launch.ranks, settings.deepspeed.stage = 2, stage
+    run_folder.Run(settings, two, choices={}, arm="two").prepare()
+    launch.run(settings, two)
+    losses = [[entry["loss"] for entry in read_lines(folder, "train")] for folder in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    return two
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, 1, 2, 3])
 def test_two_ranks_train_the_same_adapters_at_every_zero_stage(run, tmp_path, stage):
     overrides = [*LORA, *CHAINS["stack whole"], "split=random", "split.num_chunks=2", "launch.device=cpu"]
     overrides += ["reference=mixed", "reference.alpha=0.6", "reference.updates=3"]
-    one = run(*overrides)
-    settings = config.load(one / "config.yaml")
-    settings.launch.ranks, settings.deepspeed.stage = 2, stage
-    two = tmp_path / "two"
-    run_folder.Run(settings, two, choices={}, arm="two").prepare()
-    launch.run(settings, two)
-    losses = [[entry["loss"] for entry in read_lines(folder, "train")] for folder in (one, two)]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    two = check_two_ranks(run(*overrides), tmp_path / "two", stage)
     adapter = load_file(two / "steps/2/adapter/adapter_model.safetensors")
     assert {min(tensor.shape) for name, tensor in adapter.items() if ".lora_" in name} == {2 * RANK}
 

@@ -8,15 +8,12 @@ import pandas as pd
 import pytest
 import torch
 import toys
-from conftest import random_model, read_lines
-from test_adapters import ALPHA, LORA, RANK, Chain, as_peft_reads_it, check_adapters
+from conftest import random_model
+from test_adapters import ALPHA, LORA, RANK, Chain, as_peft_reads_it, check_adapters, check_two_ranks
 
-from sdpo import config
 from sdpo.errors import UserError
-from sdpo.launch import local as launch
 from sdpo.model import hub
 from sdpo.model.logprobs import naive_logprobs
-from sdpo.run import folder as run_folder
 
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 MODELS = {"mixtral": {}, "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}}
@@ -124,11 +121,4 @@ def test_two_ranks_train_the_same_experts(run, toy, tmp_path, stage):
     overrides = [*LORA, path, "tune.rank=160", "optim.lr=1e-3", "optim.epochs=1", "tune.between=stack"]
     overrides += ["split=random", "split.num_chunks=2", "launch.device=cpu"]
     overrides += ["reference=mixed", "reference.alpha=0.6", "reference.updates=3"]
-    one = run(*overrides)
-    settings = config.load(one / "config.yaml")
-    settings.launch.ranks, settings.deepspeed.stage = 2, stage
-    two = tmp_path / "two"
-    run_folder.Run(settings, two, choices={}, arm="two").prepare()
-    launch.run(settings, two)
-    losses = [[entry["loss"] for entry in read_lines(folder, "train")] for folder in (one, two)]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    check_two_ranks(run(*overrides), tmp_path / "two", stage)

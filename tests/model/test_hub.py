@@ -1,6 +1,7 @@
 """Model folders that cannot be used are refused by one sentence; what is saved says its dtype; casts."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +73,22 @@ def test_the_saved_configuration_names_the_dtype_of_the_files(tmp_path, dtype, i
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
     assert {str(tensor.dtype) for tensor in load_file(tmp_path / "model.safetensors").values()} == {f"torch.{dtype}"}
     hub.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "as_stored", "is_mapped"),
+    [(torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float32, True, True)],
+)
+def test_weights_in_the_dtype_of_their_file_are_mapped_and_not_copied(tmp_path, stored, as_stored, is_mapped):
+    random_model().to(stored).save_pretrained(tmp_path)
+    model = hub.load(tmp_path, as_stored=as_stored)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    ranges = [range(*(int(end, 16) for end in line[0].split("-"))) for line in maps]
+    mapped = {any(param.data_ptr() in each for each in ranges) for param in model.parameters()}
+    assert mapped == {is_mapped}
+    assert {param.dtype for param in model.parameters()} == {stored if as_stored else torch.float32}
+    for ours, theirs in zip(model.parameters(), hub.load(tmp_path).parameters(), strict=True):
+        assert torch.equal(ours.float(), theirs)
 
 
 def test_a_cast_changes_float_parameters_alone():

@@ -24,9 +24,9 @@ def test_each_start_is_loaded_once_to_train_and_m_t_is_never_loaded_to_be_scored
     """
     loaded, load = [], hub.load
 
-    def counted(folder, trust_remote_code=False):
+    def counted(folder, *arguments, **options):
         loaded.append(folder)
-        return load(folder, trust_remote_code)
+        return load(folder, *arguments, **options)
 
     monkeypatch.setattr(hub, "load", counted)
     files = [toy / f"{source}.jsonl" for source in "ab"]
