@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,13 +64,15 @@ def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: Non
     unfinished, minutes = runner.store.folder("partial", named.key), spec.config.launch.checkpoint_minutes
     checkpoint = Checkpoint(unfinished, f"step {spec.t}", minutes)
 
-    def build(folder: Path) -> None:
-        _train(spec, named, runner, folder, checkpoint, record)
+    with ExitStack() as until_stored:
 
-    with distributed.stops_deferred():
+        def build(folder: Path) -> None:
+            until_stored.enter_context(distributed.stops_deferred())  # not while it waits for another run's step
+            _train(spec, named, runner, folder, checkpoint, record)
+
         model = runner.store.make("step", named.determinants, build)
         checkpoint.clear()  # not before: a step that is killed while it is hashed goes on from its last checkpoint
-        if any(distributed.gather(distributed.stop_requested())):
+        if not model.reused and any(distributed.gather(distributed.stop_requested())):
             raise SystemExit(distributed.STOPPED)
     check(model, "train.json", "reference.parquet")
     log = json.loads((model.folder / "train.json").read_text())

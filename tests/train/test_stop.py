@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT, read_lines
 
-from sdpo import distributed
+from sdpo import distributed, store
 from sdpo.model import engine
 
 QUICK = ["split=all_at_once", "optim.epochs=2"]
@@ -56,7 +56,26 @@ def test_a_signal_after_the_last_update_lets_the_step_be_stored(run, monkeypatch
         with pytest.raises(SystemExit):
             run(*QUICK)
     monkeypatch.setattr(engine.Plain, "update", lambda self, lr: pytest.fail("trained again"))
-    run(*QUICK)
+    run(*QUICK)  # the signal was for the run before
+
+
+def test_a_run_that_waits_for_another_one_s_step_ends_at_once(run, monkeypatch):
+    def refuse(file):
+        if not Path(file.name).name.startswith("step-"):
+            return True
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal was held back")
+
+    def ended(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, ended)
+    monkeypatch.setattr(store, "try_lock", refuse)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(*QUICK)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
