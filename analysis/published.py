@@ -1,6 +1,6 @@
-"""The paper's printed tables, with our numbers beside them for the experiments that were run here.
+"""Printed tables of the paper and of others, with our numbers beside them for the experiments that were run here.
 
-The printed numbers, their sources and notes on them are in data/paper.yaml.
+The printed numbers, their sources and notes on them are in data/paper.yaml and data/published.yaml.
 """
 
 from math import nan
@@ -13,13 +13,16 @@ from analysis import collect, table_format
 from sdpo.errors import UserError
 from sdpo.stats import Interval
 
-FACTS = Path(__file__).parent / "data" / "paper.yaml"
+DATA = Path(__file__).parent / "data"
 UNKNOWN = Interval(nan, nan, nan, 0)
 
 
-def facts() -> list[dict]:
-    """The printed tables, each with title, source, experiment, columns, rows and notes."""
-    return yaml.safe_load(FACTS.read_text(encoding="utf-8"))["tables"]
+def facts(of: str = "paper") -> list[dict]:
+    """The printed tables of the `paper`, or all others (`published`).
+
+    Each has title, source, experiment, columns, rows and notes.
+    """
+    return yaml.safe_load((DATA / f"{of}.yaml").read_text(encoding="utf-8"))["tables"]
 
 
 def side_by_side(table: dict, out: Path) -> pd.DataFrame:
@@ -45,15 +48,16 @@ def find_sweep(table: dict, out: Path) -> Path | None:
     return found[0] if found else None
 
 
-def render_tables(out: Path, form: str) -> list[str]:
-    """Every table of the paper, in one of table_format.FORMATS."""
+def render_tables(of: str, out: Path, form: str) -> list[str]:
+    """Every table of the `paper`, or all others (`published`), in one of table_format.FORMATS."""
     rendered = []
-    for table in facts():
+    for table in facts(of):
         numbers = side_by_side(table, out)
-        notes = [f"Paper: {table['source']}; each number is from a single run.", *table["notes"]]
+        runs = "; each number is from a single run" if of == "paper" else ""
+        notes = [f"Printed in {table['source']}{runs}.", *table["notes"]]
         if any(mean.n for mean in numbers["ours"]):
             notes.append(f"Ours: {find_sweep(table, out)}, mean and 95 % Student t interval over seeds.")
-        rendered.append(table_format.render(_wide(numbers), table["title"], notes, form))
+        rendered.append(table_format.render(_wide(numbers, table["columns"]), table["title"], notes, form))
     return rendered
 
 
@@ -74,12 +78,22 @@ def _gammas(sweep: Path) -> pd.DataFrame:
     return means.assign(measure=names, value=means["gamma"])[["run", "arm", "seed", "t", "measure", "value"]]
 
 
-def _wide(numbers: pd.DataFrame) -> pd.DataFrame:
-    """One row per model: for each column the paper's number, ours with its interval, and the difference."""
-    lines = []
+def _wide(numbers: pd.DataFrame, columns: dict[str, dict]) -> pd.DataFrame:
+    """One row per model: each column's printed number, ours with its interval, and the difference, if they exist."""
+    shown = []  # head, column, what of it
+    for column, source in columns.items():
+        printed = numbers.loc[numbers["column"] == column, "paper"].notna().any()
+        if printed:
+            shown.append((column, column, "paper"))
+        if source["measure"]:
+            shown.append(("ours" if printed else f"{column}, ours", column, "ours"))
+        if printed and source["measure"]:
+            shown.append(("diff", column, "difference"))
+    cells, lines = numbers.set_index(["model", "column"]), []
     for model, group in numbers.groupby("model", sort=False):
-        values = group[["paper", "ours", "difference"]].to_numpy().flat
-        seeds = max(mean.n for mean in group["ours"])
-        lines.append([model, *(table_format.number(value, digits=2) for value in values), str(seeds or "")])
-    heads = [head for column in numbers["column"].unique() for head in (column, "ours", "diff")]
-    return pd.DataFrame(lines, columns=["model", *heads, "seeds"])
+        values = [
+            table_format.number(cells.at[(model, column), kind], columns[column].get("digits", 2))
+            for _, column, kind in shown
+        ]
+        lines.append([model, *values, str(max(mean.n for mean in group["ours"]) or "")])
+    return pd.DataFrame(lines, columns=["model", *(head for head, _, _ in shown), "seeds"])

@@ -1,7 +1,7 @@
 """Tables of runs and sweeps, and the paper's tables with our numbers beside them.
 
     python -m analysis.tables RUN_OR_SWEEP... [--format text|markdown|latex]
-    python -m analysis.tables paper [--out FOLDER]
+    python -m analysis.tables paper|published [--out FOLDER]
 
 The functions return tables whose cells hold numbers or `Interval`s; `show` makes strings of them.
 """
@@ -232,13 +232,13 @@ def _render_tables(paths: list[Path], form: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.tables", description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="+", help="`paper`, or any run and sweep folders")
+    parser.add_argument("what", nargs="+", help="`paper`, `published`, or any run and sweep folders")
     parser.add_argument("--format", choices=table_format.FORMATS, default="text")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the paper's sweeps; default: out")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of their sweeps; default: out")
     chosen = parser.parse_args()
     try:
-        if chosen.what == ["paper"]:
-            rendered = published.render_tables(chosen.out, chosen.format)
+        if chosen.what in (["paper"], ["published"]):
+            rendered = published.render_tables(chosen.what[0], chosen.out, chosen.format)
         else:
             rendered = _render_tables(list(map(Path, chosen.what)), chosen.format)
     except UserError as error:

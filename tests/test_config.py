@@ -72,6 +72,12 @@ def test_a_step_sees_its_own_overrides_and_no_other():
     assert (whole.optim.lr, whole.loss) == (5e-7, {"name": "dpo", "beta": 0.1})
 
 
+def test_a_step_with_another_loss_has_that_loss_s_settings_alone():
+    other = {"name": "simpo", "beta": 2.5, "target_margin": 1.2}
+    whole = config.from_composed(composed(steps={"1": {"loss": other}, "2": {"loss": {"name": "dpo", "beta": 0.2}}}))
+    assert [config.for_step(whole, t).loss for t in (1, 2, 3)] == [other, {"name": "dpo", "beta": 0.2}, whole.loss]
+
+
 def test_the_laboratory_chooses_the_cpu_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     real = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]

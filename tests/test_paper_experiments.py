@@ -1,14 +1,18 @@
 """The paper's experiments as files: every run composes, and what it costs, offline, equals a count by hand."""
 
+import re
 import socket
 from pathlib import Path
 
 import pytest
-from conftest import compose
+from conftest import CHECKOUT, compose
 from test_conf import arms
 
+from analysis import published
 from sdpo import validate
+from sdpo.config import for_step
 from sdpo.errors import UserError
+from sdpo.launch import help
 from sdpo.plan import flops, report
 from sdpo.run import folder as run_folder
 from sdpo.run.folder import Run
@@ -81,7 +85,42 @@ def test_pre_dpo_cuts_its_data_in_two_equal_halves(foreseen):
     steps = foreseen("published/pre_dpo_table3", *PATH, *SMALLER)
     assert [step.num_pairs for step in steps["random"]] == [304, 304]
     one_epoch = pytest.approx(8 * 3.21e9 * ULTRA)
-    assert costs(steps) == {"random": (2, one_epoch), "all_at_once": (1, one_epoch)}
+    expected = {"random": (2, one_epoch), "all_at_once": (1, one_epoch)}
+    expected |= {"two_epochs": (1, pytest.approx(14 * 3.21e9 * ULTRA))}
+    assert {arm: cost for arm, cost in costs(steps).items() if arm in expected} == expected
+
+
+def test_pre_dpo_has_the_beta_and_the_learning_rate_that_its_table_4_prints():
+    step = compose("experiment=published/pre_dpo_table3", *PATH, "arm=baseline/random")
+    assert (step.loss["beta"], step.optim.lr) == (0.005, 1e-6)
+    both = compose("experiment=published/pre_dpo_simpo_qwen_7b_instruct", "arm=baseline/pre_dpo")
+    first, second = (for_step(both, t) for t in (1, 2))
+    assert first.loss == {"name": "simpo", "beta": 2.5, "target_margin": 1.2}
+    assert (second.loss["name"], second.loss["beta"], second.optim.lr) == ("dpo", 0.1, 6e-7)
+
+
+OTHERS = [name for name in help.options("experiment") if name.startswith("published/")]
+
+
+@pytest.mark.parametrize("experiment", OTHERS)
+def test_published_runs_are_planned_offline(foreseen, experiment):
+    asked = "path: ???" in (CHECKOUT / "conf" / "experiment" / f"{experiment}.yaml").read_text()
+    base = re.sub("_simpo", "", experiment).endswith("_base") or experiment == "published/base"
+    steps = foreseen(experiment, *(PATH if asked or base else []))
+    assert steps and all(step.num_pairs > 1000 for mine in steps.values() for step in mine)
+    if experiment != "published/base":  # which names no model
+        assert all(step.flops > 0 for mine in steps.values() for step in mine)
+
+
+def test_every_published_run_is_in_a_table_and_every_arm_of_a_table_is_run():
+    listed = {table["experiment"]: table["rows"] for table in published.facts("published")}
+    assert set(listed) == set(OTHERS) - {"published/base", "published/pre_dpo"}
+    for experiment, rows in listed.items():
+        run = run_folder.labels(arms([f"experiment={experiment}"]))
+        assert {row["arm"] for row in rows if "arm" in row} == set(run), experiment
+        assert {row.get("t", 1) for row in rows} <= {0, 1, 2}
+    for table in published.facts("published"):
+        assert all(len(row["paper"]) == len(table["columns"]) for row in table["rows"])
 
 
 def test_the_settings_say_what_the_paper_s_figure_3_shows():

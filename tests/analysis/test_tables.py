@@ -127,6 +127,16 @@ def test_paper_without_runs_invents_nothing(tmp_path):
         assert published.side_by_side(table, tmp_path)["difference"].isna().all()
 
 
+def test_published_numbers_stand_beside_ours(tmp_path, say):
+    make_sweep(tmp_path / "published_refdpo_tulu", arms=("all_at_once loss.beta=0.1", "all_at_once loss.beta=0.05"))
+    said = say("published", "--out", tmp_path)
+    of_tulu = said[said.index("Tulu-2-7B with itself") :].splitlines()
+    assert of_tulu[2].split()[:2] == ["model", "LC"] and "reward accuracy, ours" in of_tulu[2]
+    known, unknown = of_tulu[4].split(), of_tulu[6].split()
+    assert known[:5] == ["own", "reference,", "beta", "0.1", "9.38"] and known[-1] == "3"
+    assert unknown == ["own", "reference,", "beta", "0.02", "10.46"]
+
+
 def test_paper_beside_ours(tmp_path):
     make_sweep(tmp_path / "paper_figure2", arms=("all at once", "by_source"))
     figure2 = published.facts()[-1]
