@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +22,12 @@ class TokenPair(NamedTuple):
     prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray  # empty in a demonstration
+    weights: Any = None  # of the tokens of chosen and rejected in sums of log-probs, a pair of arrays; None: all 1
+
+    @property
+    def ids(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Prompt, chosen and rejected."""
+        return self.prompt, self.chosen, self.rejected
 
 
 class Chunk(NamedTuple):

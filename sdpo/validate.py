@@ -1,7 +1,7 @@
 """Rules that connect several settings."""
 
 from sdpo import config as configuration
-from sdpo.binding import bind
+from sdpo.binding import bind, variants
 from sdpo.config import Config
 from sdpo.errors import UserError
 from sdpo.variants import tune
@@ -46,6 +46,7 @@ def check(config: Config) -> None:
         keywords = bind(losses, step.loss).keywords
         if any(one.get("beta") == 0 for one in (keywords, *keywords.get("of", []))):
             raise UserError("loss.beta is 0, which gives the preferences no weight in the loss; set it above 0")
+        _check_token_weights(step)
         bind(references, {key: value for key, value in step.reference.items() if key != "placebo"})
         bind(placebo, {"name": step.reference.get("placebo", "none")})
         if step.optim.moments == "carry" and step.start == "initial":
@@ -55,6 +56,20 @@ def check(config: Config) -> None:
                 raise UserError(f"steps.{t}.optim.{key}: this setting must be equal in all steps: set optim.{key}=...")
         if adapter := bind(tune, step.tune)():
             _check_adapter(adapter, step)
+
+
+def _check_token_weights(step: Config) -> None:
+    """Raise UserError if a loss with weights of tokens is combined with what cannot have them."""
+    from sdpo.variants import token_weights
+
+    weighted = variants(token_weights)
+    if mixed := [part["name"] for part in step.loss.get("of", []) if part.get("name") in weighted]:
+        raise UserError(f"loss=mixture cannot have {mixed[0]}, which weighs tokens: use it alone")
+    if step.loss["name"] in weighted and step.reference["name"] == "external":
+        raise UserError(
+            f"loss={step.loss['name']} weighs tokens, and reference=external reads other tokens than the policy: use "
+            "another loss or another reference"
+        )
 
 
 def _check_adapter(adapter: Adapter, config: Config) -> None:

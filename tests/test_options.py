@@ -56,8 +56,7 @@ NEEDS = {  # more settings, which an option requires
     "evaluate=[h4]": ["evaluate.h4.local=eval", "evaluate.h4.limit=1"],
     "evaluate=[lm_eval]": ["evaluate.lm_eval.local=eval", "evaluate.lm_eval.tasks=[hellaswag]"],
     "data=ultrafeedback": ["data.held_out=[]"],
-    "experiment=published/refdpo_mistral": ["hydra.sweeper.params.loss.beta=0.1"],
-    "experiment=published/refdpo_tulu": ["hydra.sweeper.params.loss.beta=0.1"],
+    "experiment=published/refdpo_other": ["reference.path=other", "reference.template=plain"],
     "experiment=paper/table4": ["~evaluate.lm_eval"],
     "experiment=paper/table1": ["hydra.sweeper.params.arm=baseline/all_at_once"],  # the other arms are trained by `arm`
 }

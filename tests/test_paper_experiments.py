@@ -117,7 +117,7 @@ def test_every_published_run_is_in_a_table_and_every_arm_of_a_table_is_run():
     assert set(listed) == set(OTHERS) - {"published/base", "published/pre_dpo"}
     for experiment, rows in listed.items():
         run = run_folder.labels(arms([f"experiment={experiment}"]))
-        assert {row["arm"] for row in rows if "arm" in row} == set(run), experiment
+        assert {row["arm"] for row in rows if "arm" in row} <= set(run), experiment
         assert {row.get("t", 1) for row in rows} <= {0, 1, 2}
     for table in published.facts("published"):
         assert all(len(row["paper"]) == len(table["columns"]) for row in table["rows"])

@@ -95,10 +95,11 @@ def response_lengths(rows: Iterable[TokenPair]) -> np.ndarray:
 
 
 def content_hash(rows: Iterable[TokenPair]) -> str:
-    """The SHA-256 (hex) of the rows' ids and token ids, in the order of the rows."""
+    """The SHA-256 (hex) of the rows' ids, token ids and weights of tokens, in the order of the rows."""
     digest = hashlib.sha256()
     for row in rows:
-        for part in (row.id.encode(), *(ids.astype("<i4").tobytes() for ids in row[1:])):
+        weights = [weights.astype("<f4").tobytes() for weights in row.weights or ()]
+        for part in (row.id.encode(), *(ids.astype("<i4").tobytes() for ids in row.ids), *weights):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
     return digest.hexdigest()
@@ -193,7 +194,7 @@ def _shorten(row: TokenPair, max_tokens: int, on_long: str, *, num_bos: int) -> 
 
 def _flaw(row: TokenPair, demonstration: bool) -> str | None:
     """Why the ids make no pair, if they do not: a part is empty, or a cut made the responses equal."""
-    parts = (row.prompt, row.chosen) if demonstration else row[1:]
+    parts = (row.prompt, row.chosen) if demonstration else row.ids
     if not all(map(len, parts)):
         return "dropped_empty"
     return "dropped_identical" if np.array_equal(row.chosen, row.rejected) else None
@@ -203,7 +204,7 @@ def _receipt(row: TokenPair, chat: ChatFormat, tally: Counter[str]) -> None:
     tally["kept"] += 1
     tally["prompts_with_bos"] += bool(chat.bos in row.prompt[:1])
     tally["responses_with_stop"] += sum(int(ids[-1]) == chat.stop for ids in (row.chosen, row.rejected) if len(ids))
-    tally.update({name: len(ids) for name, ids in zip(LENGTHS, row[1:], strict=True)})
+    tally.update({name: len(ids) for name, ids in zip(LENGTHS, row.ids, strict=True)})
 
 
 def _summary(tally: Counter[str]) -> dict[str, float]:

@@ -51,7 +51,7 @@ def base_logps(settings: Settings, rows: list[TokenPair], runner: Runner) -> np.
     """
     base = external(settings)
     theirs, ours = hub.load_tokenizer(base.folder).get_vocab(), runner.tokenizer.get_vocab()
-    ids = set(np.unique(np.concatenate([part for row in rows for part in row[1:]])).tolist())
+    ids = set(np.unique(np.concatenate([part for row in rows for part in row.ids])).tolist())
     differ = sorted(token for token, id in ours.items() if id in ids and theirs.get(token) != id)
     if differ:
         raise UserError(

@@ -16,7 +16,7 @@ def check_rows(rows: Iterable[TokenPair], folder: Path, trust_remote_code: bool 
     longest = rotary.longest_readable(config)
     for row in rows:
         length = len(row.prompt) + max(len(row.chosen), len(row.rejected))
-        largest = max(int(ids.max(initial=0)) for ids in row[1:])
+        largest = max(int(ids.max(initial=0)) for ids in row.ids)
         if largest >= config.vocab_size:
             raise UserError(
                 f"row {row.id} has token {largest}, but the model in {folder} knows {config.vocab_size} tokens, from 0 "

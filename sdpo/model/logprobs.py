@@ -179,6 +179,8 @@ class Scorer(nn.Module):
     def forward(self, pack: Pack) -> ChosenRejected:
         """Summed log-probs [B], fp32, in nats, of the chosen and the rejected responses; 0 for an empty response.
 
+        If the rows have weights of their tokens, a sum is that of weight * log-prob.
+
         If rotary frequencies depend on the length of a sequence of this pack, each sequence has a pass of its own.
         """
         if pack.longest <= self.longest_packed:
@@ -189,6 +191,8 @@ class Scorer(nn.Module):
     def _packed(self, pack: Pack) -> ChosenRejected:
         hidden_TH = self._hidden(pack)
         logps_R = self.head(hidden_TH.index_select(0, pack.rows_R), pack.targets_R)
+        if pack.weights_R is not None:
+            logps_R = logps_R * pack.weights_R
         # Sum in fp64, whose rounding is far below that of the terms. The last two sums are the closing pair's.
         sums = logps_R.new_zeros(2 * pack.num_pairs + 2, dtype=torch.float64)
         sums = sums.index_add(0, pack.branches_R, logps_R.double())
@@ -252,15 +256,17 @@ def naive_logprobs(model: PreTrainedModel, row: TokenPair) -> ChosenRejected:
 
     Slow and simple. The audit and the tests compare packed log-probs with these.
     """
-    return ChosenRejected(*(_naive(model, row.prompt, response) for response in (row.chosen, row.rejected)))
+    weights = row.weights or (np.ones(len(row.chosen)), np.ones(len(row.rejected)))
+    return ChosenRejected(*(_naive(model, row.prompt, *of) for of in zip(row.ids[1:], weights, strict=True)))
 
 
-def _naive(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray) -> Tensor:
+def _naive(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray, weights: np.ndarray) -> Tensor:
     tokens_T = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64)).to(model.device)
     with backends.own_attention(model):
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0].float()
     logps_TV = logits_TV.log_softmax(-1)[len(prompt) - 1 : -1]
-    return logps_TV.gather(1, tokens_T[len(prompt) :, None]).sum()
+    logps_R = logps_TV.gather(1, tokens_T[len(prompt) :, None])[:, 0]
+    return (logps_R * torch.from_numpy(weights).to(logps_R)).sum()
 
 
 def score(

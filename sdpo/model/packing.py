@@ -31,6 +31,7 @@ class Pack(NamedTuple):
     rows_R: Tensor  # stream index of the token before each response token
     targets_R: Tensor  # the response tokens
     branches_R: Tensor  # the sum that each response token belongs to: 2i for chosen, 2i + 1 for rejected of pair i
+    weights_R: Tensor | None  # of the response tokens in the sums; None: all 1
     rows: Sequence[TokenPair]  # without the closing pair, whose branches come last
 
     @property
@@ -49,8 +50,9 @@ class Pack(NamedTuple):
         """
         packs, none = [], np.zeros(0, np.int32)
         for row in self.rows:
-            for response in (row.chosen, row.rejected):
-                alone = pack([TokenPair(row.id, row.prompt, response, none)])
+            for branch, response in enumerate((row.chosen, row.rejected)):
+                weights = row.weights and (row.weights[branch], none)
+                alone = pack([TokenPair(row.id, row.prompt, response, none, weights)])
                 alone.positions_T[-1] = max(int(alone.positions_T[-1]), len(row.prompt) + len(response) - 1)
                 packs.append(alone.to(self.tokens_T.device))
         return packs
@@ -103,8 +105,19 @@ def pack(rows: Sequence[TokenPair]) -> Pack:
         rows_R=_tensor(before),
         targets_R=_tensor(targets),
         branches_R=_tensor(branches),
+        weights_R=_weights(rows, sum(map(len, targets))),
         rows=rows,
     )
+
+
+def _weights(rows: Sequence[TokenPair], num_targets: int) -> Tensor | None:
+    """The weights [R] of the response tokens of a pack; None if no row has any."""
+    if not any(row.weights for row in rows):
+        return None
+    given = [weights for row in rows for weights in row.weights or map(np.ones_like, (row.chosen, row.rejected))]
+    weights_R = np.ones(num_targets, dtype=np.float32)  # the last ones are the closing pair's
+    weights_R[: sum(map(len, given))] = np.concatenate(given)
+    return torch.from_numpy(weights_R)
 
 
 def _closing_pair(rows: Sequence[TokenPair]) -> TokenPair:

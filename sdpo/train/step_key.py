@@ -1,13 +1,15 @@
 """The description of a step, and what decides its key: everything that M_t depends on, and nothing else."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
 
-from sdpo.binding import bind, inputs_of
+from sdpo.binding import bind, inputs_of, variants
 from sdpo.config import Config
 from sdpo.data.tokenize import content_hash
 from sdpo.model.lora.targets import adapts_experts
@@ -16,6 +18,7 @@ from sdpo.train.numerics import Numerics
 from sdpo.train.schedule import Span, updates
 from sdpo.types import Chunk, TokenPair
 from sdpo.variants import loss as losses
+from sdpo.variants import token_weights
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,21 @@ class StepSpec:
     chunk: Chunk
     span: Span | None = None  # of a schedule over the whole run; None: the step has its own schedule
     followed: Sequence[list[TokenPair]] = ()  # tables of rows that every model of the run scores; not in the key
+
+    def __post_init__(self) -> None:
+        """Give the chunk's rows the weights of their tokens, if the loss does not count all tokens alike."""
+        weigh = variants(token_weights).get(self.config.loss["name"])
+        if weigh:
+            settings = {
+                name: value for name, value in self.loss.keywords.items() if name in signature(weigh).parameters
+            }
+            rows = [self._weighted(row, partial(weigh, **settings)) for row in self.chunk.rows]
+            object.__setattr__(self, "chunk", self.chunk._replace(rows=rows))
+
+    def _weighted(self, row: TokenPair, weigh: partial) -> TokenPair:
+        number = int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8], "little")
+        weights = weigh(len(row.chosen), len(row.rejected), np.random.default_rng([self.config.seed, number]))
+        return row._replace(weights=weights)
 
     @cached_property
     def loss(self) -> partial:

@@ -2,8 +2,8 @@
 
 The positional parameters name the data that a loss reads, each a `ChosenRejected` [B]: `policy` and `reference`, summed
 log-probs of the responses in nats; `lengths` of the responses in tokens; `ratings` of a judge. `mixture` alone reads
-`parts`, the values of other losses. A loss returns one value per pair [B]. The value of a pair does not depend on other
-pairs, so gradient accumulation does not change a result.
+`parts`, the values of other losses. If token_weights.py has a function of the loss's name, the sums are weighted. A
+loss returns one value per pair [B], which does not depend on other pairs, so gradient accumulation changes no result.
 
 In the equations, margin = (logp_w - logp_l) - (ref_w - ref_l) with w the chosen and l the rejected response, log-ratio
 is logp - ref of one response, and r = beta * log-ratio is its reward. Shape suffixes: B pairs.
@@ -222,6 +222,24 @@ def sft(policy: ChosenRejected, lengths: ChosenRejected, *, over_tokens: OverTok
     TRL's `sft` takes the mean over the tokens of the batch; `mean` here is over the tokens of each response.
     """
     return _over(over_tokens, -policy.chosen, lengths.chosen)
+
+
+def sampo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> Tensor:
+    """DPO on as many tokens of the longer response as the shorter one has, drawn at random (SamPO, Lu et al.
+    2406.10957). token_weights.py draws them, once per pair and step.
+    """
+    return dpo(policy, reference, beta=beta)
+
+
+def ld_dpo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, alpha: float) -> Tensor:
+    """DPO in which the tokens of the longer response behind the length of the shorter one count `alpha` each (LD-DPO,
+    Liu et al. 2409.06411). token_weights.py reads `alpha`. TRL: `sigmoid` with `ld_alpha`.
+
+    Raises UserError unless 0 <= alpha <= 1.
+    """
+    if not 0 <= alpha <= 1:
+        raise UserError(f"loss.alpha must be from 0 to 1 for loss=ld_dpo, not {alpha}")
+    return dpo(policy, reference, beta=beta)
 
 
 def mixture(parts: list[Tensor], *, of: list[dict[str, Any]]) -> Tensor:

@@ -128,13 +128,15 @@ def test_paper_without_runs_invents_nothing(tmp_path):
 
 
 def test_published_numbers_stand_beside_ours(tmp_path, say):
-    make_sweep(tmp_path / "published_refdpo_tulu", arms=("all_at_once loss.beta=0.1", "all_at_once loss.beta=0.05"))
+    make_sweep(
+        tmp_path / "published_refdpo_own", arms=[f"model=tulu_7b all_at_once loss.beta={b}" for b in (0.1, 0.05)]
+    )
     said = say("published", "--out", tmp_path)
-    of_tulu = said[said.index("Tulu-2-7B with itself") :].splitlines()
-    assert of_tulu[2].split()[:2] == ["model", "LC"] and "reward accuracy, ours" in of_tulu[2]
-    known, unknown = of_tulu[4].split(), of_tulu[6].split()
-    assert known[:5] == ["own", "reference,", "beta", "0.1", "9.38"] and known[-1] == "3"
-    assert unknown == ["own", "reference,", "beta", "0.02", "10.46"]
+    lines = said[said.index("two policies with themselves as references") :].splitlines()
+    assert lines[2].split() == ["model", "LC", "reward", "accuracy,", "ours", "seeds"]
+    known, unknown = lines[9].split(), lines[11].split()
+    assert known[:4] == ["Tulu-2-7B,", "beta", "0.1", "9.38"] and known[-1] == "3" and len(known) > 5
+    assert unknown == ["Tulu-2-7B,", "beta", "0.02", "10.46"]
 
 
 def test_paper_beside_ours(tmp_path):

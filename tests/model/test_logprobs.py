@@ -72,6 +72,31 @@ def louder(model):
     return model
 
 
+def test_sums_with_weights_of_tokens():
+    """The sums of weight * log-prob, and their gradients, of rows with and without weights in one pack."""
+    model, rng = louder(random_model()), np.random.default_rng(0)
+    rows = [
+        row._replace(weights=tuple(rng.random(len(ids)).astype(np.float32) for ids in row.ids[1:])) if i % 2 else row
+        for i, row in enumerate(ragged())
+    ]
+
+    def by_hand(row, branch):
+        response = row.ids[1 + branch]
+        tokens = torch.from_numpy(np.concatenate([row.prompt, response]).astype(np.int64))[None]
+        logps = model(tokens).logits[0].log_softmax(-1)[len(row.prompt) - 1 : -1]
+        weights = torch.ones(len(response)) if row.weights is None else torch.from_numpy(row.weights[branch])
+        return sum((w * logp[t] for w, logp, t in zip(weights, logps, response, strict=True)), torch.zeros(()))
+
+    expected_B2 = torch.stack([torch.stack([by_hand(row, branch) for branch in (0, 1)]) for row in rows])
+    found_B2 = torch.stack(Scorer(model, "plain")(pack(rows)), 1)
+    torch.testing.assert_close(found_B2, expected_B2, rtol=1e-4, atol=1e-4)
+    naive_B2 = torch.stack([torch.stack(naive_logprobs(model, row)) for row in rows])
+    torch.testing.assert_close(naive_B2, expected_B2, rtol=1e-4, atol=1e-4)
+    expected, found = gradients(model, expected_B2), gradients(model, found_B2)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
+
+
 def gradients(model, logps_B2):
     """The gradients of a fixed random combination of log-probs, by parameter name."""
     weights_B2 = torch.randn(logps_B2.shape, generator=torch.Generator().manual_seed(2))

@@ -61,6 +61,8 @@ NLL = (10 - 2 * log(2), 12)  # of the chosen responses, of 2 and 4 tokens
             HALF | {"alpha": 0.2, "over_tokens": "sum"},
             [log(4 / 3) + 0.2 * NLL[0], log(2) + 0.2 * NLL[1]],
         ),
+        ("sampo", HALF, [log(4 / 3), log(2)]),  # on sums that were weighted before
+        ("ld_dpo", HALF | {"alpha": 0.3}, [log(4 / 3), log(2)]),
         ("sft", {}, [NLL[0] / 2, NLL[1] / 4]),
         ("sft", {"over_tokens": "sum"}, NLL),
     ],
