@@ -42,14 +42,19 @@ def export_pairs(run: Path, t: int, file: Path) -> Path:
     The columns are `prompt`, `chosen`, `rejected` (text without the stop token), `prompt_ids`, `chosen_ids`,
     `rejected_ids` (the tokens that the step trained on) and `ref_chosen_logps`, `ref_rejected_logps` (the sums in nats
     that its loss read). A DPOTrainer with this data set uses the log-probs after `trainer.precompute_ref_logps = True`
-    (TRL 1.16). Raises UserError if the step had more or fewer references than one, and if the run's pairs have changed.
+    (TRL 1.16). Raises UserError if the step had more or fewer references than one, if its loss weighs tokens, and if
+    the run's pairs have changed.
     """
+    from sdpo.binding import variants
     from sdpo.data.prompt_and_answer import ChatFormat
     from sdpo.data.tokenize import content_hash
     from sdpo.train.setup import prepare
+    from sdpo.variants import token_weights
 
     model = _step(run, t)
     manifest = json.loads((model.folder / "manifest.json").read_text())
+    if manifest["loss"]["name"] in variants(token_weights):
+        raise UserError(f"the loss of step {t} weighs tokens; TRL's columns hold sums over all tokens alike")
     if len(manifest["windows"]) != 1:
         raise UserError(f"step {t} read {len(manifest['windows'])} references; TRL's columns hold exactly one")
     config = configuration.load(run / "config.yaml")

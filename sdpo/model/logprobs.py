@@ -179,9 +179,8 @@ class Scorer(nn.Module):
     def forward(self, pack: Pack) -> ChosenRejected:
         """Summed log-probs [B], fp32, in nats, of the chosen and the rejected responses; 0 for an empty response.
 
-        If the rows have weights of their tokens, a sum is that of weight * log-prob.
-
-        If rotary frequencies depend on the length of a sequence of this pack, each sequence has a pass of its own.
+        If the rows have weights of their tokens, a sum is that of weight * log-prob. If rotary frequencies depend on
+        the length of a sequence of this pack, each sequence has a pass of its own.
         """
         if pack.longest <= self.longest_packed:
             return self._packed(pack)

@@ -16,7 +16,7 @@ Weights = tuple[np.ndarray, np.ndarray]  # weights_C, weights_R
 def sampo(num_chosen: int, num_rejected: int, rng: np.random.Generator) -> Weights:
     """1 for as many tokens of the longer response, drawn without replacement, as the shorter one has; 0 for the others.
 
-    Lu et al. 2406.10957 eq. 6.
+    SamPO, Lu et al. 2406.10957.
     """
     common = min(num_chosen, num_rejected)
     return _drawn(num_chosen, common, rng), _drawn(num_rejected, common, rng)
@@ -25,7 +25,7 @@ def sampo(num_chosen: int, num_rejected: int, rng: np.random.Generator) -> Weigh
 def ld_dpo(num_chosen: int, num_rejected: int, rng: np.random.Generator, *, alpha: float) -> Weights:
     """1 for as many tokens as the shorter response has, from the first on; `alpha` for those behind them.
 
-    Liu et al. 2409.06411 eq. 11.
+    LD-DPO, Liu et al. 2409.06411.
     """
     common = min(num_chosen, num_rejected)
     return _discounted(num_chosen, common, alpha), _discounted(num_rejected, common, alpha)

@@ -10,7 +10,7 @@ from conftest import compose, read_lines
 from toys import prepare
 from transformers import AutoModelForCausalLM
 
-from sdpo import validate
+from sdpo import export, validate
 from sdpo.errors import UserError
 from sdpo.train.step_key import StepSpec
 
@@ -37,6 +37,8 @@ def test_policy_and_reference_are_weighted_sums_of_the_same_tokens(run, toy, tmp
     assert [entry["loss"] for entry in read_lines(folder, "train") if entry["update"] == 1] == pytest.approx(
         [math.log(2)] * 3, abs=1e-5
     )
+    with pytest.raises(UserError, match="the loss of step 2 weighs tokens; TRL's columns hold sums over all tokens"):
+        export.export_pairs(folder, 2, tmp_path / "pairs.parquet")
     _, inputs = prepare(toy, tmp_path / "other")
     rows = {row.id: row for row in inputs.train.rows}
     model = AutoModelForCausalLM.from_pretrained(folder / "steps" / "1")

@@ -13,6 +13,7 @@ from datasets import Dataset
 from sdpo.binding import bind, inputs_of
 from sdpo.types import ChosenRejected
 from sdpo.variants import loss as losses
+from sdpo.variants import token_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's own warnings
 
@@ -88,6 +89,33 @@ def test_dpo_trainer(dpo_trainer, types, weights, name, ours):
     with torch.no_grad():
         reference, _ = logps(trainer.ref_model, *inputs)
     assert_same(trainer.model, theirs, name, ours, policy, lengths, reference)
+
+
+def test_dpo_trainer_with_weights_of_tokens(dpo_trainer, monkeypatch):
+    monkeypatch.setattr(dpo_trainer, "ld_alpha", 0.3)
+    trainer, trainer.loss_types, trainer.loss_weights = dpo_trainer, ["sigmoid"], [1.0]
+    trainer.beta, trainer.label_smoothing = 0.1, 0.0
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+
+    inputs = batch["input_ids"], batch["attention_mask"], batch["completion_mask"][:, 1:].bool()
+    chosen, rejected = inputs[2].sum(1).chunk(2)
+    pairs = [
+        token_weights.ld_dpo(*pair, None, alpha=0.3) for pair in zip(chosen.tolist(), rejected.tolist(), strict=True)
+    ]
+    chosen_weights, rejected_weights = zip(*pairs, strict=True)
+    weights_ST = inputs[2].float()
+    for s, weights in enumerate([*chosen_weights, *rejected_weights]):
+        weights_ST[s, inputs[2][s]] = torch.from_numpy(weights)
+    assert {0.0, 1.0} < set(weights_ST.flatten().tolist())  # some tokens count less
+
+    def sums(model):
+        logp_STV = model(inputs[0], attention_mask=inputs[1]).logits[:, :-1].log_softmax(-1)
+        return ChosenRejected(*(logp_STV.gather(-1, inputs[0][:, 1:, None])[..., 0] * weights_ST).sum(1).chunk(2))
+
+    with torch.no_grad():
+        reference = sums(trainer.ref_model)
+    assert_same(trainer.model, theirs, "ld_dpo", {"beta": 0.1, "alpha": 0.3}, sums(trainer.model), None, reference)
 
 
 @pytest.mark.parametrize(("their_settings", "name", "ours"), CPO_TRAINER)
