@@ -67,6 +67,8 @@ INSTEAD = {  # settings that replace those of the option's group
     "rounds=on_policy_lab": ["model=lab", "data=lab", *SMALL],
     "arm=published/intel_dpo": [*TOY, *OTHERS],
     "arm=published/solar_70b": [*TOY, *OTHERS],
+    "arm=published/mistral_instruct": [*TOY, *OTHERS],
+    "arm=published/llama_70b_instruct": [*TOY, *OTHERS],
     "experiment=smoke": [],
     "experiment=published/pre_dpo": SMALL,
     "experiment=study/base": SMALL,
