@@ -22,7 +22,7 @@ def train_trl(work: Work, meter: Meter, options: dict) -> dict:
         trainer = make_trainer(work, folder, options, meter)
         with meter.phase("updates"):
             trainer.train()
-    lengths = np.array([[len(ids) for ids in row[1:]] for row in work.rows()])
+    lengths = np.array([[len(ids) for ids in row.ids] for row in work.rows()])
     sequences = (lengths[:, :1] + lengths[:, 1:]).reshape(-1, 2 * work.pairs_per_microbatch)
     return {
         "first_loss": next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
@@ -64,5 +64,5 @@ def make_trainer(work: Work, folder: str, options: dict, meter: Meter | None = N
     dataset = trainer.train_dataset
     assert isinstance(dataset, Dataset)
     for row, theirs in zip(rows, dataset, strict=True):
-        assert [theirs[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")] == [ids.tolist() for ids in row[1:]]
+        assert [theirs[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")] == [ids.tolist() for ids in row.ids]
     return trainer

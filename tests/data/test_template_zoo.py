@@ -105,7 +105,7 @@ def test_ids_are_the_templates_own(name, bos):
             rows, report = encode(pairs, tokenizer, Data("local", max_tokens=9999))
             prompt_ids, chosen_ids, begins = expected(tokenizer, prompt, answer)
             _, rejected_ids, rejected_begins = expected(tokenizer, prompt, f"No, {END}")
-            assert [part.tolist() for part in rows["1"][1:]] == [prompt_ids, chosen_ids, rejected_ids], asked
+            assert [part.tolist() for part in rows["1"].ids] == [prompt_ids, chosen_ids, rejected_ids], asked
             counts = report["sources"]["s"]
             assert counts["answers_behind_prompt"] == (not begins) + (not rejected_begins)
             assert counts["specials_removed"] == counts["answers_cut"] == 0

@@ -31,7 +31,7 @@ def tokens(pairs, tokenizer, template="plain", max_tokens=512, on_long="error", 
 def one(tokenizer, template="plain", max_tokens=512, on_long="error", **fields):
     """The single row's parts as lists of ids."""
     rows, _ = tokens([pair(**fields)], tokenizer, template, max_tokens, on_long)
-    return [ids.tolist() for ids in rows["1"][1:]]
+    return [ids.tolist() for ids in rows["1"].ids]
 
 
 def ids(tokenizer, text):
@@ -43,7 +43,7 @@ def test_plain_ids(tokenizer, bos_tokenizer):
     assert one(tokenizer) == expected
     assert one(bos_tokenizer) == [[BOS, *expected[0]], *expected[1:]]
     rows, _ = tokens([pair()], tokenizer)
-    assert all(part.dtype == np.int32 for part in rows["1"][1:])
+    assert all(part.dtype == np.int32 for part in rows["1"].ids)
 
 
 TURNS = (
@@ -95,7 +95,7 @@ def test_own_template(bos_tokenizer):
 
 def test_special_tokens_in_the_text_are_removed_and_counted(bos_tokenizer):
     rows, report = tokens([pair(prompt="<s>Why<s>?", chosen="S</s>o.</s>", rejected="<s>No!")], bos_tokenizer)
-    assert [part.tolist() for part in rows["1"][1:]] == one(bos_tokenizer)
+    assert [part.tolist() for part in rows["1"].ids] == one(bos_tokenizer)
     assert report["sources"]["s"]["specials_removed"] == 5
     assert one(bos_tokenizer, chosen="S</<s>s>o.") == one(bos_tokenizer)  # removing one makes another
     with pytest.raises(UserError, match=r"pair 1 of source s: field 'chosen' is left with nothing .*on_bad_row=skip"):
@@ -125,7 +125,7 @@ def test_marks_of_turns_may_be_ordinary_added_tokens_and_bos_may_be_one(special)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     pairs = [pair(turns=TURNS, prompt="W<|im_end|>hy?", chosen="So<|im_start|>.", rejected="N</s>o!")]
     rows, report = tokens(pairs, tokenizer, None)
-    prompt, chosen, rejected = (part.tolist() for part in rows["1"][1:])
+    prompt, chosen, rejected = (part.tolist() for part in rows["1"].ids)
     asked = [*TURNS, {"role": "user", "content": "Why?"}]
     assert prompt == tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
     assert prompt.count(start) == 5 and chosen == [*ids(tokenizer, "So."), end] and rejected[-1] == end
@@ -233,7 +233,7 @@ def test_boundary_mismatch():
     backend = Tokenizer(models.BPE(vocab={"</s>": 0, "a": 1, "b": 2, "c": 3, "ab": 4}, merges=[("a", "b")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     rows, report = tokens([pair(prompt="ca", chosen="bb", rejected="cab")], tokenizer)
-    assert [part.tolist() for part in rows["1"][1:]] == [[3, 1], [2, 2, 0], [3, 4, 0]]
+    assert [part.tolist() for part in rows["1"].ids] == [[3, 1], [2, 2, 0], [3, 4, 0]]
     assert report["sources"]["s"]["boundary_mismatches"] == 1
 
 
