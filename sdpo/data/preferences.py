@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sdpo import config
 from sdpo.data.cells import BadRow, parse_row
-from sdpo.data.readers import Table, read_file, read_hub, repository, source_of_file, source_on_hub
+from sdpo.data.readers import Table, read_file, read_hub, repository, sources
 from sdpo.data.schemas import Message, check_id, check_text, normalise, rename
 from sdpo.errors import UserError
 
@@ -137,10 +137,10 @@ class _Intake:
     def read(self, side: str, names: list[str], reserved: Mapping[str, str] | None = None) -> list[Pair]:
         """The pairs of the named tables; a prompt that is `reserved` (key -> id of its pair) is a bad row."""
         pairs = []
-        for name in names:
+        for name, source in zip(names, sources(self.settings, names), strict=True):
             table = read_hub(name, self.settings.revisions) if self.settings.name == "hub" else read_file(name)
-            table = table._replace(rows=table.rows[: self.settings.limit or None])
-            pairs += self._read_table(side, table, reserved or {})
+            rows = table.rows[: self.settings.limit or None]
+            pairs += self._read_table(side, table._replace(source=source, rows=rows), reserved or {})
         return pairs
 
     def _read_table(self, side: str, table: Table, reserved: Mapping[str, str]) -> list[Pair]:
@@ -211,10 +211,8 @@ def _check_sources(settings: config.Data) -> None:
     """Raises UserError if two inputs would be taken for one source, and so for one step."""
     if settings.source_from == "row":
         return
-    source_of = source_on_hub if settings.name == "hub" else source_of_file
     named: dict[str, str] = {}
-    for name in settings.train:
-        source = source_of(name)
+    for name, source in zip(settings.train, sources(settings, settings.train), strict=True):
         if source in named:
             raise UserError(
                 f"data.train: {named[source]} and {name} would both be the source {source!r}; rename one, or name the "

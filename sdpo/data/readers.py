@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,6 +117,15 @@ def _parts(name: str) -> tuple[str, str | None, str]:
         return path.rstrip("/"), None, split or "train"
     owner_and_name, config = path.split("/")[:2], "/".join(path.split("/")[2:])
     return "/".join(owner_and_name), config or None, split or "train"
+
+
+def sources(settings: Data, names: list[str]) -> list[str]:
+    """The source that each file or data set is. Several splits of one data set have the split in their names."""
+    if settings.name != "hub":
+        return [source_of_file(name) for name in names]
+    times = Counter(_parts(name)[:2] for name in names)
+    splits = [f"-{_parts(name)[2]}" if times[_parts(name)[:2]] > 1 else "" for name in names]
+    return [source_on_hub(name) + split for name, split in zip(names, splits, strict=True)]
 
 
 def source_of_file(name: str) -> str:

@@ -72,7 +72,7 @@ def _pairs_with_tokens(config: Config) -> list[tuple[Pair, int]]:
         return [pair for name, source in lab.items() for pair in _invented(name, source.num_pairs, LAB_TOKENS)]
     if all(readers.is_here(name, config.data.revisions) for name in readers.on_hub(config.data)):
         return [(pair, 1 + _length(pair) // CHARACTERS) for pair in preferences.load(config.data).train]
-    sources = dict.fromkeys(map(readers.source_on_hub, config.data.train))
+    sources = dict.fromkeys(readers.sources(config.data, config.data.train))
     return [pair for source in sources for pair in _nominal(source, config.data)]
 
 

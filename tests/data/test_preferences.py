@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pyarrow
@@ -196,6 +197,19 @@ def test_a_limit_reads_the_first_rows_of_every_file(tmp_path):
     files = [write(tmp_path / f"{name}.jsonl", ROWS[start:]) for name, start in (("a", 0), ("b", 20))]
     prompts = [pair.prompt[-1]["content"] for pair in load(*files, held_out_share=0, limit=2).train]
     assert prompts == [f"Question {i}?" for i in (0, 1, 20, 21)]
+
+
+def test_several_splits_of_one_data_set_are_several_sources(monkeypatch):
+    import datasets
+
+    halves = {"first": ROWS[:20], "second": ROWS[20:30], "test": ROWS[30:33]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: datasets.Dataset.from_list(halves[split]))
+    names = ["owner/one:first", "owner/one:second"]
+    train, held_out, _ = preferences.load(config.Data(name="hub", train=names, held_out=["owner/one:test"]))
+    assert Counter(pair.source for pair in train) == {"one-first": 20, "one-second": 10}
+    assert {pair.source for pair in held_out} == {"one"}
+    alone = preferences.load(config.Data(name="hub", train=names[:1], held_out=["owner/one:test"])).train
+    assert {pair.source for pair in alone} == {"one"}
 
 
 @pytest.mark.parametrize("saved", [False, True])
