@@ -45,8 +45,7 @@ class StepSpec:
 
     def _weighted(self, row: TokenPair, weigh: partial) -> TokenPair:
         number = int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8], "little")
-        weights = weigh(len(row.chosen), len(row.rejected), np.random.default_rng([self.config.seed, number]))
-        return row._replace(weights=weights)
+        return row._replace(weights=weigh(len(row.chosen), len(row.rejected), [self.config.seed, number]))
 
     @cached_property
     def loss(self) -> partial:

@@ -101,7 +101,7 @@ def test_dpo_trainer_with_weights_of_tokens(dpo_trainer, monkeypatch):
     inputs = batch["input_ids"], batch["attention_mask"], batch["completion_mask"][:, 1:].bool()
     chosen, rejected = inputs[2].sum(1).chunk(2)
     pairs = [
-        token_weights.ld_dpo(*pair, None, alpha=0.3) for pair in zip(chosen.tolist(), rejected.tolist(), strict=True)
+        token_weights.ld_dpo(*pair, [0], alpha=0.3) for pair in zip(chosen.tolist(), rejected.tolist(), strict=True)
     ]
     chosen_weights, rejected_weights = zip(*pairs, strict=True)
     weights_ST = inputs[2].float()
