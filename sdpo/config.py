@@ -234,17 +234,14 @@ def to_yaml(config: Config) -> str:
 
 
 def for_step(config: Config, t: int) -> Config:
-    """Return the configuration with the overrides of step `t` merged in. Raises UserError if they are not valid.
-
-    A step that names another loss gives all its settings: none of the run's loss are merged into them.
-    """
+    """Return the configuration with the overrides of step `t` merged in. Raises UserError if they are not valid."""
     changes = config.steps.get(t)
     if not changes:
         return config
     if extra := set(changes) - set(PER_STEP):
         raise UserError(f"steps.{t}.{min(extra)}: a step can change {', '.join(PER_STEP)}, nothing else")
     if changes.get("loss", {}).get("name", config.loss.get("name")) != config.loss.get("name"):
-        config = replace(config, loss={})
+        config = replace(config, loss={})  # another loss has all its settings from the step
     try:
         merged = cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), changes)))
     except OmegaConfBaseException as error:
