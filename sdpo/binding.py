@@ -14,8 +14,9 @@ from typing import Any, cast
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sdpo.config import Settings, sentence
+from sdpo.config import Settings
 from sdpo.errors import UserError
+from sdpo.fields import sentence
 
 
 def bind(module: ModuleType, settings: Settings) -> partial[Any]:

@@ -4,34 +4,18 @@ Hydra composes YAML; all other code reads these dataclasses. The open axes (spli
 evaluate) stay dictionaries of `name:` and settings, which sdpo/binding.py binds to a function.
 """
 
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
-from math import inf
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from sdpo.errors import UserError
+from sdpo.fields import at_least, check, one_of, sentence, share
 
 Settings = dict[str, Any]
-
-
-def one_of(*choices: Any, default: Any = NO_DEFAULT) -> Any:
-    """A field that takes one of `choices`; its default is `default`, else the first of them."""
-    return field(default=choices[0] if default is NO_DEFAULT else default, metadata={"choices": choices})
-
-
-def at_least(low: float, default: float, high: float = inf) -> Any:
-    """A field that holds a number from `low` to `high`, both included."""
-    return field(default=default, metadata={"low": low, "high": high})
-
-
-def share(default: float) -> Any:
-    """A field that holds a number from 0 to 1."""
-    return at_least(0, default, 1)
 
 
 TEMPLATES = (None, "alpaca", "zephyr", "chatml", "plain")  # None: the tokenizer's own
@@ -213,7 +197,7 @@ def from_composed(composed: DictConfig | ListConfig | dict) -> Config:
         config = cast(Config, OmegaConf.to_object(OmegaConf.merge(_schema(), given)))
     except OmegaConfBaseException as error:
         raise UserError(sentence(error)) from error
-    _check(config)
+    check(config)
     if config.model.name != "lab" and config.model.path is None:
         raise UserError("model.path has no value; set model.path=...")
     if config.data.name != "lab" and not config.data.train:
@@ -246,7 +230,7 @@ def for_step(config: Config, t: int) -> Config:
         merged = cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), changes)))
     except OmegaConfBaseException as error:
         raise UserError(f"steps.{t}: {sentence(error)}") from error
-    _check(merged, f"steps.{t}.")
+    check(merged, f"steps.{t}.")
     return merged
 
 
@@ -256,47 +240,7 @@ def _schema() -> DictConfig:
     return OmegaConf.structured(Config)
 
 
-def sentence(error: OmegaConfBaseException, root: str = "the configuration") -> str:
-    """Return one line for the user: the wrong key, and the keys that exist; `root` is the name of the top level."""
-    if isinstance(error, AttributeError | KeyError) and error.parent_node is not None:
-        parent = error.parent_node._get_full_key(None) or root
-        similar = _inner_keys(error.parent_node, error.full_key) if parent == root else []
-        keys = ", ".join(error.parent_node) or "none"
-        exists = f"did you mean {' or '.join(similar)}?" if similar else f"{parent} has {keys}"
-        return f"unknown key {error.full_key}; {exists}"
-    if "is not a ListConfig" in str(error):
-        return f"{error.full_key} is a list; write '{error.full_key}=[...]'"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} has no value"
-    return ": ".join(filter(None, [error.full_key, str(error).splitlines()[0]]))
-
-
-def _inner_keys(node: DictConfig, name: str | None) -> list[str]:
-    """The keys called `name` one level below `node`, with the level's name before them."""
-    given = cast(Settings, OmegaConf.to_container(node, resolve=False))
-    return [f"{group}.{name}" for group, inner in given.items() if isinstance(inner, dict) and name in inner]
-
-
 def _step_number(key: Any) -> int:
     if not str(key).isdigit() or int(key) < 1:
         raise UserError(f"steps.{key}: steps are counted from 1, as in steps.2.optim.lr=1e-6")
     return int(key)
-
-
-def _check(node: Any, prefix: str = "") -> None:
-    """Raise UserError for the first value that its field's metadata does not allow; `prefix` stands before its key."""
-    for f in fields(node):
-        value, key = getattr(node, f.name), prefix + f.name
-        if "choices" in f.metadata and value not in f.metadata["choices"]:
-            choices = ", ".join("null" if c is None else str(c) for c in f.metadata["choices"])
-            raise UserError(f"{key} is {value!r}; it can be {choices}")
-        if "low" in f.metadata and not f.metadata["low"] <= value <= f.metadata["high"]:
-            raise UserError(f"{key} is {value}; it must be {_range(f.metadata['low'], f.metadata['high'])}")
-        inner = value if isinstance(value, dict) else {None: value}
-        for name, child in inner.items():
-            if is_dataclass(child):
-                _check(child, f"{key}." if name is None else f"{key}.{name}.")
-
-
-def _range(low: float, high: float) -> str:
-    return f"at least {low}" if high == inf else f"from {low} to {high}"

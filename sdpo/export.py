@@ -16,7 +16,7 @@ import pandas as pd
 from sdpo import config as configuration
 from sdpo.errors import UserError, disk_as_user_error, one_line
 from sdpo.run import model_card
-from sdpo.store import Artifact, Store, check
+from sdpo.store.artifacts import Artifact, Store, check
 
 # Files that the store keeps beside a model.
 BOOKKEEPING = ("manifest.json", "train.json", "reference.parquet", "probes.parquet", "moments-*")

@@ -19,7 +19,7 @@ from sdpo.errors import UserError
 from sdpo.evals.evaluator import Evaluator
 from sdpo.metrics import Recorder
 from sdpo.run import results
-from sdpo.store import Store
+from sdpo.store.artifacts import Store
 from sdpo.train.schedule import Span, updates
 from sdpo.train.setup import prepare
 from sdpo.train.step import take_step

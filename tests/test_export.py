@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sdpo import export
 from sdpo.config import Config, Data, Model, to_yaml
 from sdpo.errors import UserError
-from sdpo.store import Store
+from sdpo.store.artifacts import Store
 
 MEASURE = {"value": 0.75, "low": 0.5, "high": 1.0, "n": 8}
 

@@ -12,11 +12,11 @@ from conftest import random_model, read_lines
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sdpo import store
 from sdpo.errors import UserError, disk_as_user_error
 from sdpo.model import engine
 from sdpo.run import folder as run_folder
-from sdpo.store import hash_files
+from sdpo.store import artifacts as store
+from sdpo.store.artifacts import hash_files
 
 RULES = {
     "previous": [],

@@ -8,7 +8,7 @@ from conftest import CHECKOUT
 
 # A file or folder of sdpo/ may import what stands in its own line or in a line above it.
 ORDER = [
-    "errors types config binding distributed console store metrics stats wandb_mirror",
+    "errors types fields config binding distributed console store metrics stats wandb_mirror",
     "variants",
     "data",
     "model",
@@ -31,7 +31,7 @@ UNSEEN = ["importlib", "importlib.import_module"]  # import what no reader of th
 ABOVE = ["analysis", "hydra_plugins", "tests", "train"]  # what imports sdpo
 
 FORBIDDEN = [
-    ("sdpo.store", "import sdpo.data.readers"),
+    ("sdpo.store.artifacts", "import sdpo.data.readers"),
     ("sdpo.data.readers", "from sdpo.train import step"),
     ("sdpo.validate", "from sdpo.run.folder import Run"),
     ("sdpo.run.folder", "from sdpo.plan import report as plan"),
@@ -124,9 +124,9 @@ def test_a_planted_import_is_found_wherever_it_stands(place):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_planted_cycle_is_found_wherever_it_stands(place):
-    there = {"sdpo.store": "from sdpo.config import Config", "sdpo.config": "from sdpo.errors import UserError"}
+    there = {"sdpo.metrics": "from sdpo.config import Config", "sdpo.config": "from sdpo.errors import UserError"}
     assert violations(there) == []
-    back = there | {"sdpo.config": PLACES[place].format("from sdpo import store")}
+    back = there | {"sdpo.config": PLACES[place].format("from sdpo import metrics")}
     (cycle,) = violations(back)
     assert set(cycle.split(" <- ")) == there.keys()
 

@@ -27,7 +27,7 @@ from sdpo.lab.exam import Exam
 from sdpo.model import hub
 from sdpo.plan import dry_run
 from sdpo.run import folder as run_folder
-from sdpo.store import NUMERICS_VERSION, ReadOnly, Store, key_of
+from sdpo.store.artifacts import NUMERICS_VERSION, ReadOnly, Store, key_of
 from sdpo.train.setup import prepare
 
 SHAPE = {  # config.json, written without transformers, which would add its version

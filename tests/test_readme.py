@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -34,7 +35,8 @@ def test_every_command_does_what_it_is_there_for(run, tmp_path, monkeypatch, cap
     for name, (module, *arguments) in commands().items():
         if name not in run_alone:
             monkeypatch.setattr(sys, "argv", [module, *arguments])
-            importlib.import_module(module).main()
+            found = importlib.import_module(module)
+            runpy.run_module(module, run_name="__main__") if hasattr(found, "__path__") else found.main()
             assert capsys.readouterr().out, name
     for made in ("out/demo/report.html", "out/mirror", "my_model/model.safetensors", "step2.parquet"):
         assert Path(made).exists(), made

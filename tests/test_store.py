@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sdpo.errors import UserError
 from sdpo.model.hub import fingerprint
-from sdpo.store import Store, check, key_of
+from sdpo.store.artifacts import Store, check, key_of
 
 
 def build_text(text):

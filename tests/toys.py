@@ -4,7 +4,7 @@ import torch
 from conftest import TINY, byte_tokenizer, compose
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from sdpo.store import Store
+from sdpo.store.artifacts import Store
 from sdpo.train import setup
 
 

@@ -20,7 +20,7 @@ from sdpo.config import Config
 from sdpo.model import hub
 from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import pack, scoring_packs, tokens_of
-from sdpo.store import Artifact, Store
+from sdpo.store.artifacts import Artifact, Store
 from sdpo.train import runner as runner_module
 from sdpo.train.loop import TrainingLoop
 from sdpo.train.step import take_step

@@ -12,7 +12,7 @@ from sdpo.curriculum import chunking, diagnostics, score_inputs
 from sdpo.curriculum.chunking import Score, Split
 from sdpo.curriculum.diagnostics import Accuracies
 from sdpo.model.packing import tokens_of
-from sdpo.store import Artifact
+from sdpo.store.artifacts import Artifact
 from sdpo.train.reference_windows import external
 from sdpo.train.setup import Inputs
 from sdpo.types import SplitRow

@@ -22,7 +22,7 @@ from sdpo.evals import generation, reward_model
 from sdpo.evals.decoding import Decoding
 from sdpo.evals.generation import LIBRARIES, Answer
 from sdpo.lab import world
-from sdpo.store import Artifact, key_of
+from sdpo.store.artifacts import Artifact, key_of
 from sdpo.train import probes
 from sdpo.train.reference_windows import external
 from sdpo.train.setup import Inputs

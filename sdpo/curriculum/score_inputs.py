@@ -12,7 +12,7 @@ from sdpo.data.pair_table import PairTable
 from sdpo.errors import UserError
 from sdpo.evals import reward_model
 from sdpo.model import hub
-from sdpo.store import Artifact
+from sdpo.store.artifacts import Artifact
 from sdpo.train.setup import Inputs
 
 

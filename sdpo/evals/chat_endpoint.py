@@ -22,7 +22,7 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 from sdpo.console import progress, tell
 from sdpo.errors import UserError, one_line
-from sdpo.store import Store
+from sdpo.store.artifacts import Store
 
 Conversation = list[dict[str, str]]
 

@@ -11,7 +11,7 @@ from sdpo.data.tokenize import response_lengths
 from sdpo.evals import suites
 from sdpo.metrics import Recorder
 from sdpo.stats import Measures
-from sdpo.store import Artifact
+from sdpo.store.artifacts import Artifact
 from sdpo.train import gradient_weight
 from sdpo.train.setup import Inputs
 from sdpo.train.step import Step

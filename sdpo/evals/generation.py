@@ -19,7 +19,7 @@ from sdpo.errors import UserError
 from sdpo.evals.decoding import Decoding
 from sdpo.model import hub, rotary
 from sdpo.model.attention.interface import own_attention
-from sdpo.store import Artifact, key_of
+from sdpo.store.artifacts import Artifact, key_of
 from sdpo.train.runner import Runner
 
 LIBRARIES = {"torch": torch.__version__, "transformers": transformers.__version__}

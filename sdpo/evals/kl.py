@@ -11,7 +11,7 @@ from sdpo.evals.decoding import Decoding
 from sdpo.evals.generation import LIBRARIES, Answer, answers, load_alone
 from sdpo.model import sampling
 from sdpo.model.attention.interface import own_attention
-from sdpo.store import Artifact, key_of
+from sdpo.store.artifacts import Artifact, key_of
 from sdpo.train.runner import Runner
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from sdpo.data.prompts import Prompt
 from sdpo.evals.chat_endpoint import Conversation, Endpoint, ask, digest
 from sdpo.stats import Measures, length_controlled, mean, share
-from sdpo.store import Store
+from sdpo.store.artifacts import Store
 
 RULES = """\
 You compare two answers to the same question. Judge how well each one does what the question asks: whether it is \

@@ -24,7 +24,7 @@ from sdpo.data.tokenize import content_hash, encode
 from sdpo.errors import UserError
 from sdpo.model import hub, rotary
 from sdpo.stats import Measures, mean, share
-from sdpo.store import Artifact
+from sdpo.store.artifacts import Artifact
 from sdpo.train.reference_windows import external
 from sdpo.train.runner import Runner
 from sdpo.types import TokenPair

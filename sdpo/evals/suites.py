@@ -22,7 +22,7 @@ from sdpo.lab import exam as lab_exam
 from sdpo.lab import measures as lab_measures
 from sdpo.model import limits
 from sdpo.stats import Measures, length_controlled, mean, share, share_above
-from sdpo.store import Artifact, key_of
+from sdpo.store.artifacts import Artifact, key_of
 from sdpo.train.runner import Runner
 
 

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from sdpo import config, errors
+from sdpo import errors, fields
 from sdpo.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"  # a link to conf/, so that an installed package carries it
@@ -86,7 +86,7 @@ def explain(error: Exception, arguments: list[str]) -> str:
         return f"{group} has no {option!r}; it has {', '.join(options(group))}"
     cause = error.__cause__ if isinstance(error, HydraException) else error
     if isinstance(cause, OmegaConfBaseException) and cause.parent_node:
-        return config.sentence(cause)
+        return fields.sentence(cause)
     return errors.one_line(error)
 
 

@@ -26,7 +26,7 @@ from sdpo.launch import rank
 from sdpo.launch.nodes import Nodes, alone, of_slurm
 from sdpo.run import folder as run_folder
 from sdpo.run.folder import Run
-from sdpo.store import try_lock
+from sdpo.store.artifacts import try_lock
 
 CHECKOUT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--signals-to-handle=SIGINT", "--shutdown-timeout=10"]

@@ -17,7 +17,7 @@ from sdpo import distributed
 from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.model.engine import Engine
-from sdpo.store import differing, publish
+from sdpo.store.artifacts import differing, publish
 
 
 class Saved(NamedTuple):

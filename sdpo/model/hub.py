@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from sdpo.data import tokenizer_check
 from sdpo.errors import Unreachable, UserError
-from sdpo.store import hash_files, key_of
+from sdpo.store.artifacts import hash_files, key_of
 
 transformers.utils.logging.disable_progress_bar()  # it shows one per shard; we show our own
 

@@ -24,7 +24,7 @@ from sdpo.model.packing import tokens_of
 from sdpo.plan import placeholders
 from sdpo.plan.flops import flops_of_step
 from sdpo.stepwise import whole_run
-from sdpo.store import Artifact, ReadOnly, key_of
+from sdpo.store.artifacts import Artifact, ReadOnly, key_of
 from sdpo.train import setup
 from sdpo.train.runner import Runner
 from sdpo.train.setup import Inputs

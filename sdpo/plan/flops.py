@@ -17,7 +17,7 @@ from sdpo.config import Config, LabModel
 from sdpo.lab.model import new_model
 from sdpo.model import hub
 from sdpo.model.packing import tokens_of
-from sdpo.store import Artifact
+from sdpo.store.artifacts import Artifact
 from sdpo.train.reference_windows import Windows
 from sdpo.train.step_key import StepSpec
 from sdpo.train.throughput import PEAKS, operations_per_weight

@@ -17,7 +17,7 @@ from sdpo.data import preferences, readers
 from sdpo.data.pair_table import PairTable
 from sdpo.data.preferences import Pair
 from sdpo.errors import UserError
-from sdpo.store import Artifact, Store, key_of
+from sdpo.store.artifacts import Artifact, Store, key_of
 from sdpo.train.runner import Runner
 from sdpo.train.setup import Inputs
 from sdpo.types import Chunk, TokenPair

@@ -15,7 +15,7 @@ from sdpo.errors import UserError
 from sdpo.plan import dry_run, flops, memory
 from sdpo.plan.dry_run import Planned
 from sdpo.run.folder import Run
-from sdpo.store import ReadOnly
+from sdpo.store.artifacts import ReadOnly
 
 HEAD = ("arm", "runs", "steps", "exist", "that took", "to train", "tokens", "FLOPs", "GPU-hours")
 MACHINE = f"{flops.GPUS} {flops.GPU} at {flops.UTILISATION:.0%} of {flops.PEAK / 1e12:.0f} TFLOP/s"

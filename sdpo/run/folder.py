@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Self, cast
 from omegaconf import DictConfig, OmegaConf
 
 from sdpo import config as configuration
-from sdpo import store
 from sdpo.config import Config
 from sdpo.errors import UserError, of_disk, one_line
-from sdpo.store import try_lock
+from sdpo.store import artifacts as store
+from sdpo.store.artifacts import try_lock
 
 LOCK = ".lock"  # a file in the run folder, locked by the process that executes the run
 NAMED_AXES = ("model", "arm", "split", "reference", "loss")  # their options form the name of a run folder

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from sdpo.evals.evaluator import Evaluator
-from sdpo.store import Artifact
+from sdpo.store.artifacts import Artifact
 from sdpo.train.setup import Inputs
 from sdpo.train.step import Step
 

@@ -7,7 +7,7 @@ from sdpo import distributed
 from sdpo.binding import bind
 from sdpo.config import Settings
 from sdpo.model import hub
-from sdpo.store import Artifact
+from sdpo.store.artifacts import Artifact
 from sdpo.train.runner import Runner
 from sdpo.train.step_key import StepSpec
 from sdpo.variants import reference as references

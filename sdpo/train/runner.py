@@ -26,7 +26,7 @@ from sdpo.model.logprobs import Scorer, check_packing, exceeds_rounding, naive_l
 from sdpo.model.lora import adapters
 from sdpo.model.memory import explained
 from sdpo.model.packing import tokens_of
-from sdpo.store import Artifact, Store, check, damaged
+from sdpo.store.artifacts import Artifact, Store, check, damaged
 from sdpo.train import logprob_table
 from sdpo.train.numerics import Numerics
 from sdpo.train.step_key import StepSpec

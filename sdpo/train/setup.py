@@ -24,7 +24,7 @@ from sdpo.lab import model as lab_model
 from sdpo.lab import pairs as lab_pairs
 from sdpo.model import hub, limits
 from sdpo.model.lora import adapters
-from sdpo.store import Artifact, Store
+from sdpo.store.artifacts import Artifact, Store
 from sdpo.train import probes
 from sdpo.train.reference_windows import external
 from sdpo.train.runner import Runner

@@ -13,7 +13,7 @@ from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.model.checkpoint import Checkpoint, load_moments, save_moments
 from sdpo.model.engine import Engine
-from sdpo.store import Artifact, check, key_of
+from sdpo.store.artifacts import Artifact, check, key_of
 from sdpo.train import logprob_table, step_key, throughput
 from sdpo.train.loop import TrainingLoop
 from sdpo.train.reference_logprobs import ReferenceLogprobs, bind_placebo, score_first_window

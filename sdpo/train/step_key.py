@@ -13,7 +13,7 @@ from sdpo.binding import bind, inputs_of, variants
 from sdpo.config import Config
 from sdpo.data.tokenize import content_hash
 from sdpo.model.lora.targets import adapts_experts
-from sdpo.store import Artifact
+from sdpo.store.artifacts import Artifact
 from sdpo.train.numerics import Numerics
 from sdpo.train.schedule import Span, updates
 from sdpo.types import Chunk, TokenPair

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from sdpo import distributed
 from sdpo.config import Config, Settings
 from sdpo.model import hub
-from sdpo.store import Artifact
+from sdpo.store.artifacts import Artifact
 
 # Dense bf16 peak in operations per second (the makers' data sheets), by a part of the device's name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}

@@ -14,7 +14,7 @@ from sdpo.curriculum import build, diagnostics, score_inputs
 from sdpo.errors import UserError
 from sdpo.model.logprobs import naive_logprobs
 from sdpo.stats import as_measure, wilson
-from sdpo.store import Store
+from sdpo.store.artifacts import Store
 from sdpo.train import setup
 
 EASY = ["split=easy_to_hard", "split.level=pair", "split.num_chunks=3"]

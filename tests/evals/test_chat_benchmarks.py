@@ -15,7 +15,7 @@ from sdpo.errors import UserError
 from sdpo.evals import eval_harness, suites
 from sdpo.evals.eval_harness import Asking
 from sdpo.model.engine import has_bf16
-from sdpo.store import Store, key_of
+from sdpo.store.artifacts import Store, key_of
 
 RULES = "Answer with the number alone."
 

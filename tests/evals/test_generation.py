@@ -15,7 +15,7 @@ from sdpo.evals import answer_formats, generation, kl, suites
 from sdpo.evals import reward_model as judge
 from sdpo.evals.decoding import Decoding
 from sdpo.model import hub
-from sdpo.store import Artifact
+from sdpo.store.artifacts import Artifact
 
 GREEDY = Decoding(temperature=0.0, max_new_tokens=6, batch_size=2, seed=0)
 ROWS = [

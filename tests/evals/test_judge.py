@@ -21,7 +21,7 @@ from sdpo.evals import chat_endpoint, pairwise
 from sdpo.evals.chat_endpoint import Endpoint
 from sdpo.evals.pairwise import Judgement
 from sdpo.stats import length_controlled
-from sdpo.store import Store
+from sdpo.store.artifacts import Store
 
 KEY = "sk-never-to-be-seen-0123456789"
 
@@ -239,7 +239,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from sdpo.evals.chat_endpoint import Endpoint, ask
-from sdpo.store import Store
+from sdpo.store.artifacts import Store
 
 end = Endpoint(sys.argv[1], "judge", "JUDGE_KEY", 100, 1, 60.0, 0.0, 0.0, 0.0)
 turns = [[{"role": "user", "content": f"# Question\\n\\nq{i}\\n\\n# A\\n\\ngood\\n\\n# B\\n\\npoor"}] for i in range(8)]

@@ -11,7 +11,7 @@ from toys import prepare
 from sdpo.errors import UserError
 from sdpo.evals import reward_model, suites
 from sdpo.model import hub
-from sdpo.store import Artifact
+from sdpo.store.artifacts import Artifact
 
 COLUMNS = {"source": "subset", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 

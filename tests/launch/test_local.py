@@ -17,7 +17,7 @@ from sdpo import config, distributed, stepwise
 from sdpo.errors import UserError
 from sdpo.launch import local, rank
 from sdpo.run import folder as run_folder
-from sdpo.store import Store, key_of
+from sdpo.store.artifacts import Store, key_of
 
 
 @pytest.mark.slow

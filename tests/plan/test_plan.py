@@ -16,7 +16,7 @@ from sdpo.errors import UserError
 from sdpo.launch.order import by_first_missing_step
 from sdpo.plan import flops, report
 from sdpo.run.folder import Run
-from sdpo.store import Artifact
+from sdpo.store.artifacts import Artifact
 from sdpo.train import throughput
 from sdpo.train.reference_windows import Windows
 from sdpo.train.step_key import StepSpec

@@ -20,7 +20,7 @@ from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.model import hub
 from sdpo.model.lora.targets import Targets, describe, find_targets, find_whole
-from sdpo.store import Artifact, Store
+from sdpo.store.artifacts import Artifact, Store
 from sdpo.variants.tune import Adapter
 
 if TYPE_CHECKING:  # importing peft takes half a second: only runs with adapters should pay for it

@@ -1,4 +1,4 @@
-"""`python -m sdpo.run.artifacts list|verify|prune`: what the store holds, whether it is whole, what no run needs.
+"""`python -m sdpo.store list|verify|prune`: what the store holds, whether it is whole, what no run needs.
 
 Everything is read from manifests as JSON; no model is loaded.
 """
@@ -6,7 +6,6 @@ Everything is read from manifests as JSON; no model is loaded.
 import json
 import re
 import shutil
-import sys
 import time
 from argparse import ArgumentParser
 from collections import Counter
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 from sdpo.console import columns
 from sdpo.errors import UserError
-from sdpo.store import Artifact, Store, damaged
+from sdpo.store.artifacts import Artifact, Store, damaged
 
 KEY = re.compile(r"\b[0-9a-f]{64}\b")
 DAY = 24 * 3600  # seconds after which what a process left unfinished counts as abandoned
@@ -135,7 +134,7 @@ def _text(size: int) -> str:
 
 def main() -> None:
     """Do what the command asks for."""
-    parser = ArgumentParser("python -m sdpo.run.artifacts", description="What the store (SDPO_STORE) holds.")
+    parser = ArgumentParser("python -m sdpo.store", description="What the store (SDPO_STORE) holds.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every artifact, its size and what it was made from")
     commands.add_parser("verify", help="read every file and compare it with the hash that was stored")
@@ -145,16 +144,9 @@ def main() -> None:
     pruning.add_argument("--abandon", action="store_true", help="also what only unfinished runs would need")
     pruning.add_argument("--yes", action="store_true", help="remove it; without this it is only listed")
     given = parser.parse_args()
-    try:
-        if given.command == "list":
-            print(list_entries(Store()))
-        elif given.command == "verify":
-            print(verify(Store()))
-        else:
-            print(prune(Store(), given.runs, given.keep, given.abandon, given.yes))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()
+    if given.command == "list":
+        print(list_entries(Store()))
+    elif given.command == "verify":
+        print(verify(Store()))
+    else:
+        print(prune(Store(), given.runs, given.keep, given.abandon, given.yes))

@@ -6,8 +6,8 @@ import os
 import pytest
 
 from sdpo.errors import UserError
-from sdpo.run import artifacts
-from sdpo.store import Store
+from sdpo.store import inventory
+from sdpo.store.artifacts import Store
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def finished(run, tmp_path, monkeypatch):
 
 
 def steps_of(store):
-    return {one.key for one in artifacts.entries(store) if one.kind == "step"}
+    return {one.key for one in inventory.entries(store) if one.kind == "step"}
 
 
 def keys_of(folder):
@@ -31,35 +31,35 @@ def keys_of(folder):
 
 def test_what_no_run_needs_is_listed_and_then_removed(finished, tmp_path):
     folder, store = finished
-    whole, kept = artifacts.list_entries(store), keys_of(folder)
+    whole, kept = inventory.list_entries(store), keys_of(folder)
     assert len(steps_of(store)) == 5 and all(key[:16] in whole for key in kept)
-    said = artifacts.prune(store, [tmp_path / "run"], "all", abandon=False, remove=False)
-    assert "can be removed: add --yes" in said and artifacts.list_entries(store) == whole
-    artifacts.prune(store, [tmp_path / "run"], "all", abandon=False, remove=True)
+    said = inventory.prune(store, [tmp_path / "run"], "all", abandon=False, remove=False)
+    assert "can be removed: add --yes" in said and inventory.list_entries(store) == whole
+    inventory.prune(store, [tmp_path / "run"], "all", abandon=False, remove=True)
     assert steps_of(store) == set(kept)
     # Nothing that the run's models were measured with is lost.
-    again = artifacts.prune(store, [tmp_path / "run"], "all", abandon=False, remove=False)
+    again = inventory.prune(store, [tmp_path / "run"], "all", abandon=False, remove=False)
     assert again == "0.00 MB can be removed: add --yes"
-    artifacts.verify(store)
+    inventory.verify(store)
 
 
 @pytest.mark.parametrize(("keep", "left"), [("last", [3]), ("1,3", [1, 3])])
 def test_a_run_can_keep_some_of_its_models(finished, tmp_path, keep, left):
     folder, store = finished
     keys = keys_of(folder)
-    artifacts.prune(store, [tmp_path], keep, abandon=False, remove=True)
+    inventory.prune(store, [tmp_path], keep, abandon=False, remove=True)
     assert steps_of(store) == {keys[t - 1] for t in left}
     assert sorted(int(link.name) for link in folder.glob("steps/*")) == left
-    artifacts.verify(store)
+    inventory.verify(store)
 
 
 def test_a_run_that_is_not_finished_is_not_robbed(finished, tmp_path):
     folder, store = finished
     (folder / "done").unlink()
     with pytest.raises(UserError, match="run is not finished: finish it, or add --abandon"):
-        artifacts.prune(store, [tmp_path], "all", abandon=False, remove=True)
+        inventory.prune(store, [tmp_path], "all", abandon=False, remove=True)
     with pytest.raises(UserError, match="no run folder in .*store"):
-        artifacts.prune(store, [store.root], "all", abandon=True, remove=True)
+        inventory.prune(store, [store.root], "all", abandon=True, remove=True)
     assert len(steps_of(store)) == 5
 
 
@@ -69,8 +69,8 @@ def test_leftovers_are_found_and_a_changed_file_is_named(finished):
     for path in (new, old, done):
         path.mkdir(parents=True)
     os.utime(old, (0, 0))
-    assert {one.folder for one in artifacts.leftovers(store)} == {old, done}
+    assert {one.folder for one in inventory.leftovers(store)} == {old, done}
     with (store.folder("step", keys_of(folder)[1]) / "train.json").open("a") as file:
         file.write(" ")
     with pytest.raises(UserError, match=f"1 artifacts have changed: .*{keys_of(folder)[1][:16]}"):
-        artifacts.verify(store)
+        inventory.verify(store)

@@ -57,7 +57,7 @@ class Store:
     """
 
     def __init__(self, root: Path | None = None):
-        checkout = Path(__file__).parents[1]
+        checkout = Path(__file__).parents[2]
         here = checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
         self.root = Path(root or os.environ.get("SDPO_STORE") or here / "store").resolve()
         there = next(path for path in (self.root, *self.root.parents) if path.exists())
