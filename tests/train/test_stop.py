@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT, read_lines
 
-from sdpo import distributed, store
+from sdpo import distributed
 from sdpo.model import engine
+from sdpo.store import artifacts as store
 
 QUICK = ["split=all_at_once", "optim.epochs=2"]
 
@@ -22,7 +23,7 @@ def weights(folder):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGHUP"])
 def test_a_signal_in_an_update_loses_no_update(run, monkeypatch, tmp_path, capsys, name):
-    update, done = engine.Plain.update, []
+    update, done, before = engine.Plain.update, [], signal.getsignal(getattr(signal, name))
 
     def signalled(self, lr):
         done.append(lr)
@@ -35,7 +36,7 @@ def test_a_signal_in_an_update_loses_no_update(run, monkeypatch, tmp_path, capsy
         run(*QUICK)
     assert stopped.value.code == distributed.STOPPED == 85 and len(done) == 4
     assert "asked to stop: update 4 is saved" in capsys.readouterr().err
-    assert signal.getsignal(getattr(signal, name)) == signal.SIG_DFL
+    assert signal.getsignal(getattr(signal, name)) == before
     resumed = run(*QUICK)
     assert len(done) == len(read_lines(resumed, "train"))
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "another"))
