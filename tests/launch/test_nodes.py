@@ -29,7 +29,8 @@ def start(tmp_path):
     yield go
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stderr.close()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import toys
-from conftest import random_model, read_lines
+from conftest import random_model, read_lines, rounds_rows_alike
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
@@ -195,7 +195,8 @@ def test_a_quantised_chain_starts_from_weights_rounded_to_4_bits(toy, tmp_path):
 
 def test_a_reference_that_moves_every_update_is_the_policy(run):
     folder = run(*LORA, "split=all_at_once", "reference=periodic", "reference.updates=1")
-    assert {entry["margin"] for entry in read_lines(folder, "train")} == {0.0}
+    most = 0 if rounds_rows_alike() else 1e-6
+    assert max(abs(entry["margin"]) for entry in read_lines(folder, "train")) <= most
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft warns, and sets it
