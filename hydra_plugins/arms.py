@@ -70,7 +70,7 @@ class Arms(Launcher):
 
         try:
             config = self.compose(tuple(override for override in overrides if not override.startswith(SEED)))
-        except Exception:
+        except Exception:  # whatever Hydra refuses goes up; only the empty folder that it made goes
             sweep.leave_nothing(Path(self.config.hydra.sweep.dir))
             raise
         config.seed = next((o.removeprefix(SEED) for o in reversed(overrides) if o.startswith(SEED)), self.config.seed)
