@@ -255,15 +255,16 @@ summary.json
     steps.reference_leverage steps.reused steps.seconds steps.sources steps.sources.* steps.t steps.tokens_per_second
     steps.utilisation trained_steps
 steps/1/train.json
-    entries entries.* entries.chosen_logp entries.grad_norm entries.lambda_mean entries.lambda_std entries.loss
-    entries.lr entries.margin entries.pairs entries.rejected_logp entries.reward_accuracy entries.seconds
-    entries.tokens entries.update speed speed.tokens_per_second speed.utilisation windows windows.first_update
+    entries entries.* entries.chosen_logp entries.grad_norm entries.kl_proxy entries.lambda_mean entries.lambda_std
+    entries.loss entries.lr entries.margin entries.memory_gb entries.pairs entries.rejected_logp
+    entries.reward_accuracy entries.seconds entries.tokens entries.tokens_per_second entries.update
+    entries.utilisation speed speed.tokens_per_second speed.utilisation windows windows.first_update
     windows.gamma_ref_mean windows.num_pairs windows.weights_hash
 answers/decoding.json
     batch_size max_new_tokens preset seed temperature top_p
 metrics.jsonl, train
-    * chosen_logp grad_norm kind lambda_mean lambda_std loss lr margin pairs rejected_logp reward_accuracy seconds t
-    tokens update
+    * chosen_logp grad_norm kind kl_proxy lambda_mean lambda_std loss lr margin memory_gb pairs rejected_logp
+    reward_accuracy seconds t tokens tokens_per_second update utilisation
 metrics.jsonl, step
     first_loss gamma_ref_mean gamma_ref_negative_share kind lambda_mean lambda_std last_loss num_pairs
     reference_leverage reused seconds sources sources.* t tokens_per_second utilisation

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from sdpo.train.throughput import peak_memory
+
 
 class Meter:
     """Seconds of named phases, and the peak memory above the memory in use when the meter was made."""
@@ -47,7 +49,4 @@ class Meter:
         return {"phases": self.phases, "peak_bytes": self._peak() - self.start}
 
     def _peak(self) -> int:
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+        return peak_memory(torch.device("cuda" if self.cuda else "cpu"))

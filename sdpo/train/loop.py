@@ -22,7 +22,7 @@ from sdpo.model.engine import Engine
 from sdpo.model.logprobs import naive_logprobs, score
 from sdpo.model.memory import explained, fitting_budget
 from sdpo.model.packing import micro_batches, pack, tokens_of
-from sdpo.train import gradient_weight
+from sdpo.train import gradient_weight, throughput
 from sdpo.train.reference_logprobs import ReferenceLogprobs
 from sdpo.train.schedule import Span, learning_rate
 from sdpo.train.step_key import StepSpec
@@ -33,9 +33,10 @@ from sdpo.types import ChosenRejected, TokenPair
 EXACT, MOST_ROUNDINGS, NUM_GAUGED = 1e-5, 3, 8
 OF_REFERENCE = ("ref_chosen_logp", "ref_rejected_logp", "above_share")  # the last one: reward accuracy without ties
 STATS = (
-    *("loss", "margin", "lambda_mean", "lambda_square", "reward_accuracy", "chosen_logp", "rejected_logp"),
+    *("loss", "margin", "lambda_mean", "lambda_square", "reward_accuracy", "kl_proxy", "chosen_logp", "rejected_logp"),
     *OF_REFERENCE,
 )
+GB = 1e9  # bytes
 
 
 class Pending(NamedTuple):
@@ -58,6 +59,7 @@ class TrainingLoop:
         # None: the loss has no gradient weight.
         self.beta: float | None = self.loss.keywords.get("beta") if spec.reads_reference else None
         self.device = distributed.device(self.config.launch.device)
+        self.num_weights = throughput.multiplied(spec.start, engine.scorer.model)
         self.lengths_N2 = response_lengths(self.chunk.rows).astype(np.float32)
         self.budget = self.config.launch.tokens_per_pack
 
@@ -154,7 +156,8 @@ class TrainingLoop:
         if self.beta is not None:
             lambda_B = gradient_weight.of_batch(lambda copy: self._loss(copy, reference, batch), policy, self.beta)
         correct_B = (margin_B > 0) + 0.5 * (margin_B == 0)
-        columns = (loss_B, margin_B, lambda_B, lambda_B**2, correct_B, *policy, *reference, margin_B > 0)
+        kl_B = kl_proxy(policy, reference, self._columns(self.lengths_N2, batch))
+        columns = (loss_B, margin_B, lambda_B, lambda_B**2, correct_B, kl_B, *policy, *reference, margin_B > 0)
         return torch.stack([column.float().sum() for column in columns])
 
     def _check_margins(self, members: np.ndarray, logps_B2: torch.Tensor, start_N2: np.ndarray) -> None:
@@ -222,11 +225,34 @@ class TrainingLoop:
         entry |= {"lambda_std": spread, "grad_norm": norm, "lr": update.lr}
         entry |= under_trl_names(entry | {name: entry.pop(name) for name in OF_REFERENCE}, self.beta)
         if not self.spec.reads_reference:
-            entry |= dict.fromkeys(("margin", "reward_accuracy"))
+            entry |= dict.fromkeys(("margin", "reward_accuracy", "kl_proxy"))
         if self.beta is None:
             entry |= dict.fromkeys(("lambda_mean", "lambda_std"))
-        size = {"pairs": len(self.plan[update.number]), "tokens": self._tokens(update.number)}
-        return {"update": update.number + 1, **entry, **size, "seconds": seconds}
+        return {"update": update.number + 1, **entry, **self._cost(update.number, seconds)}
+
+    def _cost(self, number: int, seconds: float) -> dict[str, float | None]:
+        """What an update took: `seconds`, the speed of all ranks together, and the peak of memory on this rank so far.
+
+        The speed is that of the update alone, also if the reference moved before it.
+        """
+        tokens = self._tokens(number)
+        pace = throughput.Pace(tokens, seconds)
+        speed = throughput.speed(self.config, self.num_weights, pace, throughput.Pace(0, 0))
+        memory = throughput.peak_memory(self.device) / GB
+        size: dict[str, float | None] = {"pairs": len(self.plan[number]), "tokens": tokens, "seconds": seconds}
+        return size | speed._asdict() | {"memory_gb": memory}
+
+
+def kl_proxy(policy: ChosenRejected, reference: ChosenRejected, lengths: ChosenRejected) -> torch.Tensor:
+    """A cheap sign of how far the policy is from the reference [B]; nats per token. It is no KL.
+
+    Half the squared log-ratio per token (k2, Schulman 2020, "Approximating KL Divergence"), as the mean of the chosen
+    and the rejected response. k2 estimates the KL of a policy on its own samples. Here the responses are given, and the
+    log-ratio of each is averaged over its tokens before it is squared, which makes the value smaller.
+    """
+    chosen_B = (policy.chosen - reference.chosen) / lengths.chosen.clip(1)
+    rejected_B = (policy.rejected - reference.rejected) / lengths.rejected.clip(1)
+    return (chosen_B**2 + rejected_B**2) / 4
 
 
 def _root_mean_square(values: np.ndarray) -> float:

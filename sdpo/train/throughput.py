@@ -1,5 +1,6 @@
-"""How fast a step was, in tokens per second and as a share of the device's peak."""
+"""How fast a step was, in tokens per second and as a share of the device's peak; and how much memory was used."""
 
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
@@ -45,6 +46,13 @@ def peak(device: torch.device) -> float | None:
     """The peak of a GPU in operations per second; None if it is not in PEAKS."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for part, flops in PEAKS.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes used so far: allocated by PyTorch on a GPU, else resident memory of this process (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def multiplied(start: Artifact, model: PreTrainedModel) -> int:

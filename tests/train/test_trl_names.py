@@ -1,12 +1,17 @@
-"""What TRL logs of an update stands in metrics.jsonl under its names, with its values, and in W&B."""
+"""What TRL logs of an update stands in metrics.jsonl under its names, with its values, and in W&B; so does the rest."""
 
+import pandas as pd
 import pytest
+import torch
 from conftest import read_lines
 from datasets import Dataset
 from test_wandb_mirror import mirrored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo import export
+from sdpo.train import throughput
+from sdpo.train.loop import kl_proxy
+from sdpo.types import ChosenRejected
 
 BOTH = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 
@@ -47,3 +52,41 @@ def test_a_tie_counts_as_trl_counts_it_and_without_a_reference_there_are_no_rewa
     ]
     assert {alone[name] for name in ("rewards/chosen", "rewards/accuracies", "logps/ref_chosen")} == {None}
     assert alone["logps/chosen"] == alone["chosen_logp"]
+
+
+def test_the_kl_proxy_is_half_the_squared_log_ratio_per_token():
+    """Log-ratios of 1 nat on 2 tokens and of -1 nat on 4 tokens: (0.5 ** 2 / 2 + 0.25 ** 2 / 2) / 2."""
+    policy, reference, lengths = (
+        ChosenRejected(torch.tensor([chosen]), torch.tensor([rejected]))
+        for chosen, rejected in ((-4.0, -7.0), (-5.0, -6.0), (2.0, 4.0))
+    )
+    assert kl_proxy(policy, reference, lengths).tolist() == [0.078125]
+
+
+def test_an_update_s_kl_proxy_is_the_mean_over_its_pairs_and_null_without_a_reference(run):
+    """At step 2's only update the policy is M_1, whose log-probs another run reads as its reference."""
+    one_update = ["split=by_source", "optim.pairs_per_update=100", "evaluate=[]"]
+    moving, fixed = (run(*one_update, f"reference={rule}", name=rule) for rule in ("previous", "initial"))
+    policy, reference = (
+        pd.read_parquet(folder / "steps" / "2" / "reference.parquet").set_index("id") for folder in (moving, fixed)
+    )
+    tokens = pd.read_parquet(fixed / "pairs.parquet").set_index("id").loc[policy.index]
+    sides = ("chosen", "rejected")
+    squares = [((policy[side] - reference[side]) / tokens[f"{side}_tokens"]) ** 2 / 2 for side in sides]
+    found = [entry["kl_proxy"] for entry in read_lines(fixed, "train")]
+    assert found[0] == 0 < found[1] == pytest.approx(pd.concat(squares).mean(), rel=1e-4)
+    alone = run(*one_update, "loss=simpo", "reference=none", name="alone")
+    assert {entry["kl_proxy"] for entry in read_lines(alone, "train")} == {None}
+
+
+def test_every_update_s_line_has_its_speed_and_the_memory_in_use(run, monkeypatch):
+    """On a device with a peak of 1 GFLOP/s, each weight that is multiplied costs 6 operations per token."""
+    monkeypatch.setattr(throughput, "peak", lambda device: 1e9)
+    lines = read_lines(run("split=all_at_once", "evaluate=[]", "precision=bf16", "launch.attention=plain"), "train")
+    ratios = {line["utilisation"] * 1e9 / line["tokens_per_second"] / 6 for line in lines}
+    assert max(ratios) == pytest.approx(min(ratios)) and max(ratios) == pytest.approx(round(max(ratios)))
+    for line in lines:
+        assert line["tokens_per_second"] == line["tokens"] / line["seconds"]
+        assert 0.05 < line["memory_gb"] < 100
+    used = [line["memory_gb"] for line in lines]
+    assert used == sorted(used)
