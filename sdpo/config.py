@@ -92,6 +92,7 @@ class Data:
     train: list[str] = field(default_factory=list)  # files (local); `name`, `name:split` or `name/config:split` (hub)
     held_out: list[str] = field(default_factory=list)
     held_out_share: float = share(0.05)  # share of prompts to hold out if held_out is empty
+    held_out_sets: dict[str, list[str]] = field(default_factory=dict)  # name -> files or data sets, measured apart
     revisions: dict[str, str] = field(default_factory=dict)  # hub: data set name -> revision
     nominal: dict[str, Nominal] = field(default_factory=dict)  # hub: source -> size, for a plan without the data
     columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's, for unknown layouts

@@ -40,6 +40,18 @@ class Chunk(NamedTuple):
     made_from: Path | None = None  # the file with the judged answers that the pairs were made from; None: given pairs
 
 
+class Scored(NamedTuple):
+    """The log-probs of N held-out pairs under a model, its step's reference and S; None where S itself has none.
+
+    `lengths` are numbers of tokens. All are [N, 2].
+    """
+
+    policy: np.ndarray
+    reference: np.ndarray | None
+    initial: np.ndarray | None
+    lengths: np.ndarray
+
+
 class SplitRow(NamedTuple):
     """What a split may read of a pair: no text and no labels."""
 

@@ -5,13 +5,15 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sdpo import config
 from sdpo.data.cells import BadRow, parse_row
-from sdpo.data.readers import Table, read_file, read_hub, repository, sources
+from sdpo.data.readers import Table, named, read_file, read_hub, repository, sources
 from sdpo.data.schemas import Message, check_id, check_text, normalise, rename
 from sdpo.errors import UserError
 
@@ -39,6 +41,7 @@ class Preferences(NamedTuple):
     train: list[Pair]
     held_out: list[Pair]
     report: dict[str, Any]  # JSON: files, sources, dropped
+    held_out_sets: Mapping[str, list[Pair]] = MappingProxyType({})  # further held-out pairs, by the name of their set
 
 
 def load(settings: config.Data) -> Preferences:
@@ -50,19 +53,21 @@ def load(settings: config.Data) -> Preferences:
     _check(settings)
     intake = _Intake(settings)
     held_out = intake.read("held_out", settings.held_out)
-    reserved = {prompt_key(pair.prompt): pair.id for pair in held_out}
+    sets = {name: intake.read(f"held_out_sets.{name}", files) for name, files in settings.held_out_sets.items()}
+    reserved = {prompt_key(pair.prompt): pair.id for pair in chain(held_out, *sets.values())}
     train = intake.read("train", settings.train, reserved)
     if not settings.held_out:
         train, held_out = hold_out(train, settings.held_out_share, settings.seed)
     if not train:
         raise UserError("no training pair is left; lower data.held_out_share or name more files in data.train")
+    of_sets = {f"held_out_sets.{name}": describe(pairs) for name, pairs in sets.items()}
     report = {
         "files": intake.files,
-        "sources": {"train": describe(train), "held_out": describe(held_out)},
+        "sources": {"train": describe(train), "held_out": describe(held_out)} | of_sets,
         "dropped": _reasons(intake.dropped),
         "dropped_rows": intake.dropped,
     }
-    return Preferences(train, held_out, report)
+    return Preferences(train, held_out, report, sets)
 
 
 def prompt_key(prompt: Iterable[Message]) -> str:
@@ -223,7 +228,10 @@ def _check_sources(settings: config.Data) -> None:
 
 def _check(settings: config.Data) -> None:
     """Raises UserError for settings that contradict each other, whatever the data are."""
-    for side in (settings.train, settings.held_out):
+    for name, files in settings.held_out_sets.items():
+        if not files or "/" in name:
+            raise UserError(f"data.held_out_sets.{name}: a set needs a name without '/' and at least one file")
+    for side in (settings.train, settings.held_out, *settings.held_out_sets.values()):
         repeated = [name for name, times in Counter(side).items() if times > 1]
         if repeated:
             raise UserError(f"data names {repeated[0]} twice")
@@ -232,7 +240,7 @@ def _check(settings: config.Data) -> None:
         raise UserError(f"data.columns has {min(unknown)}; our columns are {', '.join(COLUMNS)}")
     if settings.columns and not {"chosen", "rejected"} <= settings.columns.keys():
         raise UserError("data.columns has to name every column that is read, chosen and rejected among them")
-    repositories = set(map(repository, settings.train + settings.held_out))
+    repositories = set(map(repository, named(settings)))
     if settings.name == "hub" and (unknown := settings.revisions.keys() - repositories):
         raise UserError(f"data.revisions names {min(unknown)}, which is no data set of this run")
 

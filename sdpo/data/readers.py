@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,9 +91,14 @@ def repository(name: str) -> str:
     return _parts(name)[0]
 
 
+def named(settings: Data) -> list[str]:
+    """All files or data sets that a run reads."""
+    return list(chain(settings.train, settings.held_out, *settings.held_out_sets.values()))
+
+
 def on_hub(settings: Data) -> list[str]:
     """The names of the Hub's data sets that a run reads."""
-    return [*settings.train, *settings.held_out] if settings.name == "hub" else []
+    return named(settings) if settings.name == "hub" else []
 
 
 def is_here(name: str, revisions: dict[str, str]) -> bool:

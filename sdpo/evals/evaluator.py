@@ -7,6 +7,7 @@ import numpy as np
 
 from sdpo.binding import bind, inputs_of
 from sdpo.config import Config
+from sdpo.data.pair_table import PairTable
 from sdpo.data.tokenize import response_lengths
 from sdpo.evals import suites
 from sdpo.metrics import Recorder
@@ -15,6 +16,7 @@ from sdpo.store.artifacts import Artifact
 from sdpo.train import gradient_weight
 from sdpo.train.setup import Inputs
 from sdpo.train.step import Step
+from sdpo.types import Scored
 
 REFERENCE_STATISTICS = (
     "gamma_ref_mean",  # mean reference margin of the chunk's pairs
@@ -75,12 +77,16 @@ class Evaluator:
         runner, held_out, initial = self.inputs.runner, self.inputs.held_out, self.inputs.initial
         reference = step.reference if step else None
         answers: list[dict] = []
+
+        def scored(table: PairTable) -> Scored:
+            of_reference = runner.logprobs(reference, table.rows) if reference else None
+            of_initial = runner.logprobs(initial, table.rows) if model.key != initial.key else None
+            return Scored(runner.logprobs(model, table.rows), of_reference, of_initial, table.lengths_N2)
+
         data = {
-            "policy": lambda: runner.logprobs(model, held_out.rows),
-            "reference": lambda: runner.logprobs(reference, held_out.rows) if reference else None,
-            "initial": lambda: runner.logprobs(initial, held_out.rows) if model.key != initial.key else None,
-            "lengths": lambda: held_out.lengths_N2,
+            "scored": lambda: scored(held_out),
             "sources": lambda: held_out.sources,
+            "sets": lambda: {name: scored(table) for name, table in self.inputs.held_out_sets.items()},
             "model": lambda: model,
             "initial_model": lambda: initial,
             "exam": lambda: self.inputs.exam,

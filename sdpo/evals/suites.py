@@ -21,26 +21,36 @@ from sdpo.evals.generation import LIBRARIES
 from sdpo.lab import exam as lab_exam
 from sdpo.lab import measures as lab_measures
 from sdpo.model import limits
-from sdpo.stats import Measures, length_controlled, mean, share, share_above
+from sdpo.stats import Measure, Measures, length_controlled, mean, share, share_above
 from sdpo.store.artifacts import Artifact, key_of
 from sdpo.train.runner import Runner
+from sdpo.types import Scored
+
+BY_SOURCE = ("ranking_accuracy", "reward_accuracy_initial", "gamma", "shorter_accuracy")
 
 
-def preference(
-    policy: np.ndarray,
-    reference: np.ndarray | None,
-    initial: np.ndarray | None,
-    lengths: np.ndarray,
-    sources: np.ndarray,
-) -> Measures:
+def preference(scored: Scored, sources: np.ndarray, sets: dict[str, Scored]) -> Measures:
     """What the policy prefers on held-out pairs: alone, against the step's reference, and against S.
 
-    `reference` and `initial` are None for S itself, which has no reference and is not measured against itself.
-    `preference/shorter_accuracy` is a baseline: the accuracy of always preferring the response with fewer tokens
-    (`lengths` [N, 2]).
+    S itself has no reference and is not measured against itself. `preference/shorter_accuracy` is a baseline: the
+    accuracy of always preferring the response with fewer tokens. Sources, and the sets of data.held_out_sets
+    (`held_out/<set>/...`), have the measures of BY_SOURCE.
     """
-    unknown = np.full_like(policy, np.nan)
-    reference, initial = (unknown if logps is None else logps for logps in (reference, initial))
+    columns = _preferences(scored)
+    measures = {f"preference/{name}": _mean(name, values) for name, values in columns.items()}
+    for source in dict.fromkeys(sources):
+        for name in BY_SOURCE:
+            measures[f"preference/{source}/{name}"] = _mean(name, columns[name][sources == source])
+    for key, of_set in sets.items():
+        columns = _preferences(of_set)
+        measures |= {f"held_out/{key}/{name}": _mean(name, columns[name]) for name in BY_SOURCE}
+    return measures
+
+
+def _preferences(scored: Scored) -> dict[str, np.ndarray]:
+    """The measures of every pair [N], by name."""
+    policy, unknown = scored.policy, np.full_like(scored.policy, np.nan)
+    reference, initial = (unknown if logps is None else logps for logps in (scored.reference, scored.initial))
     gamma, ratio = policy[:, 0] - policy[:, 1], policy - initial
     columns = {
         "ranking_accuracy": share_above(gamma),
@@ -49,17 +59,16 @@ def preference(
         "rejected_logp": policy[:, 1],
         "log_ratio_chosen": ratio[:, 0],
         "log_ratio_rejected": ratio[:, 1],
-        "shorter_accuracy": share_above(lengths[:, 1] - lengths[:, 0]),
+        "shorter_accuracy": share_above(scored.lengths[:, 1] - scored.lengths[:, 0]),
     }
     for name, other in (("step", reference), ("initial", initial)):
         margin = gamma - (other[:, 0] - other[:, 1])
         columns |= {f"reward_accuracy_{name}": share_above(margin), f"margin_{name}": margin}
-    of = {name: share if "accuracy" in name else mean for name in columns}
-    measures = {f"preference/{name}": of[name](values) for name, values in columns.items()}
-    for source in dict.fromkeys(sources):
-        for name in ("ranking_accuracy", "reward_accuracy_initial", "gamma", "shorter_accuracy"):
-            measures[f"preference/{source}/{name}"] = of[name](columns[name][sources == source])
-    return measures
+    return columns
+
+
+def _mean(name: str, values: np.ndarray) -> Measure:
+    return (share if "accuracy" in name else mean)(values)
 
 
 def lab(model: Artifact, initial_model: Artifact, exam: lab_exam.Exam | None, runner: Runner) -> Measures:

@@ -67,7 +67,9 @@ def preferences(data: config.Data, initial_model: PreTrainedModel, tokenizer: Pr
             for i, (prompt, (high, chosen), (low, rejected)) in enumerate(judged):
                 turns = (Message(role="user", content=prompt),)
                 pairs[role].append(Pair(f"{name}-{role}-{i:05d}", name, turns, chosen, rejected, high, low))
-    return Preferences(**pairs, report={"sources": {role: describe(some) for role, some in pairs.items()}})
+    return Preferences(
+        pairs["train"], pairs["held_out"], report={"sources": {role: describe(some) for role, some in pairs.items()}}
+    )
 
 
 def _teacher(prompts: list[str], rng: random.Random) -> list[list[str]]:

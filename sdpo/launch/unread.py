@@ -41,6 +41,10 @@ def _reads_t(job: DictConfig) -> bool:
     return "${T}" in OmegaConf.to_yaml(job)
 
 
+def _reads_sets(job: DictConfig) -> bool:
+    return job.data.name != "lab" and "preference" in job.evaluate
+
+
 def _reads_score(job: DictConfig) -> bool:
     from sdpo.curriculum import chunking  # here, because it imports numpy and torch, which take seconds
 
@@ -51,5 +55,6 @@ def _reads_score(job: DictConfig) -> bool:
 READERS = {
     "T": (_reads_t, "set split.num_chunks (or split.num), or choose an arm that reads T, as easy_to_hard does"),
     "data.limit": (lambda job: job.data.name != "lab", "the laboratory has data.lab.sources.NAME.num_pairs"),
+    "data.held_out_sets": (_reads_sets, "add preference to evaluate, and use data=local or data=hub"),
     "score": (_reads_score, "leave score out, or choose split=easy_to_hard, split.keep below 1 or split.within=score"),
 }

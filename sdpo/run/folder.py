@@ -142,7 +142,9 @@ def _stamp(config: Config) -> str:
 def _paths(settings: dict) -> Iterator[Path]:
     """Every file and folder that the settings name."""
     for key, value in settings.items():
-        if isinstance(value, dict):
+        if key == "held_out_sets":
+            yield from (Path(name) for names in value.values() for name in names)
+        elif isinstance(value, dict):
             yield from _paths(value)
         elif key in ("path", "train", "held_out", "local", "file") and value:
             yield from map(Path, [value] if isinstance(value, str) else value)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Inputs:
     held_out: PairTable
     report: dict  # data_report.json
     exam: lab_exam.Exam | None  # the laboratory's questions
+    held_out_sets: dict[str, PairTable] = field(default_factory=dict)  # measured apart, by name
 
     def chunk(self, indices: np.ndarray) -> Chunk:
         """These training pairs as the chunk of a step, in the order of the indices."""
@@ -59,8 +60,9 @@ class Inputs:
         return probes.sample(self.train.ids, indices)
 
     def followed(self, chunks: list[np.ndarray]) -> list[list[TokenPair]]:
-        """The rows that every model of the run scores: one table of held-out pairs, then one of probes per chunk."""
-        return [self.held_out.rows, *(self.train.take(self.probes(indices)).rows for indices in chunks)]
+        """The tables of rows that every model scores: held-out pairs, further sets of them, the chunks' probes."""
+        probed = [self.train.take(self.probes(indices)) for indices in chunks]
+        return [table.rows for table in (self.held_out, *self.held_out_sets.values(), *probed)]
 
 
 def prepare(config: Config, store: Store, take: TakeStep = take_step) -> Inputs:
@@ -78,12 +80,14 @@ def prepare(config: Config, store: Store, take: TakeStep = take_step) -> Inputs:
     else:
         preferences = preference_files.load(config.data)
     _check_ratings(config, preferences.train)
-    train, held_out, report = _encode(config, runner, preferences)
+    (train, held_out, *more), report = _encode(config, runner, preferences)
     if config.model.name != "lab":
-        limits.check_rows([*train.rows, *held_out.rows], base.folder, config.model.trust_remote_code)
+        rows = [row for table in (train, held_out, *more) for row in table.rows]
+        limits.check_rows(rows, base.folder, config.model.trust_remote_code)
     if config.tune.get("quantize", "none") != "none":
         initial = adapters.rounded(initial, runner.loading, store, runner.tokenizer)
-    return Inputs(runner, initial, train, held_out, report, exam)
+    sets = dict(zip(preferences.held_out_sets, more, strict=True))
+    return Inputs(runner, initial, train, held_out, report, exam, sets)
 
 
 def open_runner(config: Config, store: Store) -> tuple[Runner, Artifact]:
@@ -92,19 +96,21 @@ def open_runner(config: Config, store: Store) -> tuple[Runner, Artifact]:
     return Runner(config, store, tokenizer), base
 
 
-def _encode(config: Config, runner: Runner, preferences: Preferences) -> tuple[PairTable, PairTable, dict]:
-    """The training pairs and the held-out pairs as tokens, and the data report."""
+def _encode(config: Config, runner: Runner, preferences: Preferences) -> tuple[list[PairTable], dict]:
+    """The training pairs, the held-out pairs and each further set of them as tokens, and the data report."""
+    sides = {"train": preferences.train, "held_out": preferences.held_out}
+    sides |= {f"held_out_sets.{name}": pairs for name, pairs in preferences.held_out_sets.items()}
     tables, reports = [], {}
-    for side, pairs, name in ("train", preferences.train, "training"), ("held_out", preferences.held_out, "held-out"):
-        rows, reports[side] = encode(pairs, runner.tokenizer, config.data, name)
+    for side, pairs in sides.items():
+        called = {"train": "training", "held_out": "held-out"}.get(side, side)
+        rows, reports[side] = encode(pairs, runner.tokenizer, config.data, called)
         for note in reports[side]["notes"]:
             tell(f"{side}: {note}")
         tables.append(PairTable.join(pairs, rows))
     for reference in external_references(config):
         _refuse_truncated(config, *reports.values())
-        _encode_for_external(reference, config, runner, [*tables[0].pairs, *tables[1].pairs])
-    train, held_out = tables
-    return train, held_out, preferences.report | {"tokens": reports}
+        _encode_for_external(reference, config, runner, [pair for table in tables for pair in table.pairs])
+    return tables, preferences.report | {"tokens": reports}
 
 
 def _check_ratings(config: Config, pairs: list[Pair]) -> None:

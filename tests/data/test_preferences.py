@@ -39,7 +39,7 @@ def load(*train, **settings):
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
 def test_formats_agree(tmp_path, suffix):
     name = write(tmp_path / f"easy.train.{suffix}", ROWS)
-    train, held_out, report = load(name, held_out_share=0)
+    train, held_out, report, _ = load(name, held_out_share=0)
     assert [pair.chosen for pair in train] == [row["chosen"] for row in ROWS] and not held_out
     assert {pair.source for pair in train} == {"easy"}
     assert train[0].id == "easy-13cc5007ad940143"  # of the content, in every format, file and order
@@ -51,7 +51,7 @@ def test_formats_agree(tmp_path, suffix):
 def test_held_out_prompts(tmp_path):
     repeated = [row | {"chosen": f"Certainly, {i}."} for i, row in enumerate(ROWS)]
     name = write(tmp_path / "a.jsonl", ROWS + repeated)
-    train, held_out, _ = load(name, held_out_share=0.1)
+    train, held_out, _, _ = load(name, held_out_share=0.1)
     assert (len(train), len(held_out)) == (72, 8)  # 4 of 40 prompts, each with both of its pairs
     assert not {preferences.prompt_key(p.prompt) for p in train} & {preferences.prompt_key(p.prompt) for p in held_out}
     backwards = write(tmp_path / "a.backwards.jsonl", (ROWS + repeated)[::-1])
@@ -66,7 +66,7 @@ def test_a_given_held_out_prompt_is_not_trained_on(tmp_path):
         UserError, match=r"a.train.jsonl, row 1: field 'prompt' is held out too, in .*eval.jsonl, row 1"
     ):
         load(name, held_out=[held])
-    train, held_out, report = load(name, held_out=[held], on_bad_row="skip")
+    train, held_out, report, _ = load(name, held_out=[held], on_bad_row="skip")
     assert (len(train), len(held_out), report["dropped"]) == (37, 3, {"held_out_prompt": 3})
 
 
@@ -77,7 +77,7 @@ def test_report(tmp_path):
         {"prompt": "abcde", "chosen": "a", "rejected": "b"},
         {"prompt": "ab", "chosen": "ab", "rejected": "abcde"},
     ]
-    train, _, report = load(write(tmp_path / "a.jsonl", rows), held_out_share=0)
+    train, _, report, _ = load(write(tmp_path / "a.jsonl", rows), held_out_share=0)
     assert report["sources"]["train"]["a"] == {
         "pairs": 4,
         "prompts": 2,
@@ -109,7 +109,7 @@ def test_bad_rows(tmp_path, reason):
     name = write(tmp_path / "a.jsonl", [ROWS[0] | {"id": "first"}, row, ROWS[2]])
     with pytest.raises(UserError, match=f"a.jsonl, {sentence}.*data.on_bad_row=skip"):
         load(name)
-    train, _, report = load(name, on_bad_row="skip", held_out_share=0)
+    train, _, report, _ = load(name, on_bad_row="skip", held_out_share=0)
     assert len(train) == 2 and report["dropped"] == report["files"][0]["dropped"] == {reason: 1}
     (dropped,) = report["dropped_rows"]
     assert (dropped["file"], dropped["row"], dropped["reason"]) == (name, 2, reason)
@@ -183,7 +183,7 @@ def test_hub(monkeypatch):
         held_out=["owner/one:test"],
         revisions={"owner/one": "v1"},
     )
-    train, held_out, report = preferences.load(settings)
+    train, held_out, report, _ = preferences.load(settings)
     assert calls == [
         ("owner/one", None, {"split": "test", "revision": "v1"}),
         ("owner/one", None, {"split": "train", "revision": "v1"}),
@@ -205,7 +205,7 @@ def test_several_splits_of_one_data_set_are_several_sources(monkeypatch):
     halves = {"first": ROWS[:20], "second": ROWS[20:30], "test": ROWS[30:33]}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: datasets.Dataset.from_list(halves[split]))
     names = ["owner/one:first", "owner/one:second"]
-    train, held_out, _ = preferences.load(config.Data(name="hub", train=names, held_out=["owner/one:test"]))
+    train, held_out, _, _ = preferences.load(config.Data(name="hub", train=names, held_out=["owner/one:test"]))
     assert Counter(pair.source for pair in train) == {"one-first": 20, "one-second": 10}
     assert {pair.source for pair in held_out} == {"one"}
     alone = preferences.load(config.Data(name="hub", train=names[:1], held_out=["owner/one:test"])).train
@@ -229,7 +229,7 @@ def test_folders_of_data_sets(tmp_path, monkeypatch, saved):
     else:
         folder.mkdir(parents=True)
         write(folder / "train.jsonl", ROWS[:20])
-    train, _, report = preferences.load(config.Data(name="hub", train=[str(folder)], held_out_share=0))
+    train, _, report, _ = preferences.load(config.Data(name="hub", train=[str(folder)], held_out_share=0))
     assert {pair.source for pair in train} == {"easy"} and len(train) == 20
     with pytest.raises(UserError, match="easy: is a folder; read a data set's folder with data=hub"):
         load(str(folder))
@@ -275,7 +275,7 @@ def test_jsonl_round_trip(tmp_path):
 
 
 def test_real_files(real_data):
-    train, held_out, report = load(
+    train, held_out, report, _ = load(
         *sorted(map(str, real_data.glob("pairs/*.train.jsonl"))),
         held_out=sorted(map(str, real_data.glob("pairs/*.eval.jsonl"))),
     )
