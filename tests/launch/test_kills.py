@@ -5,11 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 from conftest import CHECKOUT
+from processes import alive, children, wait_until
 
 SENTENCES = {"agent": "torchrun died", "rank": "a rank was killed by SIGKILL"}  # a killed parent prints nothing
 
@@ -30,25 +29,6 @@ def start(command, stage, folder):
     environment = os.environ | {"SDPO_STORE": str(folder / "store")}
     overrides = [f"deepspeed={stage}", f"hydra.run.dir={folder / 'run'}"]
     return subprocess.Popen([*command, *overrides], env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def alive(pid):
-    """Whether a process is running; a zombie is not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def updates_kept(folder):

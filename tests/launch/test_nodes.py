@@ -9,7 +9,7 @@ import time
 
 import pytest
 from conftest import CHECKOUT, compose
-from test_kills import wait_until
+from processes import wait_until
 
 from sdpo.run.folder import Run, failure
 

@@ -4,16 +4,8 @@ import os
 import signal
 
 import pytest
-from test_kills import (  # noqa: F401
-    alive,
-    children,
-    command,
-    final_bytes,
-    start,
-    uninterrupted,
-    updates_kept,
-    wait_until,
-)
+from processes import alive, children, wait_until
+from test_kills import command, final_bytes, start, uninterrupted, updates_kept  # noqa: F401
 
 from sdpo.distributed import STOPPED
 

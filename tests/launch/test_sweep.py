@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import CHECKOUT
-from test_kills import alive, children, wait_until
+from processes import alive, children, wait_until
 
 from sdpo import config
 from sdpo.distributed import STOPPED

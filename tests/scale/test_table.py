@@ -108,5 +108,5 @@ def test_a_cell_has_the_losses_of_one_plain_rank_and_the_same_bytes_when_done_ag
     first, again = train(cell), train(cell)
     worst, is_same = np.abs(np.subtract(losses_of(first), expected)).max(), models(first) == models(again)
     table.append((cell, worst, is_same, time.monotonic() - began))
-    assert len(expected) == 6 and min(expected) < 0.68  # it learned something
+    assert len(expected) == 6 and np.ptp(expected) > 0.01  # it learns: far more than the tolerance
     assert worst < 1e-4 and is_same

@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import CHECKOUT, read_lines
+from processes import children, wait_until
 
 from sdpo import distributed
 from sdpo.model import engine
@@ -92,9 +92,6 @@ def test_a_signal_that_is_ignored_stays_ignored():
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["off", "zero3"])
 def test_one_of_two_ranks_is_asked_and_both_save(toy, tmp_path, stage):
-    def children(pid):
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
     def start(folder):
         command = [sys.executable, CHECKOUT / "train.py", "launch.ranks=2", "launch.device=cpu", f"deepspeed={stage}"]
         command += ["data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]", "data.template=plain"]
@@ -110,10 +107,7 @@ def test_one_of_two_ranks_is_asked_and_both_save(toy, tmp_path, stage):
         return metrics.read_text().count('"train"') if metrics.exists() else 0
 
     parent = start(tmp_path)
-    deadline = time.monotonic() + 240
-    while trained() <= 5:
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+    wait_until(lambda: trained() > 5)
     ranks = children(children(parent.pid)[0])
     os.kill(ranks[1], signal.SIGTERM)
     said = parent.communicate()[0]
