@@ -1,107 +1,43 @@
-"""The part of the benchmark that needs a GPU: speed, utilisation and memory at real sizes; attention; the head."""
+"""What only a GPU shows: speed, utilisation and memory at real sizes; attention alone; the head alone."""
 
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import torch
+from torch import nn
 from torch.utils.benchmark import Timer
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from analysis.benchmark.work import SHAPES, from_profile, shape
-from sdpo.config import Deepspeed, Optim
-from sdpo.console import number
+from analysis.benchmark.ours import configure, open_side, take_update
+from analysis.benchmark.work import SHAPES, Work, shape
 from sdpo.model.attention.interface import BACKENDS, Rule
-from sdpo.model.engine import Engine, open_engine
-from sdpo.model.logprobs import Head, Scorer, score
+from sdpo.model.engine import Engine
+from sdpo.model.logprobs import Head, score
+from sdpo.model.memory import ran_out
 from sdpo.model.packing import Pack, micro_batches, pack, tokens_of
 from sdpo.train import throughput
-from sdpo.types import ChosenRejected, TokenPair
-from sdpo.variants import loss as losses
 
-SIZES = ("1b", "3b", "7b")
-ADAPTED = ("7b",)  # trained with LoRA: masters and moments of all weights would leave no room for activations
-TOKENS_PER_PACK, NUM_PAIRS = 8192, 64
+SECONDS = 2.0  # for which a call is repeated
 
 
-def measure(device: str) -> dict:
-    """All measurements, on a GPU; without one only the names of what was not measured."""
-    if device != "cuda":
-        parts = [f"{size}: tokens/s, utilisation, peak memory" for size in SIZES]
-        return {"not_measured": [*parts, "attention alone", "head alone"]}
-    name = torch.cuda.get_device_name()
-    peak = throughput.peak(torch.device(device))
-    rows = _rows()
-    result: dict[str, Any] = {"device": name, "peak_flops": peak}
-    result |= {size: _train(size, rows, peak) for size in SIZES}
-    return result | {"attention": _attention(rows, peak), "head": _head(rows)}
+def sweep(work: Work, report: Callable[[dict], None]) -> None:
+    """The reference pass and one update of all pairs, with every size of packs, compiled and not."""
+    measured = []
+    for compiled in work.compiled:
+        engine = open_side(work, configure(work._replace(compiled=[compiled])))
+        for tokens_per_pack in work.packs:
+            row = {"tokens_per_pack": tokens_per_pack, "compile": compiled}
+            measured.append(row | _train_if_it_fits(engine, work, tokens_per_pack))
+            report({"rows": measured})
+        engine.close()
+        del engine
 
 
-def lines(result: dict) -> list[str]:
-    """The result as text, one line per measurement."""
-    if "not_measured" in result:
-        return [f"not measured, because there is no GPU: {'; '.join(result['not_measured'])}"]
-    measured = {name: values for name, values in result.items() if isinstance(values, dict)}
-    return [
-        f"{result['device']}, {name}: " + ", ".join(f"{key} {number(value)}" for key, value in values.items())
-        for name, values in measured.items()
-    ]
-
-
-def _rows() -> list[TokenPair]:
-    rng = torch.Generator().manual_seed(0)
-    lengths = from_profile("ultrafeedback", NUM_PAIRS).tolist()
-    return [
-        TokenPair(f"{i:05d}", *(torch.randint(3, 8192, (n,), generator=rng).int().numpy() for n in three))
-        for i, three in enumerate(lengths)
-    ]
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    """Median wall seconds of a call, after calls that compile and allocate."""
-    return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=5.0).median
-
-
-def _train(size: str, rows: list[TokenPair], peak: float | None) -> dict:
-    """The reference pass and one update of all rows, with random weights."""
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(shape(size)).bfloat16()
-    num_weights = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()
-    if size in ADAPTED:
-        from peft import LoraConfig, inject_adapter_in_model
-
-        inject_adapter_in_model(LoraConfig(r=16, target_modules="all-linear"), model)
-    torch.cuda.reset_peak_memory_stats()
-    engine = open_engine(Scorer(model), Optim(), "bf16", Deepspeed(), torch.device("cuda"))
-    reference_N2 = torch.zeros(len(rows), 2, device="cuda")
-    reference_seconds = _seconds(lambda: score(engine.scorer, rows, TOKENS_PER_PACK))
-    update_seconds = _seconds(lambda: _update(engine, rows, reference_N2))
-    tokens = sum(map(tokens_of, rows))
-    per_weight = 6 if size in ADAPTED else 8  # 2 forward passes: 4; backward: 2 if frozen, else 4
-    flops = per_weight * num_weights * tokens
-    result = {
-        "tokens_per_second": tokens / (reference_seconds + update_seconds),
-        "utilisation": flops / (reference_seconds + update_seconds) / peak if peak else None,
-        "reference_seconds": reference_seconds,
-        "update_seconds": update_seconds,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-    }
-    engine.close()
-    return result
-
-
-def _update(engine: Engine, rows: list[TokenPair], reference_N2: torch.Tensor) -> None:
-    """One update of all rows."""
-    plan = micro_batches(rows, TOKENS_PER_PACK)[0]
-    for position, members in enumerate(plan):
-        policy = engine.forward(pack([rows[i] for i in members]).to("cuda"))
-        loss_B = losses.dpo(policy, ChosenRejected(*reference_N2[members].unbind(1)), beta=0.1)
-        engine.backward(loss_B.sum() / len(rows), last=position == len(plan) - 1)
-    engine.update(5e-7)
-
-
-def _attention(rows: list[TokenPair], peak: float | None) -> dict:
+def attention(work: Work, report: Callable[[dict], None]) -> None:
     """Seconds and share of the peak of attention in one layer of the 7B shape, forward and backward, by backend."""
-    members = micro_batches(rows, TOKENS_PER_PACK)[0][0]
+    rows, peak = work.rows(), throughput.peak(torch.device(work.device))
+    members = micro_batches(rows, work.packs[0])[0][0]
     packed = pack([rows[i] for i in members]).to("cuda")
     _, hidden, _, _, heads, kv_heads = SHAPES["7b"]
     dim = hidden // heads
@@ -111,32 +47,75 @@ def _attention(rows: list[TokenPair], peak: float | None) -> dict:
     ]
     visible = sum(own * (2 * length - own + 1) / 2 for own, length in zip(packed.own_S, packed.lengths_S, strict=True))
     flops = 3.5 * 4 * heads * dim * visible  # backward counts as 2.5 forwards
-    result: dict[str, float | None] = {}
+    measured = []
     for name, backend in BACKENDS.items():
         seconds = _seconds_of_backend(backend, packed, inputs)
-        result |= {f"{name}_seconds": seconds, f"{name}_share_of_peak": flops / seconds / peak if peak else None}
-    return result
+        share = flops / seconds / peak if peak else None
+        measured.append({"backend": name, "seconds": seconds, "share_of_peak": share})
+        report({"rows": measured})
+
+
+def head(work: Work, report: Callable[[dict], None]) -> None:
+    """Seconds of the head of the 3B shape, forward and backward, and the share that its three matrix products need."""
+    config = shape("3b")
+    config.num_hidden_layers = 1
+    with torch.device("cuda"):
+        module = Head(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+    rows = work.rows()
+    num_rows = len(pack(rows[: len(rows) // 4]).rows_R)
+    hidden_RH = torch.randn(num_rows, config.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets_R = torch.randint(3, config.vocab_size, (num_rows,), device="cuda")
+
+    def products() -> None:
+        slope_RV = hidden_RH.detach() @ module.weight.detach().T
+        slope_RV @ module.weight.detach()
+        slope_RV.T @ hidden_RH.detach()
+
+    whole = _seconds(lambda: module(hidden_RH, targets_R).sum().backward())
+    report({"rows": [{"seconds": whole, "share_of_products": _seconds(products) / whole}]})
+
+
+def _train_if_it_fits(engine: Engine, work: Work, tokens_per_pack: int) -> dict:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        return _train(engine, work, tokens_per_pack)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        return {"failed": "out of memory"}
+
+
+def _train(engine: Engine, work: Work, tokens_per_pack: int) -> dict:
+    rows = work.rows()
+    model = engine.scorer.model
+    num_weights = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    num_weights -= cast(nn.Embedding, model.get_input_embeddings()).weight.numel()
+    began = time.monotonic()
+    score(engine.scorer, rows, tokens_per_pack)
+    take_update(engine, rows, tokens_per_pack)
+    torch.cuda.synchronize()
+    first_seconds = time.monotonic() - began
+    reference_seconds = _seconds(lambda: score(engine.scorer, rows, tokens_per_pack))
+    update_seconds = _seconds(lambda: take_update(engine, rows, tokens_per_pack))
+    tokens, seconds = sum(map(tokens_of, rows)), reference_seconds + update_seconds
+    per_weight = 6 if work.lora else 8  # 2 forward passes: 4; backward: 2 if frozen, else 4
+    peak = throughput.peak(torch.device(work.device))
+    return {
+        "first_seconds": first_seconds,
+        "reference_seconds": reference_seconds,
+        "update_seconds": update_seconds,
+        "tokens_per_second": tokens / seconds,
+        "utilisation": per_weight * num_weights * tokens / seconds / peak if peak else None,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    """Median wall seconds of a call, after calls that compile and allocate."""
+    return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=SECONDS).median
 
 
 def _seconds_of_backend(backend: Callable, packed: Pack, inputs: list[torch.Tensor]) -> float:
     attend, rule = backend(packed), Rule(None, None, None, None, 0.0)
     return _seconds(lambda: attend(*inputs, rule).sum().backward())
-
-
-def _head(rows: list[TokenPair]) -> dict:
-    """Seconds of the head of the 3B shape, forward and backward, and the share that its three matrix products need."""
-    config = shape("3b")
-    config.num_hidden_layers = 1
-    with torch.device("cuda"):
-        head = Head(LlamaForCausalLM(config).bfloat16())
-    num_rows = len(pack(rows[: NUM_PAIRS // 4]).rows_R)
-    hidden_RH = torch.randn(num_rows, config.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    targets_R = torch.randint(3, config.vocab_size, (num_rows,), device="cuda")
-
-    def products() -> None:
-        slope_RV = hidden_RH.detach() @ head.weight.detach().T
-        slope_RV @ head.weight.detach()
-        slope_RV.T @ hidden_RH.detach()
-
-    whole = _seconds(lambda: head(hidden_RH, targets_R).sum().backward())
-    return {"seconds": whole, "share_of_products": _seconds(products) / whole}

@@ -1,14 +1,14 @@
-"""The workload of both sides of the benchmark: a folder with a random model, its tokenizer and pairs of token ids."""
+"""The workload of all parts of the benchmark: a random model, its tokenizer and pairs of token ids."""
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy.stats import lognorm
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from sdpo import config
 from sdpo.data import preferences
@@ -16,6 +16,9 @@ from sdpo.errors import UserError
 from sdpo.types import TokenPair
 
 WORDS, EOS, MAX_TOKENS = 8192, 2, 1024
+BETA, LR = 0.1, 5e-7
+PASSES = 2  # over all pairs: the first one, and one in steady state
+LORA: dict[str, Any] = {"r": 16, "target_modules": "all-linear"}
 # Mean tokens of prompt, chosen and rejected. Lognormal distributions with these means, and standard deviations equal to
 # the means, reproduce the published medians of ultrafeedback_binarized and orca_dpo_pairs (arXiv 2410.20305).
 PROFILES = {"ultrafeedback": (160, 300, 265), "orca": (235, 195, 195)}
@@ -23,9 +26,11 @@ PROFILES = {"ultrafeedback": (160, 300, 265), "orca": (235, 195, 195)}
 
 # Shapes of Llama models: vocabulary, hidden size, intermediate size, layers, heads, key-value heads. The toy has 4.7
 # million parameters in its layers and as many in embeddings and head; one core trains it in seconds. The others have
-# the shapes of Llama 3.2 1B and 3B and of Mistral 7B.
+# the shapes of SmolLM2 135M, of Llama 3.2 1B and 3B and of Mistral 7B.
 SHAPES = {
+    "tiny": (WORDS, 32, 64, 1, 2, 2),
     "toy": (WORDS, 256, 688, 6, 4, 4),
+    "135m": (49_152, 576, 1536, 30, 9, 3),
     "1b": (128_256, 2048, 8192, 16, 32, 8),
     "3b": (128_256, 3072, 8192, 28, 24, 8),
     "7b": (32_000, 4096, 14_336, 32, 32, 8),
@@ -33,17 +38,21 @@ SHAPES = {
 
 
 class Work(NamedTuple):
-    """The input of a side; `folder` holds model, tokenizer and pairs."""
+    """The input of a part; `folder` holds the pairs."""
 
     folder: str
     shape: str
     pairs_per_update: int
-    pairs_per_microbatch: int
     precision: str
     device: str
+    trl_batches: list[int]  # pairs in a micro-batch of TRL; with its tuned settings all are tried
+    packs: list[int]  # most tokens of a micro-batch of this engine; the comparison uses the first one
+    compiled: list[bool]  # whether this engine compiles the decoder; the comparison uses the first one
+    lora: bool = False
 
     @property
     def model(self) -> Path:
+        """The folder that `save_model` writes."""
         return Path(self.folder) / "model"
 
     def rows(self) -> list[TokenPair]:
@@ -51,19 +60,27 @@ class Work(NamedTuple):
         listed = json.loads((Path(self.folder) / "pairs.json").read_text())
         return [TokenPair(f"{i:05d}", *(np.array(ids, np.int32) for ids in three)) for i, three in enumerate(listed)]
 
+    def build(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The model, with random weights of seed 0, made on the device: nothing is read from disk."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            return AutoModelForCausalLM.from_config(shape(self.shape), dtype=dtype)
+
+    def save_model(self) -> None:
+        """Write the model and its tokenizer, for a part that measures reading and writing too."""
+        self.build().save_pretrained(self.model)
+        tokenizer().save_pretrained(self.model)
+
 
 def prepare(work: Work, lengths: np.ndarray) -> None:
-    """Write the model, the tokenizer and pairs of lengths [N, 3] (prompt, chosen, rejected); all come from seed 0."""
+    """Write pairs of lengths [N, 3] (prompt, chosen, rejected); their tokens come from seed 0."""
     rng = np.random.default_rng(0)
     pairs = []
     for prompt, chosen, rejected in lengths.tolist():
         ids = [rng.integers(3, WORDS, n).tolist() for n in (prompt, chosen - 1, rejected - 1)]
         pairs.append([ids[0], [*ids[1], EOS], [*ids[2], EOS]])
-    work.model.mkdir(parents=True)
+    Path(work.folder).mkdir(parents=True)
     (Path(work.folder) / "pairs.json").write_text(json.dumps(pairs))
-    tokenizer().save_pretrained(work.model)
-    torch.manual_seed(0)
-    LlamaForCausalLM(shape(work.shape)).save_pretrained(work.model)
 
 
 def from_profile(profile: str, num_pairs: int) -> np.ndarray:

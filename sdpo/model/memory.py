@@ -79,7 +79,7 @@ def explained(doing: str, budget: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _ran_out(error):
+        if not ran_out(error):
             raise
         raise UserError(
             f"out of memory {doing}: set launch.tokens_per_pack={max(1, budget // 2)}, or "
@@ -87,7 +87,8 @@ def explained(doing: str, budget: int) -> Iterator[None]:
         ) from error
 
 
-def _ran_out(error: Exception) -> bool:
+def ran_out(error: Exception) -> bool:
+    """Whether an error says that memory ran out."""
     return isinstance(error, MemoryError) or any(part in str(error) for part in ALLOCATOR_ERRORS)
 
 
@@ -113,7 +114,7 @@ def _fits(engine: Engine, rows: list[TokenPair]) -> bool:
         _run_once(engine, rows)
         fits = True
     except (RuntimeError, MemoryError) as error:
-        if not _ran_out(error):
+        if not ran_out(error):
             raise
         fits = False
     if torch.cuda.is_available():

@@ -1,11 +1,11 @@
-"""The workload and the arithmetic of the benchmark; a slow test runs all of it against TRL."""
+"""The workload and the arithmetic of the benchmark, and its parts that fail; a slow test runs all of it against TRL."""
 
 import json
 
 import numpy as np
 import pytest
 
-from analysis.benchmark import __main__
+from analysis.benchmark import __main__, parts, table
 from analysis.benchmark.work import MAX_TOKENS, Work, from_file, from_profile, prepare, text, tokenizer
 from sdpo.errors import UserError
 
@@ -25,8 +25,12 @@ def test_lengths_of_a_file_are_characters_over_four(tmp_path):
         from_file(tmp_path / "pairs.jsonl", 3)
 
 
+def toy(folder):
+    return Work(str(folder), "tiny", 2, "fp32", "cpu", trl_batches=[2], packs=[64], compiled=[False])
+
+
 def test_both_sides_read_the_same_tokens(tmp_path):
-    work = Work(str(tmp_path / "work"), "toy", 2, 2, "fp32", "cpu")
+    work = toy(tmp_path / "work")
     prepare(work, np.array([[5, 3, 4], [1, 2, 9]]))
     for row in work.rows():
         whole = tokenizer()(text(row.prompt).strip() + text(row.chosen), add_special_tokens=False)["input_ids"]
@@ -36,32 +40,94 @@ def test_both_sides_read_the_same_tokens(tmp_path):
 
 def test_ratios_are_of_medians_and_count_both_passes():
     def run(reference, updates, peak):
-        phases = {"updates": {"cpu": updates, "wall": 2 * updates}}
+        """Passes of this many CPU seconds, twice as many on the clock; each first pass takes 8 seconds more."""
+        phases = {"updates": [[updates + 8, 2 * updates], [updates, 2 * updates]]}
         if reference:
-            phases["reference"] = {"cpu": reference, "wall": 2 * reference}
-        return {"phases": phases, "peak_bytes": peak, "padding_share": 0.5, "first_loss": 0.7, "tokens": 1000}
+            phases["reference"] = [[reference, 2 * reference], [reference, 2 * reference]]
+        measured = {"peak_bytes": peak, "padding_share": 0.5, "first_loss": 0.7, "tokens": 1000}
+        return measured | {"phases": phases, "settings": {"bf16": True}}
 
     runs = {
         "trl_default": [run(0, 40, 80), run(0, 60, 80), run(0, 41, 80)],
-        "trl_tuned": [run(10, 20, 100)] * 3,
+        "trl_tuned": [run(10, 20, 100), {"seconds": 1}],  # the second run was cut off before a result
         "engine": [run(2, 6, 30)] * 3,
+        "trl_lora": [run(1, 1, 1)],  # its rival is missing
     }
-    result = __main__._compare(runs, num_pairs=4, clock="cpu")
-    assert result["cpu_seconds_per_pair"] == {"trl_default": 41 / 4, "trl_tuned": 30 / 4, "engine": 2.0}
-    assert (result["ratio_default"], result["ratio_tuned"]) == (41 / 8, 30 / 8)
-    assert result["memory_ratio_tuned"] == 0.3
-    assert result["unique_tokens_per_second"] == 125
+    result = table.summarise(runs, {"engine_lora": "cut off"}, num_pairs=4, clock="cpu")
+    assert [result["sides"][side]["steady"]["cpu"] for side in runs] == [41 / 4, 30 / 4, 2.0, 0.5]
+    assert result["sides"]["engine"]["first"] == {"cpu": 4.0, "wall": 4.0}
+    assert result["ratios"] == {
+        "trl_default": {"first": 49 / 16, "steady": 41 / 8, "memory": 30 / 80},
+        "trl_tuned": {"first": 38 / 16, "steady": 30 / 8, "memory": 0.3},
+    }
+    assert result["sides"]["engine"]["unique_tokens_per_second"] == {"cpu": 125, "wall": 62.5}
+    assert "engine_lora FAILED: cut off" in table.render(result | {"machine": {"gpu": None}})
+
+
+def test_steps_cost_passes_and_a_fixed_time_each():
+    """64 pairs: 128 s of passes in 1 step and 192 s in 8; besides them 3 s, and 8 times 5 s."""
+
+    def spent(passes, everything):
+        return {"reference": [passes / 4, 0], "updates": [passes * 3 / 4, 0], "everything": [everything, 0]}
+
+    steps = {"pairs": 64, "1": spent(128, 131), "8": spent(192, 232)}
+    found = table.summarise({"steps": [steps]}, {}, num_pairs=8, clock="cpu")["steps"]
+    assert (found["passes_8_steps_over_1"], found["fixed_seconds_per_step"]) == (1.5, 5)
+    assert found["cost_8_steps_over_1"] == pytest.approx((12_859 * 3 + 40) / (12_859 * 2 + 3))
+
+
+def test_a_side_that_fails_loses_only_itself(tmp_path, monkeypatch):
+    """TRL cannot be imported, and is not asked to train anything."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "trl.py").write_text("raise ImportError('no such kernel')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    result = __main__.main(
+        ["--parts", "trl_tuned,engine", "--shape", "tiny", "--pairs", "2", "--pairs-per-update", "1", "--device", "cpu"]
+        + ["--trl-batches", "1", "--repeats", "1", "--out", str(tmp_path / "out")]
+    )
+    assert result["failures"] == {"trl_tuned": "ImportError: no such kernel"}
+    assert list(result["sides"]) == ["engine"] and result["ratios"] == {}
+    engine = result["sides"]["engine"]
+    assert engine["first_loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert {name: len(passes) for name, passes in engine["phases"].items()} == {"reference": 2, "updates": 2}
+    assert json.loads((tmp_path / "out" / "benchmark.json").read_text())["failures"] == result["failures"]
+
+
+def test_a_part_that_is_cut_off_keeps_what_it_had_measured(tmp_path):
+    """No process imports torch and measures in this time; what it had written before is read."""
+    work = toy(tmp_path)
+    (tmp_path / "engine.json").write_text('{"tried": 1}')
+    assert parts.measure("engine", work, limit=0.2) == ({"tried": 1}, "cut off after 0.2 s")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--parts", "engine,trl"], "--parts: trl is none of trl_default, trl_tuned"),
+        (["--parts", "1b"], "--parts: 1b needs a GPU"),
+        (["--trl-batches", "3"], "--pairs must be a multiple"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, sentence, capsys):
+    with pytest.raises(SystemExit):
+        __main__._parse(["--device", "cpu", *arguments])
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_the_whole_benchmark_agrees_with_trl(tmp_path):
     result = __main__.main(
-        ["--pairs", "2", "--pairs-per-update", "2", "--pairs-per-microbatch", "2", "--repeats", "1"]
-        + ["--steps-pairs", "8", "--device", "cpu", "--out", str(tmp_path)]
+        ["--pairs", "4", "--pairs-per-update", "4", "--trl-batches", "2,4", "--repeats", "1", "--device", "cpu"]
+        + ["--shape", "tiny", "--lora-shape", "tiny", "--out", str(tmp_path)]
+        + ["--parts", "trl_default,trl_tuned,engine,agreement,steps,trl_lora,engine_lora"]
     )
-    assert json.loads((tmp_path / "benchmark.json").read_text())["ratio_default"] == result["ratio_default"]
-    assert result["first_step"]["loss_difference"] < 1e-5
-    assert result["first_step"]["gradient_difference"] < 1e-5
-    assert result["padding_share"]["engine"] == 0
-    assert result["first_loss"]["engine"] == pytest.approx(np.log(2), abs=1e-6)
-    assert result["cuda"]["not_measured"]
+    assert json.loads((tmp_path / "benchmark.json").read_text())["ratios"] == result["ratios"]
+    assert result["failures"] == {}
+    assert result["agreement"]["loss_difference"] < 1e-5
+    assert result["agreement"]["gradient_difference"] < 1e-5
+    assert result["sides"]["engine"]["padding_share"] == 0
+    assert list(result["sides"]["trl_tuned"]["tried"]) == ["2 pairs", "4 pairs"]
+    assert {len(passes) for side in result["sides"].values() for passes in side["phases"].values()} == {2}
+    for side in result["sides"].values():
+        assert side["first_loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert result["steps"]["fixed_seconds_per_step"] > 0
