@@ -33,6 +33,7 @@ class Optim:
     pairs_per_update: int = at_least(1, 32)  # over all ranks
     moments: str = one_of("reset", "carry")  # of AdamW; carry: those of the previous step
     schedule_over: str = one_of("step", "run")  # what one warm-up and decay covers
+    states: str = one_of("fp32", "8bit", "host", "auto")  # AdamW's moments, and where they and the masters are kept
 
 
 @dataclass

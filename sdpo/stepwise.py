@@ -19,6 +19,7 @@ from sdpo.errors import UserError
 from sdpo.evals.evaluator import Evaluator
 from sdpo.metrics import Recorder
 from sdpo.run import results
+from sdpo.run.needs import with_states
 from sdpo.store.artifacts import Store
 from sdpo.train.schedule import Span, updates
 from sdpo.train.setup import prepare
@@ -29,7 +30,7 @@ from sdpo.wandb_mirror import WandbMirror
 
 def run(config: Config, folder: Path) -> dict:
     """Train and evaluate M_1 .. M_T, and return the content of summary.json. Steps in the store are not trained."""
-    began = time.monotonic()
+    began, config = time.monotonic(), with_states(config)
     with _recorder(config, folder) if distributed.is_main() else nullcontext() as recorder:
         inputs = prepare(config, Store())
         runner, history = inputs.runner, [inputs.initial]

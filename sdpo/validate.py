@@ -31,6 +31,11 @@ def check(config: Config) -> None:
             "deepspeed=zero1 with precision=bf16 keeps whole fp32 gradients on every rank and needs more memory "
             "than deepspeed=zero2: use that"
         )
+    if config.deepspeed.stage is not None and config.optim.states in ("8bit", "host"):
+        raise UserError(
+            f"optim.states={config.optim.states} runs without DeepSpeed: use deepspeed=off, or deepspeed.offload=true, "
+            "which keeps AdamW's states in host memory"
+        )
     chunking.bind_score(config.score, chunking.bind_split(config.split))
     _check_rounds(config)
     for key, measure in config.evaluate.items():
@@ -51,7 +56,7 @@ def check(config: Config) -> None:
         bind(placebo, {"name": step.reference.get("placebo", "none")})
         if step.optim.moments == "carry" and step.start == "initial":
             raise UserError("optim.moments=carry has nothing to carry if a step starts from S: use start=previous")
-        for key in ("moments", "schedule_over"):
+        for key in ("moments", "schedule_over", "states"):
             if key in config.steps.get(t, {}).get("optim", {}):
                 raise UserError(f"steps.{t}.optim.{key}: this setting must be equal in all steps: set optim.{key}=...")
         if adapter := bind(tune, step.tune)():

@@ -17,6 +17,7 @@ from sdpo import distributed
 from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.model.engine import Engine
+from sdpo.model.parameters import moments_of, set_moments
 from sdpo.store.artifacts import differing, publish
 
 
@@ -93,17 +94,19 @@ def save_moments(engine: Engine, folder: Path) -> None:
     moments = {
         f"{index}/{name}": tensor.contiguous()
         for index, master in enumerate(engine.parts)
-        for name, tensor in engine.optimizer.state[master].items()
+        for name, tensor in moments_of(engine.optimizer, master).items()
     }
     _write(moments, engine, folder / "moments")
 
 
 def load_moments(engine: Engine, folder: Path) -> None:
     """Load what `save_moments` wrote into the optimiser."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
     for full_name, tensor in _read(engine, folder / "moments").items():
         index, name = full_name.split("/")
-        master = engine.parts[int(index)]
-        engine.optimizer.state[master][name] = tensor.to(master.device)
+        found.setdefault(int(index), {})[name] = tensor
+    for position, moments in found.items():
+        set_moments(engine.optimizer, engine.parts[position], moments)
 
 
 def _write(tensors: dict[str, torch.Tensor], engine: Engine, path: Path) -> None:

@@ -3,7 +3,8 @@
 There are two kinds, Plain and Zero, with the same attributes and methods; Plain describes them.
 
 Masters are the fp32 weights that the optimiser changes. With precision=fp32 they are the parameters themselves; with
-bf16 they are kept beside the parameters, because at DPO's learning rates a bf16 weight would hardly ever move.
+bf16 they are kept beside the parameters, because at DPO's learning rates a bf16 weight would hardly ever move. With
+optim.states=host they and the moments are in host memory, where the optimiser runs.
 
 Gradients are summed over the micro-batches of an update and over the ranks, so the caller divides the loss by the
 number of pairs of the update on all ranks.
@@ -21,7 +22,14 @@ from sdpo.errors import UserError
 from sdpo.model.hub import DTYPES, cast
 from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import Pack
-from sdpo.model.parameters import adamw, temporarily_add, trained_parameters
+from sdpo.model.parameters import (
+    adamw,
+    fp32_copy,
+    step_in_turn,
+    temporarily_add,
+    trained_parameters,
+    without_memory,
+)
 from sdpo.model.zero import Zero
 from sdpo.types import ChosenRejected
 
@@ -30,8 +38,9 @@ class Plain:
     """Plain PyTorch: every rank holds the whole model; gradients are summed over ranks once per update.
 
     `module` runs forward passes: the scorer, or DeepSpeed's wrapper of it. `stage` is the ZeRO stage. `part` says which
-    part of the masters this rank has; ranks with the same number have the same part. If all parameters are frozen there
-    is no `optimizer`, so that memory holds only the weights.
+    part of the masters this rank has; ranks with the same number have the same part. `sums` have the gradients of the
+    present update: the masters, or tensors on the device that stand for them. If all parameters are frozen there is no
+    `optimizer`, so that memory holds only the weights.
     """
 
     def __init__(self, scorer: Scorer, optim: config.Optim, precision: str, device: torch.device):
@@ -41,13 +50,17 @@ class Plain:
         self.part = 0
         self.params = trained_parameters(scorer)
         self.masters: dict[str, torch.Tensor] = dict(self.params)
-        self.is_mixed = precision != "fp32"
-        if self.is_mixed:
-            self.masters = {name: p.detach().to(device, torch.float32, copy=True) for name, p in self.params.items()}
+        self.on_host = optim.states == "host"
+        self.has_copies = precision != "fp32" or self.on_host
+        if self.has_copies:
+            self.masters = {name: fp32_copy(p, device, self.on_host) for name, p in self.params.items()}
         cast(scorer, device, DTYPES[precision])
-        if self.is_mixed:
-            for name, param in self.params.items():
-                param.register_post_accumulate_grad_hook(_accumulate_in(self.masters[name]))
+        self.sums = self.parts
+        if self.on_host:
+            self.sums = [without_memory(param.shape, device) for param in self.params.values()]
+        if self.has_copies:
+            for param, total in zip(self.params.values(), self.sums, strict=True):
+                param.register_post_accumulate_grad_hook(_accumulate_in(total))
         if self.masters:
             self.optimizer: torch.optim.Optimizer = adamw(self.parts, optim)
 
@@ -67,13 +80,16 @@ class Plain:
     def update(self, lr: float) -> torch.Tensor:
         """Take one optimiser step with the gradients so far; returns their norm before clipping."""
         if distributed.world_size() > 1:
-            for master in self.parts:
-                torch.distributed.all_reduce(master.grad)
-        norm = nn.utils.clip_grad_norm_(self.parts, self.clip)
+            for total in self.sums:
+                torch.distributed.all_reduce(total.grad)
+        norm = nn.utils.clip_grad_norm_(self.sums, self.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self.on_host:
+            step_in_turn(self.optimizer, self.parts, self.sums)
+        else:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         self.refresh()
         return norm
 
@@ -101,7 +117,7 @@ class Plain:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the masters to the parameters that the forward pass reads."""
-        if self.is_mixed:
+        if self.has_copies:
             for name, param in self.params.items():
                 param.copy_(self.masters[name])
 
@@ -109,12 +125,12 @@ class Plain:
         """Release what the garbage collector does not: here nothing."""
 
 
-def _accumulate_in(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """A hook that adds a parameter's new gradient to its master's gradient in fp32, and frees it."""
+def _accumulate_in(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """A hook that adds a parameter's new gradient to the gradient of `total` in fp32, and frees it."""
 
     def hook(param: torch.Tensor) -> None:
         assert param.grad is not None
-        master.grad = param.grad.float() if master.grad is None else master.grad.add_(param.grad)
+        total.grad = param.grad.float() if total.grad is None else total.grad.add_(param.grad)
         param.grad = None
 
     return hook

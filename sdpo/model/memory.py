@@ -19,7 +19,7 @@ from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.model.engine import Engine
 from sdpo.model.packing import micro_batches, pack, tokens_of
-from sdpo.model.parameters import trained_parameters
+from sdpo.model.parameters import growth, trained_parameters
 from sdpo.types import TokenPair
 
 ALLOCATOR_ERRORS = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED")  # parts of their messages
@@ -125,16 +125,11 @@ def _fits(engine: Engine, rows: list[TokenPair]) -> bool:
 def _run_once(engine: Engine, rows: list[TokenPair]) -> None:
     """One forward and backward pass, while as much memory is taken as the first update adds.
 
-    The update adds a gradient for each master, and two moments if it has none yet. `autograd.grad` returns the
-    gradients instead of accumulating them, so that the engine's hooks, in which ranks wait for each other, do not run.
+    `autograd.grad` returns the gradients instead of accumulating them, so that the engine's hooks, in which ranks wait
+    for each other, do not run.
     """
-    optimizer, trained = engine.optimizer, list(trained_parameters(engine.scorer).values())
-    update_memory = [
-        torch.empty_like(param)
-        for group in optimizer.param_groups
-        for param in group["params"]
-        for _ in range(1 if optimizer.state.get(param) else 3)
-    ]
+    trained = list(trained_parameters(engine.scorer).values())
+    update_memory = growth(engine.optimizer, engine.sums)
     policy = engine.scorer(pack(rows).to(trained[0].device))
     torch.autograd.grad(torch.stack(policy).sum(), trained, allow_unused=True)
     del update_memory

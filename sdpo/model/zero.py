@@ -109,6 +109,10 @@ class Zero:
         return temporarily_add(self.scorer, deltas, gathered)
 
     @property
+    def sums(self) -> list[torch.Tensor]:
+        return self.parts
+
+    @property
     def parts(self) -> list[torch.Tensor]:
         if self.stage == 3:  # its optimiser has parameters only during a step
             return self.zero.fp32_partitioned_groups_flat

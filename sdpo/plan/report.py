@@ -9,11 +9,13 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from sdpo import distributed
 from sdpo.config import Config, Optim, Record
 from sdpo.console import columns, number, progress
 from sdpo.errors import UserError
 from sdpo.plan import dry_run, flops, memory
 from sdpo.plan.dry_run import Planned
+from sdpo.run import needs
 from sdpo.run.folder import Run
 from sdpo.store.artifacts import ReadOnly
 
@@ -27,7 +29,7 @@ class Foreseen(NamedTuple):
     """A run and its planned steps."""
 
     run: Run
-    size: memory.Size
+    size: needs.Size
     initial: list[Planned]  # the step that trains S; empty if S exists as it is
     for_scores: list[Planned]  # models that only score the pairs
     steps: list[Planned]  # M_1 .. M_T
@@ -52,12 +54,24 @@ def foresee(asked: list[Run]) -> list[Foreseen]:
                 prepared[reads] = dry_run.prepare(run.config, store)
             ready = prepared[reads]
             weights = flops.count_parameters(run.config, ready.inputs.initial)
-            size = memory.Size.of(run.config, weights, flops.count_reference(run.config))
-            for_scores = dry_run.plan_scoring_models(run.config, ready)
-            foreseen.append(Foreseen(run, size, ready.steps, for_scores, dry_run.plan_steps(run.config, ready)))
+            size, config = _with_states(run.config, weights)
+            for_scores = dry_run.plan_scoring_models(config, ready)
+            foreseen.append(Foreseen(run, size, ready.steps, for_scores, dry_run.plan_steps(config, ready)))
             bar.update()
     bar.close()
     return foreseen
+
+
+def _with_states(config: Config, weights: float) -> tuple[needs.Size, Config]:
+    """The needs of a run with optim.states resolved for the planned GPU, and its configuration on this machine."""
+    size = needs.Size.of(config, weights, flops.count_reference(config))
+    has_gpu = distributed.device(config.launch.device).type == "cuda"
+    host = needs.host_memory() if has_gpu else math.inf  # the node of a GPU that is elsewhere is not known
+    states = "fp32"
+    if config.launch.device != "cpu" or config.optim.states != "auto":
+        states = needs.chosen_states(size, config.deepspeed.stage, needs.limit(config.launch), host)
+    here = states if has_gpu or config.optim.states != "auto" else "fp32"
+    return size._replace(states=states), needs.having(config, here)
 
 
 def distinct(steps: Iterable[Planned]) -> Steps:
@@ -134,16 +148,17 @@ def _needs(foreseen: list[Foreseen]) -> Iterator[str]:
     """What runs with missing steps need of GPUs, nodes and disk; nothing on CPUs and for models of unknown size."""
     open_runs = [one for one in foreseen if any(not step.model.reused for step in one.steps)]
     on_gpus = [one for one in open_runs if one.run.config.launch.device != "cpu" and not math.isnan(one.size.weights)]
-    for size, stage, limit in dict.fromkeys(map(_demand, on_gpus)):
-        yield from memory.lines(size, stage, limit)
+    for size, stage, limit, is_auto in dict.fromkeys(map(_demand, on_gpus)):
+        yield from memory.lines(size, stage, limit, is_auto)
     made = {step.model.key: one.size.step_on_disk for one in on_gpus for step in one.steps if not step.model.reused}
     if made:
-        yield f"the steps to train take {number(sum(made.values()) / memory.GB)} GB of disk"
+        yield f"the steps to train take {number(sum(made.values()) / needs.GB)} GB of disk"
 
 
-def _demand(one: Foreseen) -> tuple[memory.Size, int | None, float]:
-    """The size of a run, its stage, and the memory of a GPU."""
-    return one.size, one.run.config.deepspeed.stage, memory.limit(one.run.config.launch)
+def _demand(one: Foreseen) -> tuple[needs.Size, int | None, float, bool]:
+    """The size of a run, its stage, the memory of a GPU, and whether optim.states was chosen for it."""
+    config = one.run.config
+    return one.size, config.deepspeed.stage, needs.limit(config.launch), config.optim.states == "auto"
 
 
 def _refused(foreseen: list[Foreseen]) -> dict[str, list[str]]:
@@ -152,7 +167,7 @@ def _refused(foreseen: list[Foreseen]) -> dict[str, list[str]]:
     for one in foreseen:
         if one.run.config.launch.device == "cpu" or all(step.model.reused for step in one.steps):
             continue
-        why = memory.refusal(*_demand(one))
+        why = memory.refusal(*_demand(one)[:3])
         if why and one.run.arm not in refused.setdefault(why, []):
             refused[why].append(one.run.arm)
     return refused

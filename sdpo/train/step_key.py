@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sdpo.binding import bind, inputs_of, variants
-from sdpo.config import Config
+from sdpo.config import Config, Optim
 from sdpo.data.tokenize import content_hash
 from sdpo.model.lora.targets import adapts_experts
 from sdpo.store.artifacts import Artifact
@@ -79,7 +79,7 @@ def determinants(spec: StepSpec, windows: list[dict]) -> dict[str, Any]:
         "rows": content_hash(chunk.rows),
         "loss": {"name": config.loss["name"], **spec.loss.keywords},
         "tune": config.tune,
-        "optim": asdict(config.optim),
+        "optim": _optim(config.optim),
         "seed": config.seed,
         **Numerics(config).all,
     }
@@ -97,3 +97,12 @@ def determinants(spec: StepSpec, windows: list[dict]) -> dict[str, Any]:
     if "targets" in config.tune and initial.is_dir() and adapts_experts(initial, config.tune["targets"], remote):
         found["experts"] = "adapted"  # earlier releases left them frozen
     return found
+
+
+def _optim(optim: Optim) -> dict[str, Any]:
+    """The settings of the optimiser, without `states` if they are fp32, as in earlier releases.
+
+    A run resolves `auto` before its first step; engines that are opened without a run take it for fp32.
+    """
+    plain = ("fp32", "auto")
+    return {key: value for key, value in asdict(optim).items() if key != "states" or value not in plain}

@@ -17,7 +17,8 @@ from sdpo.errors import UserError
 from sdpo.model.engine import has_bf16, open_engine
 from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import pack
-from sdpo.plan import memory, report
+from sdpo.plan import report
+from sdpo.run import needs
 from sdpo.run.folder import Run
 from sdpo.types import TokenPair
 
@@ -26,7 +27,8 @@ BIG = ["model=hub", "model.path=nobody/nothing", "data=lab", "precision=bf16", "
 
 def size(weights, reference=0.0, ranks=8, **changes):
     plain = {"nodes": 1, "precision": "bf16", "save_dtype": "bf16", "adapters": False, "quantized": False}
-    return memory.Size(weights, reference, ranks, **(plain | {"offload": False} | changes))
+    plain |= {"offload": False, "states": "fp32", "pair": 2048, "pack": 8192, "recompute": False}
+    return needs.Size(weights, reference, ranks, **(plain | changes))
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,12 @@ def size(weights, reference=0.0, ranks=8, **changes):
         (size(7e9, adapters=True), None, 2 * 7 + 16 * 0.07),
         (size(7e9, adapters=True, quantized=True), None, 0.55 * 7 + 16 * 0.07),
         (size(70e9, offload=True), 3, 7),
+        # One GPU: weights 2, masters 4, moments 8 and gradients 4; a moment in 8 bits takes 1 + 4 / 256.
+        (size(7.24e9, ranks=1), None, 130.32),
+        (size(7.24e9, ranks=1, states="8bit"), None, 87.10625),
+        (size(7.24e9, ranks=1, states="host"), None, 43.44),
+        (size(8.03e9, ranks=1, states="8bit"), None, 96.6109375),
+        (size(8.03e9, ranks=1, adapters=True), None, 17.3448),
     ],
 )
 def test_memory_of_a_gpu(known, stage, gigabytes):
@@ -52,8 +60,56 @@ def test_memory_of_a_gpu(known, stage, gigabytes):
 
 def test_memory_of_a_node_and_disk():
     shared = size(10.7e9, ranks=16, nodes=2)
-    assert shared.per_node(2) / 1e9 == pytest.approx(8 * 8 * 10.7)  # every rank loads the weights twice in fp32
+    assert shared.per_node(2) / 1e9 == pytest.approx(6 * 10.7)  # mapped files are shared; M_t is saved
+    assert size(8e9, adapters=True).per_node(None) / 1e9 == pytest.approx(8 * 4 * 8)  # every rank has an fp32 base
+    assert size(8e9, ranks=1, states="host").per_node(None) / 1e9 == pytest.approx((12 + 6) * 8)
+    assert size(8e9, offload=True, save_dtype="fp32").per_node(2) / 1e9 == pytest.approx((20 + 4) * 8)
     assert (shared.step_on_disk, shared.checkpoint) == (2 * 10.7e9, 24 * 10.7e9)
+
+
+def test_activations_by_hand():
+    """3.072e9 weights: (128 / 12 * 3.072e9) ** (1 / 3) is 3200 wide, with 25 layers."""
+    known = size(3.072e9)
+    assert known.activations(1000, recompute=False) == pytest.approx(42 * 3200 * 25 * 1000 + 2e9)
+    assert known.activations(1000, recompute=True) == pytest.approx((2 * 3200 * 25 + 42 * 3200) * 1000 + 2e9)
+
+
+H200, H100 = 150e9, 85e9  # bytes
+
+
+@pytest.mark.parametrize(
+    ("known", "limit", "host", "states"),
+    [
+        (size(7.24e9, ranks=1), H200, 137e9, "fp32"),  # 130 GB, and 3 GB of activations
+        (size(7.24e9, ranks=1), H100, 140e9, "host"),  # 43 GB, and 18 * 7.24 = 130 GB of the host
+        (size(7.24e9, ranks=1), H100, 120e9, "fp32"),  # nothing fits: 87 GB in 8 bits
+        (size(8.03e9, ranks=1), H200, 200e9, "host"),  # 145 GB with fp32
+        (size(8.03e9, ranks=1), H200, 137e9, "8bit"),
+        (size(8.03e9, ranks=1, adapters=True), 80e9, 64e9, "fp32"),
+        (size(8.03e9, ranks=8), 80e9, 2e12, "fp32"),  # ranks divide the states with DeepSpeed
+    ],
+)
+def test_auto_takes_the_first_states_that_fit(known, limit, host, states, monkeypatch):
+    monkeypatch.setattr(needs, "find_spec", lambda name: True)
+    assert needs.chosen_states(known._replace(states="auto"), None, limit, host) == states
+    assert needs.chosen_states(known._replace(states="auto"), 2, limit, host) == "fp32"
+    assert needs.chosen_states(known._replace(states="8bit"), None, limit, host) == "8bit"
+
+
+def test_a_run_on_a_gpu_names_what_auto_chose_and_has_it_in_its_keys(toy, monkeypatch, capsys):
+    settings = compose("model=local", f"model.path={toy / 'model'}", "data=local", "data.train=[a]", "precision=bf16")
+    assert needs.with_states(settings).optim.states == "fp32"  # on a processor
+    monkeypatch.setattr(needs.distributed, "device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(needs, "limit", lambda launch: 85e9)
+    monkeypatch.setattr(needs, "host_memory", lambda: 140e9)
+    assert needs.with_states(settings).optim.states == "fp32" and capsys.readouterr().err == ""
+    monkeypatch.setattr(needs.hub, "count_weights", lambda folder: 7.24e9)
+    chosen = needs.with_states(settings)
+    assert (chosen.optim.states, needs.with_states(chosen)) == ("host", chosen)
+    assert capsys.readouterr().err == (
+        "optim.states=auto is host here: training needs 133 GB of a GPU of 85 GB with fp32, 46.4 GB with host; "
+        "set optim.states=host to have the same on any GPU\n"
+    )
 
 
 def asked(folder, *overrides):
@@ -65,11 +121,15 @@ def test_a_run_that_does_not_fit_is_refused_with_what_does(tmp_path, monkeypatch
     with pytest.raises(UserError) as error:
         report.show(asked(tmp_path, "model.parameters=10.7e9", "launch.ranks=8"))
     assert str(error.value) == (
-        "big: deepspeed=off needs 193 GB per GPU, of 80 GB; the cheapest stage that fits is deepspeed=zero2"
+        "big: deepspeed=off needs 195 GB per GPU, of 80 GB, 95% of which can be used; "
+        "the cheapest stage that fits is deepspeed=zero2"
     )
     assert "off 193, zero2 49.1, zero3 31.1" in capsys.readouterr().out
-    with pytest.raises(UserError, match="needs 193 GB per GPU, of 80 GB; no stage fits: use more ranks or LoRA"):
-        report.show(asked(tmp_path, "model.parameters=10.7e9"))
+    with pytest.raises(UserError, match="needs 195 GB per GPU, .* no stage fits: use more ranks or LoRA"):
+        report.show(asked(tmp_path, "model.parameters=10.7e9", "optim.states=fp32"))
+    capsys.readouterr()
+    report.show(asked(tmp_path, "model.parameters=10.7e9"))
+    assert "optim.states=auto is host here: training needs 195 GB of a GPU of 80 GB" in capsys.readouterr().out
     report.show(asked(tmp_path, "model.parameters=8e9", "launch.ranks=8", "deepspeed=zero2"))
 
 
@@ -78,11 +138,12 @@ def used(name):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def train_a_little(rank, world, stage, layers, results):
+def train_a_little(rank, world, layers, known, results):
     """The peak of this process in three updates, above what it used before the model was made."""
     os.environ |= {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.distributed.init_process_group("gloo")
     warnings.simplefilter("ignore")  # those of DeepSpeed
+    stage, precision, offload, states = known
     if stage:
         import deepspeed  # noqa: F401  before the measurement
     gc.collect()
@@ -90,24 +151,26 @@ def train_a_little(rank, world, stage, layers, results):
     heads = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
     model = random_model(intermediate_size=2048, num_hidden_layers=layers, **heads)
     num_weights, scorer = model.num_parameters(), Scorer(model, "sdpa", longest=0)
-    engine = open_engine(scorer, Optim(), "bf16", Deepspeed(stage=stage), torch.device("cpu"))
+    settings = Deepspeed(stage=stage, offload=offload)
+    engine = open_engine(scorer, Optim(states=states), precision, settings, torch.device("cpu"))
     del model, scorer
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     for _ in range(3):
-        policy = engine.forward(pack([TokenPair("a", np.arange(5, 9), np.arange(5, 9), np.arange(5, 8))]))
-        engine.backward((policy.rejected - policy.chosen).sum(), last=True)
+        for last in (False, True):
+            policy = engine.forward(pack([TokenPair("a", np.arange(5, 9), np.arange(5, 9), np.arange(5, 8))]))
+            engine.backward((policy.rejected - policy.chosen).sum(), last)
         engine.update(1e-4)
     results.put((used("VmHWM") - before, num_weights))
 
 
-def peak(stage, layers):
+def peak(layers, known):
     """The larger peak of two ranks, in bytes, and the number of weights."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     fork = multiprocessing.get_context("fork")
     results = fork.Queue()
-    ranks = [fork.Process(target=train_a_little, args=(rank, world, stage, layers, results)) for rank in range(2)]
+    ranks = [fork.Process(target=train_a_little, args=(rank, world, layers, known, results)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     found = [results.get(timeout=120) for _ in ranks]
@@ -116,11 +179,19 @@ def peak(stage, layers):
     return max(found)
 
 
+BF16 = [(None, "bf16", False, "fp32"), (None, "bf16", False, "host"), (2, "bf16", False, "fp32")]
+BF16 += [(2, "bf16", True, "fp32"), (3, "bf16", False, "fp32"), (3, "bf16", True, "fp32")]
+FP32 = [(None, "fp32", False, "fp32"), (1, "fp32", False, "fp32"), (2, "fp32", False, "fp32")]
+FP32 += [(3, "fp32", False, "fp32")]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="this processor has no bf16")
-@pytest.mark.parametrize("stage", [None, 2, 3])
-def test_the_formulas_are_what_engines_take(stage):
-    """The difference of two sizes is free of what a process takes whatever its model."""
-    (small, fewer), (large, more) = (peak(stage, layers) for layers in (5, 15))
-    expected = size(more, ranks=2).training(stage) - size(fewer, ranks=2).training(stage)
-    assert large - small == pytest.approx(expected, rel=0.15)
+@pytest.mark.parametrize("known", [*BF16, *FP32], ids=str)
+def test_the_formulas_are_what_engines_take(known):
+    """The difference of two sizes is free of what a process takes whatever its model; a CPU is its own host."""
+    (small, fewer), (large, more) = (peak(layers, known) for layers in (5, 15))
+    stage, precision, offload, states = known
+    sizes = [size(num, ranks=2, precision=precision, offload=offload, states=states) for num in (fewer, more)]
+    before, after = (one.training(stage) + one.on_host(stage) for one in sizes)
+    assert large - small == pytest.approx(after - before, rel=0.15)
