@@ -1,12 +1,21 @@
-# `make demo` runs the demo, `make test` checks lint, types and tests. Both install what they need, once.
+# `make demo` runs the demo, `make real` the real study's core, `make test` checks lint, types and tests.
+# They install what they need, once.
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-all lint
+.PHONY: demo real test test-all lint
 demo: .venv/ready
 	$(BIN)/python train.py experiment=demo
 	@echo "next: source .venv/bin/activate, then python train.py --help"
+
+HAS_BF16 := import sys; from sdpo.distributed import device; from sdpo.model.engine import has_bf16
+HAS_BF16 += ; sys.exit(not has_bf16(device("auto")))
+real: .venv/ready
+	@if $(BIN)/python -c '$(HAS_BF16)'; then $(BIN)/python train.py experiment=real/core; else \
+	    echo "no bf16 arithmetic here: fp32 takes several times as long; its cost first" && \
+	    $(BIN)/python train.py experiment=real/core precision=fp32 plan=true && \
+	    $(BIN)/python train.py experiment=real/core precision=fp32; fi
 
 test: lint
 	$(PYTEST) -m "not slow"

@@ -47,6 +47,7 @@ DIGITS = {
     "largest (nats)": 2,
     "KL of answers (nats)": 2,
     "gamma_ref (nats)": 2,
+    "gamma_ref, unseen (nats)": 2,
     "first loss": 4,
 }
 
@@ -135,6 +136,7 @@ def steps(*paths: Path | str) -> pd.DataFrame:
     table, measures = collect.steps(*paths), collect.measures(*paths)
     headline = headline_name(collect.runs(*paths))
     columns = {title: collect.by_arm(table, ["t"], name) for name, title in STEP_COLUMNS.items()}
+    columns["gamma_ref, unseen (nats)"] = collect.by_arm(measures[measures["measure"] == "preference/gamma_ref"], ["t"])
     if headline:
         columns[COMPANIONS.get(headline, headline)] = collect.by_arm(measures[measures["measure"] == headline], ["t"])
     columns = {title: column.set_index(["arm", "t"]) for title, column in columns.items()}

@@ -4,6 +4,7 @@ They are the schema of every configuration, the resolvers that name run and swee
 The launcher composes the runs; sdpo/launch/sweep.py does them and does not know Hydra.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -47,6 +48,7 @@ ConfigStore.instance().store("schema", _schema())
 OmegaConf.register_new_resolver("run_name", run_folder.run_name, replace=True)
 OmegaConf.register_new_resolver("sweep_name", run_folder.sweep_name, replace=True)
 OmegaConf.register_new_resolver("over", lambda value, *divisors: value / prod(divisors), replace=True)
+OmegaConf.register_new_resolver("if_env", lambda name, yes, no: yes if os.environ.get(name) else no, replace=True)
 
 
 class Arms(Launcher):

@@ -102,6 +102,7 @@ class Data:
     template: str | None = one_of(*TEMPLATES)
     template_date: str = "2024-07-26"  # ISO: the day on which templates that read the clock are rendered
     limit: int = at_least(0, 0)  # read only so many rows, the first, of every file or data set; 0: all
+    held_out_limit: int = at_least(0, 0)  # the same for those that are held out; 0: limit
     max_tokens: int = at_least(2, 1024)
     on_long: str = one_of("error", "drop", "truncate_prompt", "truncate_response")
     seed: int = at_least(0, 0)  # of the held-out share and the laboratory's pairs

@@ -186,12 +186,12 @@ store
 steps/1
     chat_template.jinja manifest.json model.safetensors probes.parquet reference.parquet train.json
 config.yaml
-    T data data.columns data.held_out data.held_out_sets data.held_out_share data.lab data.lab.num_demonstrations
+    T data data.columns data.held_out data.held_out_limit data.held_out_sets data.held_out_share data.lab data.lab.num_demonstrations
     data.lab.num_held_out data.lab.num_items data.lab.num_prompts data.lab.num_samples data.lab.prompts data.lab.sources
     data.limit data.max_tokens data.name data.nominal data.on_bad_row data.on_long data.revisions data.seed data.source_from
     data.template data.template_date data.train deepspeed deepspeed.offload deepspeed.stage evaluate
     evaluate.generate evaluate.generate.batch_size evaluate.generate.file evaluate.generate.max_new_tokens
-    evaluate.generate.name evaluate.generate.preset evaluate.generate.seed evaluate.generate.temperature
+    evaluate.generate.name evaluate.generate.per_source evaluate.generate.preset evaluate.generate.seed evaluate.generate.temperature
     evaluate.generate.top_p evaluate.preference evaluate.preference.name launch launch.attention
     launch.checkpoint_minutes launch.compile launch.device launch.memory launch.nodes launch.ranks
     launch.recompute_activations launch.threads launch.timeout_minutes launch.tokens_per_pack loss loss.beta
@@ -271,13 +271,14 @@ metrics.jsonl, step
 metrics.jsonl, eval
     eval eval.* eval.*.high eval.*.low eval.*.n eval.*.value kind t
 metrics.jsonl, answers
-    answers answers.answers answers.dataset answers.id answers.turns decoding decoding.batch_size
+    answers answers.answers answers.before answers.dataset answers.id answers.turns decoding decoding.batch_size
     decoding.max_new_tokens decoding.preset decoding.seed decoding.temperature decoding.top_p kind t
 measures
     generate/ended generate/kl generate/tokens preference/a/gamma preference/a/ranking_accuracy
     preference/a/reward_accuracy_initial preference/a/shorter_accuracy preference/b/gamma preference/b/ranking_accuracy
     preference/b/reward_accuracy_initial preference/b/shorter_accuracy preference/chosen_logp preference/gamma
-    preference/log_ratio_chosen preference/log_ratio_rejected preference/margin_initial preference/margin_step
+    preference/gamma_ref preference/log_ratio_chosen preference/log_ratio_rejected
+    preference/margin_initial preference/margin_step
     preference/ranking_accuracy preference/rejected_logp preference/reward_accuracy_initial
     preference/reward_accuracy_step preference/shorter_accuracy
 """)

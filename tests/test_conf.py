@@ -97,6 +97,18 @@ def test_an_arm_is_known_by_its_name_without_its_folder():
     assert len(set(names)) == len(names) > 0
 
 
+def test_the_real_study_reads_the_folders_that_the_environment_names(monkeypatch):
+    for name in ("SDPO_REAL_DATA", "SDPO_REAL_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    public = composed("experiment=real/core")
+    assert (public.data.name, public.model.path) == ("hub", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    monkeypatch.setenv("SDPO_REAL_DATA", "/given")
+    monkeypatch.setenv("SDPO_REAL_MODEL", "/a/model")
+    given = composed("experiment=real/core")
+    assert (given.data.name, given.model.path) == ("local", "/a/model")
+    assert given.data.train[0] == "/given/pairs/step1_easy.train.jsonl" and len(given.data.held_out) == 3
+
+
 @pytest.mark.parametrize("axis", MODULES)
 def test_every_variant_has_a_file_with_its_keywords(axis):
     module = importlib.import_module(f"sdpo.{MODULES[axis]}")

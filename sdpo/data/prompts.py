@@ -1,10 +1,14 @@
-"""Prompt files: text with one prompt a line, or rows as AlpacaEval 2 and MT-Bench have them."""
+"""Prompts: files with one a line, rows as AlpacaEval 2 and MT-Bench have them, or those of preference pairs."""
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdpo.data.cells import BadRow, parse_row
+from sdpo.data.preferences import Pair
 from sdpo.data.readers import READERS, Table, read_file, read_hub
+from sdpo.data.schemas import Message, Turns
 from sdpo.errors import UserError
 
 ID_COLUMNS = ("question_id", "uid", "id")
@@ -15,6 +19,15 @@ class Prompt(NamedTuple):
     id: int | str
     turns: list[str]  # what a user says, one after the other; the model answers each
     dataset: str  # where it comes from, as AlpacaEval names it, or its category, as MT-Bench does
+    before: Turns = ()  # the conversation before the first of `turns`
+
+    def opening(self) -> Turns:
+        """The conversation that the first answer follows."""
+        return (*self.before, Message(role="user", content=self.turns[0]))
+
+    def determinants(self) -> tuple:
+        """What it adds to a key: `before` only if it says something."""
+        return self if self.before else self[:-1]
 
 
 def read(name: str) -> list[Prompt]:
@@ -33,6 +46,20 @@ def read(name: str) -> list[Prompt]:
         raise UserError(f"{name} holds no prompt")
     if len({prompt.id for prompt in prompts}) < len(prompts):
         raise UserError(f"{name}: an id stands twice; give every prompt one of its own, or none")
+    return prompts
+
+
+def of_pairs(pairs: Iterable[Pair], per_source: int | None) -> list[Prompt]:
+    """The last turns of the pairs' prompts, after what came before them; the first `per_source` of each source.
+
+    None stands for all. Prompts with tools or settings of the template are left out.
+    """
+    prompts, taken = [], Counter[str]()
+    for pair in pairs:
+        if not pair.inputs and (per_source is None or taken[pair.source] < per_source):
+            taken[pair.source] += 1
+            *before, last = pair.prompt
+            prompts.append(Prompt(pair.id, [last["content"]], pair.source, tuple(before)))
     return prompts
 
 

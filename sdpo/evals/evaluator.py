@@ -87,6 +87,7 @@ class Evaluator:
             "scored": lambda: scored(held_out),
             "sources": lambda: held_out.sources,
             "sets": lambda: {name: scored(table) for name, table in self.inputs.held_out_sets.items()},
+            "held_out": lambda: held_out.pairs,
             "model": lambda: model,
             "initial_model": lambda: initial,
             "exam": lambda: self.inputs.exam,

@@ -52,10 +52,10 @@ def answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: 
 def _answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: Runner) -> list[list[Answer]]:
     template = runner.config.data.template
     chat = ChatFormat(runner.tokenizer, template, runner.config.data.template_date)
-    first_turns = prompt_ids(chat, [({"role": "user", "content": prompt.turns[0]},) for prompt in prompts])
+    first_turns = prompt_ids(chat, [prompt.opening() for prompt in prompts])
     determinants = {
         "weights": model.key,
-        "prompts": prompts,
+        "prompts": [prompt.determinants() for prompt in prompts],
         # A tokenizer's own template may read the clock.
         "template": template or key_of("prompts", {"ids": first_turns}),
         "tokenizer": hub.fingerprint_tokenizer(runner.tokenizer),
@@ -66,7 +66,7 @@ def _answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner:
 
     def answer_all_turns() -> list[list[Answer]]:
         network = load_alone(model, runner)
-        conversations: list[Turns] = [() for _ in prompts]
+        conversations: list[Turns] = [prompt.before for prompt in prompts]
         answers_of: list[list[Answer]] = [[] for _ in prompts]
         for turn in range(max(len(prompt.turns) for prompt in prompts)):
             unfinished = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]

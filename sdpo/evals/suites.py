@@ -32,8 +32,9 @@ BY_SOURCE = ("ranking_accuracy", "reward_accuracy_initial", "gamma", "shorter_ac
 def preference(scored: Scored, sources: np.ndarray, sets: dict[str, Scored]) -> Measures:
     """What the policy prefers on held-out pairs: alone, against the step's reference, and against S.
 
-    S itself has no reference and is not measured against itself. `preference/shorter_accuracy` is a baseline: the
-    accuracy of always preferring the response with fewer tokens. Sources, and the sets of data.held_out_sets
+    S itself has no reference and is not measured against itself. `preference/gamma_ref` is gamma under the step's
+    reference, here on pairs that it was not trained on. `preference/shorter_accuracy` is a baseline: the accuracy of
+    always preferring the response with fewer tokens. Sources, and the sets of data.held_out_sets
     (`held_out/<set>/...`), have the measures of BY_SOURCE.
     """
     columns = _preferences(scored)
@@ -53,6 +54,7 @@ def _preferences(scored: Scored) -> dict[str, np.ndarray]:
     reference, initial = (unknown if logps is None else logps for logps in (scored.reference, scored.initial))
     gamma, ratio = policy[:, 0] - policy[:, 1], policy - initial
     columns = {
+        "gamma_ref": reference[:, 0] - reference[:, 1],
         "ranking_accuracy": share_above(gamma),
         "gamma": gamma,
         "chosen_logp": policy[:, 0],
@@ -96,10 +98,12 @@ def lab(model: Artifact, initial_model: Artifact, exam: lab_exam.Exam | None, ru
 def generate(
     model: Artifact,
     initial_model: Artifact,
+    held_out: list[Pair],
     runner: Runner,
     report: Callable[[dict], None],
     *,
-    file: str,
+    file: str | None = None,
+    per_source: int | None = None,
     preset: str | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -109,10 +113,11 @@ def generate(
 ) -> Measures:
     """Answers to prompts, which are reported; their lengths; and KL(M_t, S) on answers at temperature 1.
 
-    `file` names a file or a data set of the Hub. Settings that are None are those of the preset. `generate/ended` is
-    the share of answers that stop before `max_new_tokens`. Longer answers, and their KL, are cut off there.
+    `file` names a file or a data set of the Hub; None stands for the prompts of the held-out pairs, the first
+    `per_source` of each source. Settings that are None are those of the preset. `generate/ended` is the share of
+    answers that stop before `max_new_tokens`. Longer answers, and their KL, are cut off there.
     """
-    prompts = prompt_files.read(file)
+    prompts = prompt_files.read(file) if file else prompt_files.of_pairs(held_out, per_source)
     decoding = choose(preset, temperature, top_p, max_new_tokens, batch_size, seed)
     answers = generation.answers(model, prompts, decoding, runner)
     report(

@@ -56,5 +56,6 @@ READERS = {
     "T": (_reads_t, "set split.num_chunks (or split.num), or choose an arm that reads T, as easy_to_hard does"),
     "data.limit": (lambda job: job.data.name != "lab", "the laboratory has data.lab.sources.NAME.num_pairs"),
     "data.held_out_sets": (_reads_sets, "add preference to evaluate, and use data=local or data=hub"),
+    "data.held_out_limit": (lambda job: bool(job.data.held_out), "name held-out data, or set data.held_out_share"),
     "score": (_reads_score, "leave score out, or choose split=easy_to_hard, split.keep below 1 or split.within=score"),
 }

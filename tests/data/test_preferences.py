@@ -197,6 +197,11 @@ def test_a_limit_reads_the_first_rows_of_every_file(tmp_path):
     files = [write(tmp_path / f"{name}.jsonl", ROWS[start:]) for name, start in (("a", 0), ("b", 20))]
     prompts = [pair.prompt[-1]["content"] for pair in load(*files, held_out_share=0, limit=2).train]
     assert prompts == [f"Question {i}?" for i in (0, 1, 20, 21)]
+    for most, expected in ((1, [30]), (0, [30, 31])):
+        settings = {"held_out": [write(tmp_path / "c.jsonl", ROWS[30:])], "limit": 2, "held_out_limit": most}
+        assert [pair.prompt[-1]["content"] for pair in load(*files, **settings).held_out] == [
+            f"Question {i}?" for i in expected
+        ]
 
 
 def test_several_splits_of_one_data_set_are_several_sources(monkeypatch):

@@ -1,9 +1,26 @@
-"""Prompt files, whatever wrote them."""
+"""Prompts: from files, whatever wrote them, and from pairs."""
 
 from sdpo.data import prompts
+from sdpo.data.preferences import Pair
 
 
 def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path):
     file = tmp_path / "asked.txt"
     file.write_bytes("\ufeffWhy?\r\n\r\nA page\x0cand\u2028a line.\r\n".encode())
-    assert prompts.read(str(file)) == [(1, ["Why?"], "asked"), (3, ["A page\x0cand\u2028a line."], "asked")]
+    asked = [(prompt.id, prompt.turns) for prompt in prompts.read(str(file))]
+    assert asked == [(1, ["Why?"]), (3, ["A page\x0cand\u2028a line."])]
+
+
+def test_the_first_prompts_of_every_source_are_asked_as_they_were():
+    turns = tuple({"role": role, "content": role[0]} for role in ("user", "assistant", "user"))
+    last = {"role": "user", "content": "why?"}
+    asked = [("a1", "a", (last,)), ("a2", "a", (last,)), ("b1", "b", (*turns[:2], last)), ("b2", "b", turns)]
+    pairs = [Pair(id, source, prompt, "yes", "no") for id, source, prompt in asked]
+    pairs.insert(0, Pair("a0", "a", (last,), "yes", "no", inputs={"tools": ["clock"]}))
+    first = prompts.of_pairs(pairs, per_source=1)
+    assert [(prompt.id, prompt.turns, prompt.dataset) for prompt in first] == [
+        ("a1", ["why?"], "a"),
+        ("b1", ["why?"], "b"),
+    ]
+    assert [prompt.opening() for prompt in first] == [(last,), (*turns[:2], last)]
+    assert [prompt.id for prompt in prompts.of_pairs(pairs, per_source=None)] == ["a1", "a2", "b1", "b2"]

@@ -65,6 +65,14 @@ def test_greedy_answers_are_those_of_one_prompt_at_a_time(made, questions):
             assert answer["ids"] == argmax_answer(model, answer["prompt_ids"], 6, tokenizer.eos_token_id)
 
 
+def test_an_answer_follows_what_came_before_its_prompt_and_only_then_has_another_key(made, questions):
+    said = ({"role": "user", "content": "abc"}, {"role": "assistant", "content": "xy"})
+    (alone,) = generation.answers(made.initial, [prompts.Prompt(1, ["abcxyde"], "a")], GREEDY, made.runner)
+    (after,) = generation.answers(made.initial, [prompts.Prompt(1, ["de"], "a", said)], GREEDY, made.runner)
+    assert after == alone
+    assert [len(prompt.determinants()) for prompt in (questions[0], questions[0]._replace(before=said))] == [3, 4]
+
+
 @torch.no_grad()
 def test_divergence_is_exact_and_summed_over_positions(made, questions, other):
     here, there = random_model(seed=3), random_model()
@@ -128,7 +136,7 @@ def test_formats_of_alpaca_eval_and_mt_bench(tmp_path, questions):
 )
 def test_prompt_files(tmp_path, name, content, expected):
     (tmp_path / name).write_text(content)
-    assert prompts.read(str(tmp_path / name)) == expected
+    assert prompts.read(str(tmp_path / name)) == [prompts.Prompt(*fields) for fields in expected]
 
 
 @pytest.mark.parametrize(
