@@ -186,24 +186,24 @@ store
 steps/1
     chat_template.jinja manifest.json model.safetensors probes.parquet reference.parquet train.json
 config.yaml
-    T data data.columns data.held_out data.held_out_limit data.held_out_sets data.held_out_share data.lab data.lab.num_demonstrations
-    data.lab.num_held_out data.lab.num_items data.lab.num_prompts data.lab.num_samples data.lab.prompts data.lab.sources
-    data.limit data.max_tokens data.name data.nominal data.on_bad_row data.on_long data.revisions data.seed data.source_from
-    data.template data.template_date data.train deepspeed deepspeed.offload deepspeed.stage evaluate
-    evaluate.generate evaluate.generate.batch_size evaluate.generate.file evaluate.generate.max_new_tokens
-    evaluate.generate.name evaluate.generate.per_source evaluate.generate.preset evaluate.generate.seed evaluate.generate.temperature
-    evaluate.generate.top_p evaluate.preference evaluate.preference.name launch launch.attention
-    launch.checkpoint_minutes launch.compile launch.device launch.memory launch.nodes launch.ranks
-    launch.recompute_activations launch.threads launch.timeout_minutes launch.tokens_per_pack loss loss.beta
-    loss.label_smoothing loss.name model model.device model.lab model.lab.heads model.lab.layers model.lab.width
-    model.lr model.name model.parameters model.path model.revision model.seed model.sft model.template
-    model.trust_remote_code optim optim.betas optim.clip optim.epochs optim.lr optim.moments optim.pairs_per_update
-    optim.schedule optim.schedule_over optim.states optim.warmup optim.weight_decay plan precision probe probe.every
-    record record.every record.mode record.project record.wandb reference reference.name reference.placebo rounds
-    rounds.answers rounds.batch_size rounds.judge rounds.max_new_tokens rounds.name rounds.path rounds.revision
-    rounds.share rounds.temperature rounds.template save_dtype score score.model score.name seed split
-    split.disjoint_prompts split.equal split.keep split.level split.measure split.name split.num_chunks split.within
-    start steps tune tune.name
+    T data data.columns data.held_out data.held_out_limit data.held_out_sets data.held_out_share data.lab
+    data.lab.num_demonstrations data.lab.num_held_out data.lab.num_items data.lab.num_prompts data.lab.num_samples
+    data.lab.prompts data.lab.sources data.limit data.max_tokens data.name data.nominal data.on_bad_row data.on_long
+    data.revisions data.seed data.source_from data.template data.template_date data.train deepspeed deepspeed.offload
+    deepspeed.stage evaluate evaluate.generate evaluate.generate.batch_size evaluate.generate.file
+    evaluate.generate.max_new_tokens evaluate.generate.name evaluate.generate.per_source evaluate.generate.preset
+    evaluate.generate.seed evaluate.generate.temperature evaluate.generate.top_p evaluate.preference
+    evaluate.preference.name launch launch.attention launch.checkpoint_minutes launch.compile launch.device
+    launch.memory launch.nodes launch.ranks launch.recompute_activations launch.threads launch.timeout_minutes
+    launch.tokens_per_pack loss loss.beta loss.label_smoothing loss.name model model.device model.lab model.lab.heads
+    model.lab.layers model.lab.width model.lr model.name model.parameters model.path model.revision model.seed
+    model.sft model.template model.trust_remote_code optim optim.betas optim.clip optim.epochs optim.lr optim.moments
+    optim.pairs_per_update optim.schedule optim.schedule_over optim.states optim.warmup optim.weight_decay plan
+    precision probe probe.every record record.every record.mode record.project record.wandb reference reference.name
+    reference.placebo rounds rounds.answers rounds.batch_size rounds.judge rounds.max_new_tokens rounds.name
+    rounds.path rounds.revision rounds.share rounds.temperature rounds.template save_dtype score score.model
+    score.name seed split split.disjoint_prompts split.equal split.keep split.level split.measure split.name
+    split.num_chunks split.within start steps tune tune.name
 manifest.json
     arm choices choices.split command git git.commit git.diff git.dirty machine machine.cores machine.cpu machine.gpus
     machine.system model_key run seed steps steps.gamma_ref_mean steps.key steps.num_pairs steps.reused steps.sources

@@ -14,19 +14,17 @@ from sdpo import distributed
 from sdpo.data import prompts as prompt_files
 from sdpo.data.preferences import Pair
 from sdpo.errors import UserError
-from sdpo.evals import answer_formats, benchmarks, generation, kl, pairwise, result_files, reward_model
+from sdpo.evals import answer_formats, benchmarks, generation, held_out_pairs, kl, pairwise, result_files, reward_model
 from sdpo.evals.chat_endpoint import Endpoint
 from sdpo.evals.decoding import Decoding, choose
 from sdpo.evals.generation import LIBRARIES
 from sdpo.lab import exam as lab_exam
 from sdpo.lab import measures as lab_measures
 from sdpo.model import limits
-from sdpo.stats import Measure, Measures, length_controlled, mean, share, share_above
+from sdpo.stats import Measures, length_controlled, mean, share, share_above
 from sdpo.store.artifacts import Artifact, key_of
 from sdpo.train.runner import Runner
 from sdpo.types import Scored
-
-BY_SOURCE = ("ranking_accuracy", "reward_accuracy_initial", "gamma", "shorter_accuracy")
 
 
 def preference(scored: Scored, sources: np.ndarray, sets: dict[str, Scored]) -> Measures:
@@ -37,40 +35,17 @@ def preference(scored: Scored, sources: np.ndarray, sets: dict[str, Scored]) -> 
     always preferring the response with fewer tokens. Sources, and the sets of data.held_out_sets
     (`held_out/<set>/...`), have the measures of BY_SOURCE.
     """
-    columns = _preferences(scored)
-    measures = {f"preference/{name}": _mean(name, values) for name, values in columns.items()}
+    columns = held_out_pairs.columns(scored)
+    measures = {f"preference/{name}": held_out_pairs.mean_of(name, values) for name, values in columns.items()}
     for source in dict.fromkeys(sources):
-        for name in BY_SOURCE:
-            measures[f"preference/{source}/{name}"] = _mean(name, columns[name][sources == source])
+        for name in held_out_pairs.BY_SOURCE:
+            measures[f"preference/{source}/{name}"] = held_out_pairs.mean_of(name, columns[name][sources == source])
     for key, of_set in sets.items():
-        columns = _preferences(of_set)
-        measures |= {f"held_out/{key}/{name}": _mean(name, columns[name]) for name in BY_SOURCE}
+        columns = held_out_pairs.columns(of_set)
+        measures |= {
+            f"held_out/{key}/{name}": held_out_pairs.mean_of(name, columns[name]) for name in held_out_pairs.BY_SOURCE
+        }
     return measures
-
-
-def _preferences(scored: Scored) -> dict[str, np.ndarray]:
-    """The measures of every pair [N], by name."""
-    policy, unknown = scored.policy, np.full_like(scored.policy, np.nan)
-    reference, initial = (unknown if logps is None else logps for logps in (scored.reference, scored.initial))
-    gamma, ratio = policy[:, 0] - policy[:, 1], policy - initial
-    columns = {
-        "gamma_ref": reference[:, 0] - reference[:, 1],
-        "ranking_accuracy": share_above(gamma),
-        "gamma": gamma,
-        "chosen_logp": policy[:, 0],
-        "rejected_logp": policy[:, 1],
-        "log_ratio_chosen": ratio[:, 0],
-        "log_ratio_rejected": ratio[:, 1],
-        "shorter_accuracy": share_above(scored.lengths[:, 1] - scored.lengths[:, 0]),
-    }
-    for name, other in (("step", reference), ("initial", initial)):
-        margin = gamma - (other[:, 0] - other[:, 1])
-        columns |= {f"reward_accuracy_{name}": share_above(margin), f"margin_{name}": margin}
-    return columns
-
-
-def _mean(name: str, values: np.ndarray) -> Measure:
-    return (share if "accuracy" in name else mean)(values)
 
 
 def lab(model: Artifact, initial_model: Artifact, exam: lab_exam.Exam | None, runner: Runner) -> Measures:

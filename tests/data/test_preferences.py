@@ -199,9 +199,8 @@ def test_a_limit_reads_the_first_rows_of_every_file(tmp_path):
     assert prompts == [f"Question {i}?" for i in (0, 1, 20, 21)]
     for most, expected in ((1, [30]), (0, [30, 31])):
         settings = {"held_out": [write(tmp_path / "c.jsonl", ROWS[30:])], "limit": 2, "held_out_limit": most}
-        assert [pair.prompt[-1]["content"] for pair in load(*files, **settings).held_out] == [
-            f"Question {i}?" for i in expected
-        ]
+        held_out = load(*files, **settings).held_out
+        assert [pair.prompt[-1]["content"] for pair in held_out] == [f"Question {i}?" for i in expected]
 
 
 def test_several_splits_of_one_data_set_are_several_sources(monkeypatch):
