@@ -92,13 +92,24 @@ def length_bias(measures: pd.DataFrame) -> Warning:
 
 
 def displacement(measures: pd.DataFrame) -> Warning:
-    """Arms that made the chosen responses less likely, too."""
-    moved = collect.last(measures).query("measure == 'preference/log_ratio_chosen'").dropna(subset="value")
-    summary = collect.by_arm(moved, [])
+    """Arms whose last model gives the chosen and the rejected responses less probability than S does."""
+    last, name = collect.last(measures), "preference/log_ratio_"
+    chosen, rejected = (
+        collect.by_arm(last[last["measure"] == name + side].dropna(subset="value"), [])
+        for side in ("chosen", "rejected")
+    )
+    both = chosen.merge(rejected, on="arm", suffixes=("", "_rejected"))
     return Warning(
-        "Displacement: chosen responses became less likely",
-        "Margins grew because rejected responses fell further. The probability went to responses that are in no pair.",
-        [f"{row.arm}: log-ratio to S {row.value:.2f} nats" for row in summary.itertuples() if row.high < 0],
+        "Displacement: both rewards fell",
+        "The loss reads the difference of the two rewards alone, so it can fall while the model makes the chosen "
+        "responses less likely too; their probability went to responses that are in no pair. Better margins and "
+        "accuracies are then no sign of better answers: read what evaluate=generate shows, or keep the chosen "
+        "responses likely with loss=rpo or loss=dpop.",
+        [
+            f"{row.arm}: log-ratio to S {row.value:.2f} nats (chosen), {row.value_rejected:.2f} nats (rejected)"
+            for row in both.itertuples()
+            if max(row.high, row.high_rejected) < 0
+        ],
     )
 
 

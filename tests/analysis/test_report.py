@@ -127,7 +127,8 @@ def test_run_without_measures(tmp_path):
 
 def test_warnings_name_their_cases(sweep):
     found = {warning.title.split(":")[0]: warning.cases for warning in _warnings(sweep)}
-    assert found["Displacement"] == ["all at once: log-ratio to S -1.00 nats", "stepwise: log-ratio to S -1.00 nats"]
+    fell = "log-ratio to S -1.00 nats (chosen), -4.00 nats (rejected)"
+    assert found["Displacement"] == [f"all at once: {fell}", f"stepwise: {fell}"]
     assert found["Too few seeds for a verdict"] == ["all at once: 3 seeds", "stepwise: 3 seeds"]
     assert not any("close to" in title or "inert" in title for title in found)
 
@@ -142,6 +143,13 @@ def test_warnings_of_length_contamination_and_inertia(tmp_path):
     assert "stepwise, all sources: 0.800, shorter is better 0.790" in said
     assert "stepwise, step 2: M_1, mean gamma" in said
     assert "stepwise: leverage 0.0010" in said
+
+
+def test_it_is_no_displacement_if_one_of_the_rewards_rose(sweep):
+    measures = collect.measures(sweep)
+    assert checks.displacement(measures).cases
+    measures.loc[measures["measure"] == "preference/log_ratio_rejected", ["value", "low", "high"]] = 1.0
+    assert not checks.displacement(measures).cases
 
 
 def _warnings(folder):
