@@ -126,6 +126,9 @@ class Rounds:
 @dataclass
 class Probe:
     every: int = at_least(0, 0)  # updates between two measurements of the policy inside a step; 0: none
+    file: str | None = None  # of prompts that the policy answers while it trains
+    answers_every: int = at_least(1, 50)  # updates between two times
+    max_new_tokens: int = at_least(1, 64)  # of each answer
 
 
 @dataclass

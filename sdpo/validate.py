@@ -36,6 +36,11 @@ def check(config: Config) -> None:
             f"optim.states={config.optim.states} runs without DeepSpeed: use deepspeed=off, or deepspeed.offload=true, "
             "which keeps AdamW's states in host memory"
         )
+    if config.probe.file and config.deepspeed.stage == 3:
+        raise UserError(
+            "probe.file: ZeRO-3 spreads the policy over the ranks, and one rank alone cannot answer with it: "
+            "use evaluate=[generate], or another deepspeed stage"
+        )
     chunking.bind_score(config.score, chunking.bind_split(config.split))
     _check_rounds(config)
     for key, measure in config.evaluate.items():

@@ -48,6 +48,7 @@ class WandbMirror:
         except wandb.Error as error:
             raise UserError(f"W&B does not start: {error}; record.mode=offline needs no network") from error
         self._updates: dict[int, int] = {}  # step -> number of its updates so far
+        self._samples: list[tuple] = []
         self._answers: dict[tuple, dict[str, str]] = {}  # (prompt id, turn) -> a row of the table of answers
         self._run.define_metric("train/*", step_metric="updates")
         self._run.define_metric("step/*", step_metric="t")
@@ -57,10 +58,20 @@ class WandbMirror:
         """Log an entry; `flat` is the same entry by W&B's names."""
         if entry["kind"] == "train":
             self._updates[entry["t"]] = entry["update"]
+            if flat.pop("train/samples", None):
+                flat["samples"] = self._samples_so_far(entry)
         if entry["kind"] == "answers":
             flat = {"answers": self._side_by_side(entry)}
         axes = {"t": entry["t"], "updates": sum(self._updates.values())}  # neither ever decreases
         self._run.log(axes | {name: value for name, value in flat.items() if value is not None})
+
+    def _samples_so_far(self, entry: Entry) -> "wandb.Table":
+        """All answers to the prompts of probe.file so far, a row each."""
+        import wandb
+
+        rows = [(row["prompt"], row["answer"]) for row in entry["samples"]]
+        self._samples += [(entry["t"], entry["update"], *row) for row in rows]
+        return wandb.Table(columns=["t", "update", "prompt", "answer"], data=self._samples)
 
     def _side_by_side(self, entry: Entry) -> "wandb.Table":
         """All answers so far as a table with a row per prompt and turn, and a column per model."""

@@ -199,11 +199,11 @@ config.yaml
     model.lab.layers model.lab.width model.lr model.name model.parameters model.path model.revision model.seed
     model.sft model.template model.trust_remote_code optim optim.betas optim.clip optim.epochs optim.lr optim.moments
     optim.pairs_per_update optim.schedule optim.schedule_over optim.states optim.warmup optim.weight_decay plan
-    precision probe probe.every record record.every record.mode record.project record.wandb reference reference.name
-    reference.placebo rounds rounds.answers rounds.batch_size rounds.judge rounds.max_new_tokens rounds.name
-    rounds.path rounds.revision rounds.share rounds.temperature rounds.template save_dtype score score.model
-    score.name seed split split.disjoint_prompts split.equal split.keep split.level split.measure split.name
-    split.num_chunks split.within start steps tune tune.name
+    precision probe probe.answers_every probe.every probe.file probe.max_new_tokens record record.every record.mode
+    record.project record.wandb reference reference.name reference.placebo rounds rounds.answers rounds.batch_size
+    rounds.judge rounds.max_new_tokens rounds.name rounds.path rounds.revision rounds.share rounds.temperature
+    rounds.template save_dtype score score.model score.name seed split split.disjoint_prompts split.equal split.keep
+    split.level split.measure split.name split.num_chunks split.within start steps tune tune.name
 manifest.json
     arm choices choices.split command git git.commit git.diff git.dirty machine machine.cores machine.cpu machine.gpus
     machine.system model_key run seed steps steps.gamma_ref_mean steps.key steps.num_pairs steps.reused steps.sources

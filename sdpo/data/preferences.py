@@ -142,7 +142,7 @@ class _Intake:
     def read(self, side: str, names: list[str], reserved: Mapping[str, str] | None = None) -> list[Pair]:
         """The pairs of the named tables; a prompt that is `reserved` (key -> id of its pair) is a bad row."""
         pairs = []
-        limit = (side == "held_out" and self.settings.held_out_limit) or self.settings.limit
+        limit = (side != "train" and self.settings.held_out_limit) or self.settings.limit
         for name, source in zip(names, sources(self.settings, names), strict=True):
             table = read_hub(name, self.settings.revisions) if self.settings.name == "hub" else read_file(name)
             rows = table.rows[: limit or None]

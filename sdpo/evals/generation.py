@@ -1,13 +1,10 @@
-"""Answers of a model to prompts, generated once and kept.
-
-Shapes: B conversations, T tokens.
-"""
+"""Answers of a model to prompts, generated once and kept."""
 
 from typing import TypedDict, cast
 
 import torch
 import transformers
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from sdpo import distributed
 from sdpo.console import progress
@@ -19,6 +16,7 @@ from sdpo.errors import UserError
 from sdpo.evals.decoding import Decoding
 from sdpo.model import hub, rotary
 from sdpo.model.attention.interface import own_attention
+from sdpo.model.sampling import continuations
 from sdpo.store.artifacts import Artifact, key_of
 from sdpo.train.runner import Runner
 
@@ -114,7 +112,7 @@ def generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int]
         for number in range(distributed.rank(), len(batches), distributed.world_size()):
             members = batches[number]
             torch.manual_seed(decoding.seed * len(batches) + number)
-            for i, ids in zip(members, _continue(network, [prompts[i] for i in members], chat.stops), strict=True):
+            for i, ids in zip(members, continuations(network, [prompts[i] for i in members], chat.stops), strict=True):
                 ended = ids[-1] in chat.stops
                 text = cast(str, chat.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
                 own[i] = {"text": text, "prompt_ids": prompts[i], "ids": ids, "ended": ended}
@@ -130,15 +128,3 @@ def _generation_config(decoding: Decoding, stops: list[int]) -> GenerationConfig
         eos_token_id=stops,
         pad_token_id=stops[0],
     )
-
-
-def _continue(network: PreTrainedModel, prompts: list[list[int]], stops: list[int]) -> list[list[int]]:
-    """What the model writes after each prompt, up to and including the first stop token."""
-    width = max(map(len, prompts))
-    padded = [[stops[0]] * (width - len(ids)) + ids for ids in prompts]
-    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-    tokens_BT, mask_BT = (torch.tensor(rows, device=network.device) for rows in (padded, mask))
-    whole_BT = cast(GenerationMixin, network).generate(tokens_BT, attention_mask=mask_BT)
-    responses = whole_BT[:, width:].tolist()
-    ends = [next((i + 1 for i, id in enumerate(ids) if id in stops), len(ids)) for ids in responses]
-    return [ids[:end] for ids, end in zip(responses, ends, strict=True)]

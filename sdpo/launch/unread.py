@@ -57,5 +57,7 @@ READERS = {
     "data.limit": (lambda job: job.data.name != "lab", "the laboratory has data.lab.sources.NAME.num_pairs"),
     "data.held_out_sets": (_reads_sets, "add preference to evaluate, and use data=local or data=hub"),
     "data.held_out_limit": (lambda job: bool(job.data.held_out), "name held-out data, or set data.held_out_share"),
+    "probe.answers_every": (lambda job: job.probe.file, "probe.file names the prompts that are answered"),
+    "probe.max_new_tokens": (lambda job: job.probe.file, "probe.file names the prompts that are answered"),
     "score": (_reads_score, "leave score out, or choose split=easy_to_hard, split.keep below 1 or split.within=score"),
 }

@@ -1,11 +1,12 @@
-"""Answers of a model to prompts of the laboratory: sampled, scored, and compared with another model.
+"""Answers of a model to prompts; those of the laboratory are also scored, and compared with another model.
 
-All prompts have the same length, so a batch of them needs no padding.
-Shapes: N prompts, S answers, P prompt tokens, R response tokens (padded with the stop token), V vocabulary.
+The laboratory's prompts have the same length, so a batch of them needs no padding.
+Shapes: N prompts, S answers, P prompt tokens, R response tokens (padded with the stop token), V vocabulary; B prompts
+and T tokens if they are padded.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,21 @@ class Answers(NamedTuple):
     response_SR: Tensor
     mask_SR: Tensor
     text: list[str]
+
+
+def continuations(network: PreTrainedModel, prompts: list[list[int]], stops: list[int]) -> list[list[int]]:
+    """What the model writes after each prompt, up to and including the first stop token, as its generation_config says.
+
+    The prompts are padded on the left to one length.
+    """
+    width = max(map(len, prompts))
+    padded = [[stops[0]] * (width - len(ids)) + ids for ids in prompts]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+    tokens_BT, mask_BT = (torch.tensor(rows, device=network.device) for rows in (padded, mask))
+    whole_BT = cast(GenerationMixin, network).generate(tokens_BT, attention_mask=mask_BT)
+    responses = whole_BT[:, width:].tolist()
+    ends = [next((i + 1 for i, id in enumerate(ids) if id in stops), len(ids)) for ids in responses]
+    return [ids[:end] for ids, end in zip(responses, ends, strict=True)]
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from sdpo.model.logprobs import naive_logprobs, score
 from sdpo.model.memory import explained, fitting_budget
 from sdpo.model.packing import micro_batches, pack, tokens_of
 from sdpo.train import gradient_weight, throughput
+from sdpo.train.probes import Sampler
 from sdpo.train.reference_logprobs import ReferenceLogprobs
 from sdpo.train.schedule import Span, learning_rate
 from sdpo.train.step_key import StepSpec
@@ -46,13 +47,14 @@ class Pending(NamedTuple):
     lr: float
     stats: torch.Tensor
     norm: torch.Tensor
+    samples: list[dict[str, str]]  # the policy's answers after it, if they were due
 
 
 class TrainingLoop:
     """Trains one step. The engine must have the weights of the step's start, and a new optimiser."""
 
-    def __init__(self, spec: StepSpec, engine: Engine):
-        self.spec, self.engine, self.config = spec, engine, spec.config
+    def __init__(self, spec: StepSpec, engine: Engine, sampler: Sampler):
+        self.spec, self.engine, self.sampler, self.config = spec, engine, sampler, spec.config
         self.chunk, self.plan, self.loss = spec.chunk, spec.plan, spec.loss
         self.span = spec.span or Span(0, len(self.plan))
         self.inputs = inputs_of(self.loss)
@@ -110,7 +112,8 @@ class TrainingLoop:
             stats, members, logps_B2 = self._compute_gradients(number, reference.logps_N2)
             if number == 0:
                 self._check_margins(members, logps_B2, start_N2)
-            return Pending(number, lr, stats, self.engine.update(lr))
+            norm = self.engine.update(lr)
+            return Pending(number, lr, stats, norm, self.sampler.answers_if_due(number + 1, self.engine))
 
     def _compute_gradients(
         self, number: int, reference_N2: np.ndarray
@@ -228,7 +231,8 @@ class TrainingLoop:
             entry |= dict.fromkeys(("margin", "reward_accuracy", "kl_proxy"))
         if self.beta is None:
             entry |= dict.fromkeys(("lambda_mean", "lambda_std"))
-        return {"update": update.number + 1, **entry, **self._cost(update.number, seconds)}
+        samples = {"samples": update.samples} if update.samples else {}
+        return {"update": update.number + 1, **entry, **self._cost(update.number, seconds), **samples}
 
     def _cost(self, number: int, seconds: float) -> dict[str, float | None]:
         """What an update took: `seconds`, the speed of all ranks together, and the peak of memory on this rank so far.

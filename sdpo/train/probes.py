@@ -1,5 +1,7 @@
 """Probes: the pairs that are followed through a run. Their log-probs show what training does to single pairs.
 
+Samples are the policy's answers to fixed prompts while it trains.
+
 The probe set of a run is all held-out rows and a sample of every chunk. Inside a step, the held-out rows and the sample
 of the step's own chunk are scored.
 """
@@ -11,9 +13,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from sdpo import distributed
+from sdpo.config import Config
+from sdpo.data import prompts as prompt_files
+from sdpo.data.prompt_and_answer import ChatFormat
+from sdpo.data.schemas import Message, Turns
+from sdpo.data.tokenize import prompt_ids
+from sdpo.model.attention.interface import own_attention
 from sdpo.model.engine import Engine
 from sdpo.model.logprobs import score
+from sdpo.model.sampling import continuations
 from sdpo.types import TokenPair
 
 NUM_PROBES = 64  # rows of every chunk
@@ -56,3 +67,35 @@ class Probes:
         if lines:
             columns = ["id", "role", "update", "chosen_logp", "rejected_logp", "trained"]
             pd.DataFrame(lines, columns=columns).to_parquet(path, index=False)
+
+
+class Sampler:
+    """Answers fixed prompts with the policy while it trains; greedily, so that no random number is drawn."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase):
+        """Read `probe.file`, if they are set. Raises UserError for a file that cannot be read."""
+        self.settings = config.probe
+        self.questions: list[str] = []
+        if config.probe.file:
+            self.questions = [prompt.turns[0] for prompt in prompt_files.read(config.probe.file)]
+            self._chat = ChatFormat(tokenizer, config.data.template, config.data.template_date)
+            turns: list[Turns] = [(Message(role="user", content=question),) for question in self.questions]
+            self._prompts = prompt_ids(self._chat, turns)
+
+    def answers_if_due(self, num_updates: int, engine: Engine) -> list[dict[str, str]]:
+        """The first rank's answers after every `answers_every` updates, as prompt and answer; else nothing."""
+        if not self.questions or num_updates % self.settings.answers_every or not distributed.is_main():
+            return []
+        network, was_training = engine.scorer.model, engine.scorer.model.training
+        before, stops = network.generation_config, self._chat.stops
+        limits = {"max_new_tokens": self.settings.max_new_tokens, "eos_token_id": stops, "pad_token_id": stops[0]}
+        network.generation_config = GenerationConfig(do_sample=False, **limits)
+        network.eval()
+        try:
+            with own_attention(network), torch.no_grad():
+                answers = continuations(network, self._prompts, stops)
+        finally:
+            network.generation_config = before
+            network.train(was_training)
+        texts = [str(self._chat.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
+        return [{"prompt": prompt, "answer": text} for prompt, text in zip(self.questions, texts, strict=True)]

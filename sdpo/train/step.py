@@ -16,6 +16,7 @@ from sdpo.model.engine import Engine
 from sdpo.store.artifacts import Artifact, check, key_of
 from sdpo.train import logprob_table, step_key, throughput
 from sdpo.train.loop import TrainingLoop
+from sdpo.train.probes import Sampler
 from sdpo.train.reference_logprobs import ReferenceLogprobs, bind_placebo, score_first_window
 from sdpo.train.reference_windows import Windows, resolve
 from sdpo.train.runner import Runner
@@ -91,7 +92,7 @@ def _train(
     config, chunk = spec.config, spec.chunk
     scored_before = runner.scored.copy()
     engine, reference, start_N2 = _prepare(spec, named.windows, runner)
-    loop, entries = TrainingLoop(spec, engine), []
+    loop, entries = TrainingLoop(spec, engine, Sampler(config, runner.tokenizer)), []
     for entry in loop.run(reference, start_N2, checkpoint):
         entries.append(entry)
         record(entry)

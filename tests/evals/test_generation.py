@@ -14,7 +14,7 @@ from sdpo.errors import UserError
 from sdpo.evals import answer_formats, generation, kl, suites
 from sdpo.evals import reward_model as judge
 from sdpo.evals.decoding import Decoding
-from sdpo.model import hub
+from sdpo.model import hub, sampling
 from sdpo.store.artifacts import Artifact
 
 GREEDY = Decoding(temperature=0.0, max_new_tokens=6, batch_size=2, seed=0)
@@ -97,7 +97,7 @@ def test_prompts_are_padded_on_the_left_and_answers_end_with_their_first_stop_to
         return torch.cat([tokens_BT, torch.tensor([[5, 2, 6, 2], [7, 8, 9, 4]])], dim=1)
 
     network = SimpleNamespace(device="cpu", generate=generate)
-    assert generation._continue(network, [[3], [1, 3]], stops=[2]) == [[5, 2], [7, 8, 9, 4]]
+    assert sampling.continuations(network, [[3], [1, 3]], stops=[2]) == [[5, 2], [7, 8, 9, 4]]
     assert seen == {"tokens": [[2, 3], [1, 3]], "mask": [[0, 1], [1, 1]]}
 
 
