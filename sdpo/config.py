@@ -4,6 +4,7 @@ Hydra composes YAML; all other code reads these dataclasses. The open axes (spli
 evaluate) stay dictionaries of `name:` and settings, which sdpo/binding.py binds to a function.
 """
 
+import json
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -135,6 +136,7 @@ class Probe:
 class Deepspeed:
     stage: int | None = one_of(None, 1, 2, 3)  # the ZeRO stage; null: plain PyTorch
     offload: bool = False  # keep optimiser state (at stage 3 weights too) in host memory
+    config: Any = field(default_factory=dict)  # DeepSpeed's own settings, or the JSON file that holds them
 
 
 @dataclass
@@ -204,6 +206,7 @@ def from_composed(composed: DictConfig | ListConfig | dict) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(sentence(error)) from error
     check(config)
+    config.deepspeed.config = _read_if_file(config.deepspeed.config)
     if config.model.name != "lab" and config.model.path is None:
         raise UserError("model.path has no value; set model.path=...")
     if config.data.name != "lab" and not config.data.train:
@@ -238,6 +241,20 @@ def for_step(config: Config, t: int) -> Config:
         raise UserError(f"steps.{t}: {sentence(error)}") from error
     check(merged, f"steps.{t}.")
     return merged
+
+
+def _read_if_file(settings: Any) -> Settings:
+    """DeepSpeed's settings; read if they are the name of a JSON file, so that config.yaml in a run folder has them."""
+    if settings is None:
+        return {}
+    if isinstance(settings, str):
+        try:
+            settings = json.loads(Path(settings).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"deepspeed.config={settings} cannot be read as JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError("deepspeed.config is neither a mapping nor the name of a JSON file that holds one")
+    return settings
 
 
 @cache

@@ -12,6 +12,7 @@ def check(config: Config) -> None:
     """Raise UserError for a choice of any step that does not bind, and for settings that exclude each other."""
     from sdpo.curriculum import chunking  # here, because these import torch or numpy, which takes seconds
     from sdpo.evals import suites
+    from sdpo.model import zero
     from sdpo.variants import loss as losses
     from sdpo.variants import placebo
     from sdpo.variants import reference as references
@@ -41,6 +42,7 @@ def check(config: Config) -> None:
             "probe.file: ZeRO-3 spreads the policy over the ranks, and one rank alone cannot answer with it: "
             "use evaluate=[generate], or another deepspeed stage"
         )
+    zero.check_settings(config.deepspeed)
     chunking.bind_score(config.score, chunking.bind_split(config.split))
     _check_rounds(config)
     for key, measure in config.evaluate.items():

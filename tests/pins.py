@@ -189,8 +189,8 @@ config.yaml
     T data data.columns data.held_out data.held_out_limit data.held_out_sets data.held_out_share data.lab
     data.lab.num_demonstrations data.lab.num_held_out data.lab.num_items data.lab.num_prompts data.lab.num_samples
     data.lab.prompts data.lab.sources data.limit data.max_tokens data.name data.nominal data.on_bad_row data.on_long
-    data.revisions data.seed data.source_from data.template data.template_date data.train deepspeed deepspeed.offload
-    deepspeed.stage evaluate evaluate.generate evaluate.generate.batch_size evaluate.generate.file
+    data.revisions data.seed data.source_from data.template data.template_date data.train deepspeed deepspeed.config
+    deepspeed.offload deepspeed.stage evaluate evaluate.generate evaluate.generate.batch_size evaluate.generate.file
     evaluate.generate.max_new_tokens evaluate.generate.name evaluate.generate.per_source evaluate.generate.preset
     evaluate.generate.seed evaluate.generate.temperature evaluate.generate.top_p evaluate.preference
     evaluate.preference.name launch launch.attention launch.checkpoint_minutes launch.compile launch.device

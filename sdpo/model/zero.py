@@ -12,11 +12,38 @@ import torch
 from torch import nn
 
 from sdpo import config, distributed
+from sdpo.errors import UserError
 from sdpo.model.hub import DTYPES, cast
 from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import Pack
 from sdpo.model.parameters import adamw, temporarily_add, trained_parameters
 from sdpo.types import ChosenRejected
+
+# Keys of DeepSpeed that are not given in deepspeed.config, and what decides them.
+BATCHES = "optim.pairs_per_update and launch.tokens_per_pack decide it"
+PRECISION = "precision decides it; gradients are summed in fp32"
+OPTIMISER = "the optimiser is AdamW, with the settings of optim"
+OFFLOAD = "deepspeed.offload decides it"
+OWNED = {
+    "train_batch_size": BATCHES,
+    "train_micro_batch_size_per_gpu": BATCHES,
+    "gradient_accumulation_steps": BATCHES,
+    "gradient_clipping": "optim.clip decides it",
+    "optimizer": OPTIMISER,
+    "scheduler": OPTIMISER,
+    "zero_allow_untested_optimizer": OPTIMISER,
+    "zero_force_ds_cpu_optimizer": OPTIMISER,
+    "fp16": PRECISION,
+    "bf16": PRECISION,
+    "bfloat16": PRECISION,
+    "amp": PRECISION,
+    "torch_autocast": PRECISION,
+    "data_types": PRECISION,
+    "zero_optimization.stage": "deepspeed.stage decides it",
+    "zero_optimization.cpu_offload": OFFLOAD,
+    "zero_optimization.cpu_offload_param": OFFLOAD,
+    "zero_optimization.compute_grad_norm": "the gradient's norm is logged",
+}
 
 
 class Zero:
@@ -47,6 +74,7 @@ class Zero:
         # DeepSpeed makes its masters from the bf16 cast: they are replaced by the fp32 weights that were loaded.
         exact = {name: p.detach() for name, p in trained.items() if p.dtype != DTYPES[precision] == torch.bfloat16}
         deepspeed_config = _zero_config(optim, precision, settings)
+        _check_names(deepspeed_config["zero_optimization"])
         if settings.stage == 3:
             deepspeed.zero.Init(module=_InTurn(scorer, device, DTYPES[precision]), config_dict_or_path=deepspeed_config)
         self.module, wrapped, _, _ = deepspeed.initialize(
@@ -158,13 +186,34 @@ class _InTurn(nn.Module):
             yield param
 
 
+def check_settings(settings: config.Deepspeed) -> None:
+    """Raise UserError if deepspeed.config has a key that another setting of ours decides, or that cannot work here."""
+    given = settings.config
+    if given and settings.stage is None:
+        raise UserError("deepspeed.config is not read with deepspeed=off: choose a stage, or leave it out")
+    zero = given.get("zero_optimization") or {}
+    for key, instead in OWNED.items():
+        section, _, name = key.rpartition(".")
+        if name in (zero if section else given):
+            raise UserError(f"deepspeed.config.{key} cannot be set, because {instead}")
+    for name in ("offload_optimizer", "offload_param"):
+        if name in zero and not settings.offload:
+            raise UserError(f"deepspeed.config.zero_optimization.{name} needs deepspeed.offload=true")
+        if (zero.get(name) or {}).get("device", "cpu") != "cpu":
+            raise UserError(
+                f"deepspeed.config.zero_optimization.{name}.device can be cpu alone: checkpoints and references read "
+                "masters and weights where they are, which DeepSpeed does not allow for those on NVMe"
+            )
+
+
 def _zero_config(optim: config.Optim, precision: str, settings: config.Deepspeed) -> dict[str, Any]:
+    """All of DeepSpeed's settings: the given ones, under ours."""
     zero: dict[str, Any] = {"stage": settings.stage}
     if settings.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
         if settings.stage == 3:
             zero["offload_param"] = {"device": "cpu"}
-    return {
+    ours = {
         "train_micro_batch_size_per_gpu": 1,  # we cut micro-batches by tokens; DeepSpeed only counts calls
         "gradient_clipping": optim.clip,
         "zero_optimization": zero,
@@ -173,3 +222,22 @@ def _zero_config(optim: config.Optim, precision: str, settings: config.Deepspeed
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+    return _merged(settings.config, ours)
+
+
+def _check_names(zero: dict[str, Any]) -> None:
+    """Raise UserError if DeepSpeed does not know one of these settings, or refuses its value."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValueError as error:
+        raise UserError(f"deepspeed.config.zero_optimization: {' '.join(str(error).split())}") from error
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; `above` decides where both have a value."""
+    inner = {
+        key: _merged(below[key], above[key]) for key in below.keys() & above.keys() if isinstance(below[key], dict)
+    }
+    return below | above | inner

@@ -19,7 +19,7 @@ class Numerics:
             "threads": launch.threads,
             "attention": launch.attention,
             "compile": launch.compile,
-            "deepspeed": asdict(config.deepspeed),
+            "deepspeed": {key: value for key, value in asdict(config.deepspeed).items() if key != "config" or value},
             "device": distributed.device(launch.device).type,
         }
 
