@@ -1,10 +1,11 @@
 # `make demo` runs the demo, `make real` the real study's core, `make test` checks lint, types and tests.
+# `make test-scale` runs ranks x stages as a whole table and 100 kills, in one to two hours; its log is scale.log.
 # They install what they need, once.
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo real test test-all lint
+.PHONY: demo real test test-all test-scale lint
 demo: .venv/ready
 	$(BIN)/python train.py experiment=demo
 	@echo "next: source .venv/bin/activate, then python train.py --help"
@@ -22,6 +23,10 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+test-scale: SHELL := bash -o pipefail
+test-scale: .venv/dev
+	TABLE=whole KILLS=100 $(BIN)/python -m pytest --verbose --capture=no tests/scale 2>&1 | tee scale.log
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -121,11 +121,20 @@ def test_a_stale_table_under_a_right_hash_is_caught_by_the_audit(run, tmp_path):
         run("split=all_at_once", "loss.beta=0.2")
 
 
+DAMAGES = {  # what a file may hold after a machine lost power, or after a wrong copy; `other` is its like elsewhere
+    "truncated": lambda content, other: content[: len(content) // 2],
+    "zeroed": lambda content, other: content[:-40] + bytes(40),
+    "swapped": lambda content, other: other,
+}
+IN_CHECKPOINT = ["masters-0.safetensors", "moments-0.safetensors", "reference.safetensors", "log.json", "manifest.json"]
+
+
 @pytest.mark.parametrize(
-    "name", ["masters-0.safetensors", "moments-0.safetensors", "reference.safetensors", "log.json"]
+    ("name", "damage"),
+    [*((name, "zeroed") for name in IN_CHECKPOINT), ("masters-0.safetensors", "truncated"), ("log.json", "swapped")],
 )
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_goes_on(run, monkeypatch, tmp_path, capsys, name):
-    """Zeros at the end of a file, as a machine that lost power leaves them. No gate would notice them later."""
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_goes_on(run, monkeypatch, tmp_path, capsys, name, damage):
+    """No gate would notice it later."""
     overrides = ["split=all_at_once", "launch.checkpoint_minutes=0"]
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
@@ -133,8 +142,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_goes_on(run, monkeyp
             run(*overrides)
     before, newest = sorted((tmp_path / "store").glob("partial/*/*"))
     assert [folder.name for folder in (before, newest)] == ["00000002", "00000003"]
-    content = (newest / name).read_bytes()
-    (newest / name).write_bytes(content[:-40] + bytes(40))
+    (newest / name).write_bytes(DAMAGES[damage]((newest / name).read_bytes(), (before / name).read_bytes()))
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2)  # the second of these updates is the third again
         with pytest.raises(Killed):

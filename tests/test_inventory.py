@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from test_faults import DAMAGES
 
 from sdpo.errors import UserError
 from sdpo.store import inventory
@@ -74,3 +75,61 @@ def test_leftovers_are_found_and_a_changed_file_is_named(finished):
         file.write(" ")
     with pytest.raises(UserError, match=f"1 artifacts have changed: .*{keys_of(folder)[1][:16]}"):
         inventory.verify(store)
+
+
+@pytest.fixture
+def stored(run):
+    """The store of a run of three steps, and the bytes of its files."""
+    run("split=by_source", "evaluate=[]")
+    store = Store()
+    return store, {path: path.read_bytes() for path in store.root.glob("*/[0-9a-f]*/*")}
+
+
+def damaged(path, files, damage):
+    """The bytes of a damaged file, or of its like in another artifact; None if all others are equal."""
+    others = [other for other in files if other.name == path.name and files[other] != files[path]]
+    return DAMAGES[damage](files[path], files[others[0]] if others else None)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damaged_file_is_named_by_verify(stored, damage):
+    store, files = stored
+    for path, content in files.items():
+        changed = damaged(path, files, damage)
+        if changed is not None:
+            path.write_bytes(changed)
+            with pytest.raises(UserError, match=str(path.parent)):
+                inventory.verify(store)
+            path.write_bytes(content)
+    assert inventory.verify(store) == f"{len(inventory.entries(store))} artifacts are what was stored"
+
+
+def test_two_artifacts_that_were_swapped_are_named(stored):
+    store, _ = stored
+    first, second, _ = store.root.glob("step/*")
+    first.rename(first.with_name("aside"))
+    second.rename(first)
+    first.with_name("aside").rename(second)
+    with pytest.raises(UserError, match=f"2 artifacts have changed: {first}, {second}|{second}, {first}"):
+        inventory.verify(store)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_that_needs_a_damaged_file_is_refused(stored, run, tmp_path, damage):
+    """It would train its second step from M_1 of the first run, with other settings."""
+    _, files = stored
+    first = (tmp_path / "run" / "steps" / "1").resolve()
+    tables = (path for path in files if path.name == "logprobs.parquet" and is_under(path, first))
+    table = max(tables, key=lambda path: len(files[path]))  # of the second chunk
+    names = ("manifest.json", "train.json", "reference.parquet", "model.safetensors")
+    for path in [*(first / name for name in names), table]:
+        path.write_bytes(damaged(path, files, damage))
+        with pytest.raises(UserError, match=f"{path.parent}.* (has changed since it was written|cannot be read)"):
+            run("split=by_source", "evaluate=[]", "steps.2.optim.lr=1e-3", name="other")
+        path.write_bytes(files[path])
+
+
+def is_under(table, model):
+    """Whether a table has the log-probs of rows under a model."""
+    key = json.loads((model / "manifest.json").read_text())["key"]
+    return json.loads((table.parent / "manifest.json").read_text())["weights"] == key

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from analysis.benchmark.meter import Meter
-from analysis.benchmark.work import BETA, LORA, LR, PASSES, Work
+from analysis.benchmark.work import BETA, LORA, LR, PASSES, Work, tokenizer
 from sdpo import distributed
 from sdpo.config import Config
 from sdpo.model import hub
@@ -21,7 +21,7 @@ from sdpo.model.packing import micro_batches, pack, scoring_packs, tokens_of
 from sdpo.store.artifacts import Artifact, Store
 from sdpo.train import runner as runner_module
 from sdpo.train.loop import TrainingLoop
-from sdpo.train.probes import Probes
+from sdpo.train.probes import Probes, Sampler
 from sdpo.train.reference_logprobs import ReferenceLogprobs
 from sdpo.train.step import take_step
 from sdpo.train.step_key import StepSpec
@@ -39,7 +39,8 @@ def in_memory(work: Work, report: Callable[[dict], None]) -> None:
         meter.lap("reference")
     reference = ReferenceLogprobs([], logps_N2, None, Probes((), 0), lambda members, rule_N2: rule_N2)
     nowhere = Artifact("", Path(work.folder), reused=True)
-    loop = TrainingLoop(StepSpec(1, config, nowhere, [nowhere], _chunk(rows)), engine)
+    spec = StepSpec(1, config, nowhere, [nowhere], _chunk(rows))
+    loop = TrainingLoop(spec, engine, Sampler(config, tokenizer()))
     entries = []
     for entry in loop.run(reference, logps_N2, Checkpoint(Path(work.folder) / "checkpoints", "benchmark", math.inf)):
         entries.append(entry)

@@ -5,8 +5,8 @@ which is derived from the seed and the number of the update.
 """
 
 import json
-import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.model.engine import Engine
 from sdpo.model.parameters import moments_of, set_moments
-from sdpo.store.artifacts import differing, publish
+from sdpo.store.artifacts import differing, publish, remove, remove_abandoned
 
 
 class Saved(NamedTuple):
@@ -44,15 +44,10 @@ class Checkpoint:
         for position, folder in enumerate(found):
             if wrong := differing(folder):
                 tell(f"{self.name}: {folder / wrong[0]} has changed since it was written; not going on from there")
-                continue
-            self._remove(found[:position])
-            with torch.no_grad():
-                for index, tensor in _read(engine, folder / "masters").items():
-                    engine.parts[int(index)].copy_(tensor)
-            engine.refresh()
-            load_moments(engine, folder)
-            return Saved(load_file(folder / "reference.safetensors"), json.loads((folder / "log.json").read_text()))
-        if found:
+            elif loaded := _load(engine, folder):
+                self._remove(found[:position])
+                return loaded
+        if distributed.broadcast(any(folder.exists() for folder in found)):
             raise UserError(f"no checkpoint in {self.folder} is as it was written; remove that folder and start again")
         return None
 
@@ -76,17 +71,42 @@ class Checkpoint:
         self.last_save = time.monotonic()
 
     def clear(self) -> None:
-        """Remove the checkpoints of a finished step."""
-        self._remove([self.folder])
+        """Remove the checkpoints of a finished step, but not what another process is just writing."""
+        self._remove(self._found())
+        if distributed.is_main():
+            remove_abandoned(self.folder)
+            with suppress(OSError):  # there is no such folder, or another process is writing in it
+                self.folder.rmdir()
 
     def _remove(self, folders: list[Path]) -> None:
         if distributed.is_main():
             for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
 
     def _found(self) -> list[Path]:
         """The whole checkpoints, newest first."""
         return sorted((path.parent for path in self.folder.glob("[0-9]*/manifest.json")), reverse=True)
+
+
+def _load(engine: Engine, folder: Path) -> Saved | None:
+    """Load a checkpoint into the engine and return the rest of it.
+
+    None, with the engine as it was, if another process has removed it. Locks prevent this, but not every disk has them.
+    """
+    try:
+        masters, moments = (_read(engine, folder / name) for name in ("masters", "moments"))
+        rest = Saved(load_file(folder / "reference.safetensors"), json.loads((folder / "log.json").read_text()))
+        is_there = True
+    except FileNotFoundError:
+        is_there = False
+    if not all(distributed.gather(is_there)):
+        return None
+    with torch.no_grad():
+        for index, tensor in masters.items():
+            engine.parts[int(index)].copy_(tensor)
+    engine.refresh()
+    _set_moments(engine, moments)
+    return rest
 
 
 def save_moments(engine: Engine, folder: Path) -> None:
@@ -101,8 +121,12 @@ def save_moments(engine: Engine, folder: Path) -> None:
 
 def load_moments(engine: Engine, folder: Path) -> None:
     """Load what `save_moments` wrote into the optimiser."""
+    _set_moments(engine, _read(engine, folder / "moments"))
+
+
+def _set_moments(engine: Engine, tensors: dict[str, torch.Tensor]) -> None:
     found: dict[int, dict[str, torch.Tensor]] = {}
-    for full_name, tensor in _read(engine, folder / "moments").items():
+    for full_name, tensor in tensors.items():
         index, name = full_name.split("/")
         found.setdefault(int(index), {})[name] = tensor
     for position, moments in found.items():

@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -141,23 +141,39 @@ class ReadOnly(Store):
 def damaged(artifact: Artifact, *names: str) -> list[str]:
     """Return the files (among `names`, or all) whose content is not what was stored.
 
-    `manifest.json` is one of them if it belongs to another artifact.
+    `manifest.json` is one of them if it belongs to another artifact; it is the only one if it cannot be read.
     """
-    manifest = json.loads((artifact.folder / "manifest.json").read_text())
+    manifest = manifest_of(artifact.folder)
+    if manifest is None:
+        return ["manifest.json"]
     wrong = _differing(artifact.folder, manifest["files"], names or manifest["files"])
     return wrong + ["manifest.json"] * (manifest["key"] != artifact.key)
 
 
 def differing(folder: Path) -> list[str]:
     """Return the files of a published folder whose content is not what was stored. The ranks share the work."""
-    files = json.loads((folder / "manifest.json").read_text())["files"]
+    manifest = distributed.broadcast(manifest_of(folder) if distributed.is_main() else None)
+    if manifest is None:
+        return ["manifest.json"]
+    files = manifest["files"]
     mine = sorted(files)[distributed.rank() :: distributed.world_size()]
     return [name for part in distributed.gather(_differing(folder, files, mine)) for name in part]
 
 
+def manifest_of(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a published folder; None if it cannot be read."""
+    try:
+        return json.loads((folder / "manifest.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def _differing(folder: Path, files: dict[str, str], names: Iterable[str]) -> list[str]:
-    found = hash_files(folder, [folder / name for name in names])
-    return [name for name in names if found.get(name) != files[name]]
+    try:
+        found = hash_files(folder, [folder / name for name in names])
+    except FileNotFoundError:  # another process is removing the folder
+        found = {}
+    return [name for name in names if found.get(name) != files.get(name)]
 
 
 def check(artifact: Artifact, *names: str) -> None:
@@ -174,13 +190,9 @@ def publish(final: Path, manifest: dict, build: Callable[[Path], None]) -> None:
     `manifest` is stored in it as manifest.json, with the hash of every file. If another process made `final` meanwhile,
     its folder is kept. Raises UserError if `final` is a folder without a manifest.
     """
-    host = socket.gethostname()
-    name = distributed.broadcast(f"tmp-{final.name}-{os.getpid()}-{uuid4().hex[:8]}-{host}")
-    temporary = final.with_name(name)
+    temporary = distributed.broadcast(_temporary(final))
     if distributed.is_main():
-        for abandoned in final.parent.glob(f"tmp-{final.name}-*-{host}"):
-            if not _is_alive(int(abandoned.name.removeprefix(f"tmp-{final.name}-").split("-")[0])):
-                shutil.rmtree(abandoned)
+        remove_abandoned(final.parent, final.name)
         temporary.mkdir(parents=True)
     distributed.barrier()
     try:
@@ -196,6 +208,26 @@ def publish(final: Path, manifest: dict, build: Callable[[Path], None]) -> None:
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
     distributed.barrier()
+
+
+def _temporary(final: Path) -> Path:
+    """A new name beside `final`, which tells the process that uses it."""
+    return final.with_name(f"tmp-{final.name}-{os.getpid()}-{uuid4().hex[:8]}-{socket.gethostname()}")
+
+
+def remove_abandoned(folder: Path, name: str = "*") -> None:
+    """Remove what ended processes of this machine left in `folder` of what would have been called `name`."""
+    for abandoned in folder.glob(f"tmp-{name}-*-{socket.gethostname()}"):
+        if not _is_alive(int(abandoned.name.split("-")[2])):
+            shutil.rmtree(abandoned, ignore_errors=True)  # another process may be removing it
+
+
+def remove(folder: Path) -> None:
+    """Remove a published folder, unless another process has done so. No process finds a part of it."""
+    temporary = _temporary(folder)
+    with suppress(FileNotFoundError):
+        folder.rename(temporary)
+        shutil.rmtree(temporary)
 
 
 def _settle(folder: Path) -> dict[str, str]:
@@ -215,6 +247,8 @@ def _rename(temporary: Path, final: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
+        if not final.is_dir():  # a checkpoint, which another process has just removed
+            return _rename(temporary, final)
         if not (final / "manifest.json").is_file():
             raise UserError(f"{final} is incomplete; remove it and start again") from error
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from sdpo.console import columns
 from sdpo.errors import UserError
-from sdpo.store.artifacts import Artifact, Store, damaged
+from sdpo.store.artifacts import Artifact, Store, damaged, manifest_of
 
 KEY = re.compile(r"\b[0-9a-f]{64}\b")
 DAY = 24 * 3600  # seconds after which what a process left unfinished counts as abandoned
@@ -37,9 +37,10 @@ def entries(store: Store) -> list[Entry]:
 
 
 def _entry(path: Path) -> Entry:
-    text = path.read_text()
-    manifest = json.loads(text)
-    parents = set(KEY.findall(text)) - {manifest["key"], *manifest["files"].values()}
+    manifest = manifest_of(path.parent)
+    if manifest is None:
+        raise UserError(f"{path} cannot be read; remove {path.parent} and start again")
+    parents = set(KEY.findall(path.read_text())) - {manifest["key"], *manifest["files"].values()}
     is_model = any(path.parent.glob("model*.safetensors"))
     return Entry(manifest["kind"], manifest["key"], path.parent, _size(path.parent), parents, is_model)
 
@@ -94,7 +95,8 @@ def list_entries(store: Store) -> str:
 def verify(store: Store) -> str:
     """Read every file, and count the artifacts. Raises UserError if one is not what was stored."""
     stored = entries(store)
-    bad = [one.folder for one in stored if damaged(Artifact(one.key, one.folder, reused=True))]
+    moved = [one.folder for one in stored if one.folder != store.folder(one.kind, one.key)]
+    bad = moved + [one.folder for one in stored if damaged(Artifact(one.key, one.folder, reused=True))]
     if bad:
         raise UserError(f"{len(bad)} artifacts have changed: {', '.join(map(str, bad))}; remove them and start again")
     return f"{len(stored)} artifacts are what was stored"

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sdpo.errors import UserError, one_line
 from sdpo.types import TokenPair
 
 
@@ -16,6 +17,12 @@ def write(path: Path, rows: list[TokenPair], logps_N2: np.ndarray) -> None:
 
 
 def read(path: Path) -> np.ndarray:
-    """The log-probs [N, 2], in the order of the rows that they were written for."""
-    table = pq.read_table(path)
+    """The log-probs [N, 2], in the order of the rows that they were written for.
+
+    Raises UserError if the file is no whole table.
+    """
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); remove its folder and start again") from error
     return np.stack([table["chosen"].to_numpy(), table["rejected"].to_numpy()], axis=1)

@@ -184,7 +184,8 @@ class Runner:
     def _name_wrong_rows(self, model: Artifact, rows: list[TokenPair], logps_N2: np.ndarray, found: Artifact) -> None:
         """Raise a UserError that names the rows whose stored log-probs are not the model's."""
         fresh_N2 = score(self.load(model).module, rows, self.config.launch.tokens_per_pack)
-        wrong = [row.id for row, ours, theirs in zip(rows, fresh_N2, logps_N2, strict=True) if (ours != theirs).any()]
+        both = zip(rows, fresh_N2, logps_N2, strict=False)  # the table may be another one, with fewer rows
+        wrong = [row.id for row, ours, theirs in both if (ours != theirs).any()]
         raise UserError(
             f"{found.folder} has changed since it was written; its model gives other log-probs for "
             f"{', '.join(wrong[:5]) or 'no row'}; remove the folder and start again"
