@@ -51,17 +51,20 @@ class Pending(NamedTuple):
 
 
 class TrainingLoop:
-    """Trains one step. The engine must have the weights of the step's start, and a new optimiser."""
+    """Trains one step. The engine must have the weights of the step's start, and a new optimiser.
 
-    def __init__(self, spec: StepSpec, engine: Engine, sampler: Sampler):
-        self.spec, self.engine, self.sampler, self.config = spec, engine, sampler, spec.config
+    `num_weights` is the number of weights that every token is multiplied with; without it utilisation is not known.
+    """
+
+    def __init__(self, spec: StepSpec, engine: Engine, num_weights: int | None = None, sampler: Sampler | None = None):
+        self.spec, self.engine, self.config = spec, engine, spec.config
+        self.num_weights, self.sampler = num_weights, sampler
         self.chunk, self.plan, self.loss = spec.chunk, spec.plan, spec.loss
         self.span = spec.span or Span(0, len(self.plan))
         self.inputs = inputs_of(self.loss)
         # None: the loss has no gradient weight.
         self.beta: float | None = self.loss.keywords.get("beta") if spec.reads_reference else None
         self.device = distributed.device(self.config.launch.device)
-        self.num_weights = throughput.multiplied(spec.start, engine.scorer.model)
         self.lengths_N2 = response_lengths(self.chunk.rows).astype(np.float32)
         self.budget = self.config.launch.tokens_per_pack
 
@@ -113,7 +116,8 @@ class TrainingLoop:
             if number == 0:
                 self._check_margins(members, logps_B2, start_N2)
             norm = self.engine.update(lr)
-            return Pending(number, lr, stats, norm, self.sampler.answers_if_due(number + 1, self.engine))
+            samples = self.sampler.answers_if_due(number + 1, self.engine) if self.sampler else []
+            return Pending(number, lr, stats, norm, samples)
 
     def _compute_gradients(
         self, number: int, reference_N2: np.ndarray

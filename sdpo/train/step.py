@@ -92,7 +92,8 @@ def _train(
     config, chunk = spec.config, spec.chunk
     scored_before = runner.scored.copy()
     engine, reference, start_N2 = _prepare(spec, named.windows, runner)
-    loop, entries = TrainingLoop(spec, engine, Sampler(config, runner.tokenizer)), []
+    num_weights = throughput.multiplied(spec.start, engine.scorer.model)
+    loop, entries = TrainingLoop(spec, engine, num_weights, Sampler(config, runner.tokenizer)), []
     for entry in loop.run(reference, start_N2, checkpoint):
         entries.append(entry)
         record(entry)
@@ -103,7 +104,7 @@ def _train(
         logprob_table.write(folder / "reference.parquet", chunk.rows, reference.logps_N2)
         reference.probes.write(folder / "probes.parquet", chunk.rows, spec.plan)
         trained = Pace(*(sum(entry[name] for entry in entries) for name in ("tokens", "seconds")))
-        speed = throughput.speed(config, loop.num_weights, trained, Pace(*(runner.scored - scored_before).tolist()))
+        speed = throughput.speed(config, num_weights, trained, Pace(*(runner.scored - scored_before).tolist()))
         log = {"entries": entries, "windows": reference.report, "speed": speed._asdict()}
         (folder / "train.json").write_text(json.dumps(log))
 

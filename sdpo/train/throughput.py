@@ -30,16 +30,16 @@ class Speed(NamedTuple):
     utilisation: float | None = None  # useful operations of updates and reference passes, as a share of the peak
 
 
-def speed(config: Config, num_weights: int, trained: Pace, scored: Pace) -> Speed:
+def speed(config: Config, num_weights: int | None, trained: Pace, scored: Pace) -> Speed:
     """The speed of a step from its updates (`trained`) and from the reference passes that were made for it (`scored`).
 
     Recomputed activations do not count as useful operations. If an earlier step made a reference pass, neither the
     operations nor the seconds of that pass count here.
     """
-    operations = num_weights * (operations_per_weight(config.tune) * trained.tokens + 2 * scored.tokens)
+    operations = (num_weights or 0) * (operations_per_weight(config.tune) * trained.tokens + 2 * scored.tokens)
     limit = peak(distributed.device(config.launch.device)) if config.precision == "bf16" else None
     seconds = (trained.seconds + scored.seconds) * distributed.world_size()
-    return Speed(trained.tokens / trained.seconds, operations / seconds / limit if limit else None)
+    return Speed(trained.tokens / trained.seconds, operations / seconds / limit if limit and num_weights else None)
 
 
 def peak(device: torch.device) -> float | None:
