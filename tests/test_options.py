@@ -55,11 +55,12 @@ NEEDS = {  # more settings, which an option requires
     "evaluate=[reward_bench]": ["evaluate.reward_bench.pairs=[b.jsonl]"],
     "evaluate=[h4]": ["evaluate.h4.local=eval", "evaluate.h4.limit=1"],
     "evaluate=[lm_eval]": ["evaluate.lm_eval.local=eval", "evaluate.lm_eval.tasks=[hellaswag]"],
-    "data=ultrafeedback": ["data.held_out=[]"],
+    **dict.fromkeys(("data=ultrafeedback", "data=real", "data=real_folder"), ["data.held_out=[]"]),
     "experiment=published/refdpo_other": ["reference.path=other", "reference.template=plain"],
     "experiment=paper/table4": ["~evaluate.lm_eval"],
     "experiment=paper/table1": ["hydra.sweeper.params.arm=baseline/all_at_once"],  # the other arms are trained by `arm`
 }
+STUDY = [*HERE, "data.held_out=[]", "precision=fp32", "evaluate.generate.max_new_tokens=4"]
 OTHERS = ["reference.path=other", "reference.template=plain"]
 INSTEAD = {  # settings that replace those of the option's group
     "model=lab": ["data=lab", *SMALL],
@@ -73,6 +74,7 @@ INSTEAD = {  # settings that replace those of the option's group
     "experiment=published/pre_dpo": SMALL,
     "experiment=study/base": SMALL,
     "experiment=real/stories": [*HERE, "hydra.sweeper.params.seed=0"],
+    **{f"experiment=real/{name}": [*STUDY, "hydra.sweeper.params.seed=0"] for name in ("core", "full")},
 }
 # The hardness sweeps train these: they define the sources that the arms name. The suites run in tests/evals/.
 ELSEWHERE = ("arm=hardness/easy_then_hard", "arm=hardness/hard_then_easy", "evaluate=[judge]", "evaluate=[results]")
