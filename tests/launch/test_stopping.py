@@ -16,19 +16,22 @@ def trained(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
-def test_a_parent_that_is_told_to_stop_loses_no_update(command, uninterrupted, tmp_path, stop):  # noqa: F811
+@pytest.mark.parametrize(
+    ("stop", "stage"),
+    [("SIGTERM", "off"), ("SIGTERM", "zero2"), ("SIGTERM", "zero3"), ("SIGUSR2", "off"), ("SIGHUP", "off")],
+)
+def test_a_parent_that_is_told_to_stop_loses_no_update(command, uninterrupted, tmp_path, stop, stage):  # noqa: F811
     rarely = [*command, "launch.checkpoint_minutes=1000"]
-    parent = start(rarely, "off", tmp_path)
+    parent = start(rarely, stage, tmp_path)
     wait_until(lambda: trained(tmp_path) > 3)
-    parent.send_signal(stop)
+    parent.send_signal(getattr(signal, stop))
     error = parent.communicate()[1]
     assert (parent.returncode, error) == (STOPPED, "")
     assert 3 < updates_kept(tmp_path) == trained(tmp_path) < 60
     assert not (tmp_path / "run" / "error.txt").exists()
-    again = start(rarely, "off", tmp_path)
+    again = start(rarely, stage, tmp_path)
     assert (again.communicate()[1], again.returncode) == ("", 0)
-    assert final_bytes(tmp_path) == uninterrupted("off")
+    assert final_bytes(tmp_path) == uninterrupted(stage)
 
 
 @pytest.mark.slow

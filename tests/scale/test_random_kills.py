@@ -158,6 +158,7 @@ def test_runs_killed_at_random_end_in_the_bytes_of_one_that_was_not(settings, co
         if struck := run.kill(rng):
             count[struck] += 1
             left -= 1
+            print(f"{stage}: killed {struck[0]}: {struck[1]}, {sum(map(len, run.trained().values()))} updates are kept")
         run.check_nothing_is_lost(before)
         if (run.folder / "done").exists():
             run.check_end(expected)
