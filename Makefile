@@ -1,5 +1,5 @@
 # `make demo` runs the demo, `make real` the real study's core, `make test` checks lint, types and tests.
-# `make test-scale` runs ranks x stages as a whole table and 100 kills, in one to two hours; its log is scale.log.
+# `make test-scale` runs ranks x stages as a whole table and 100 kills, in hours; its log is scale.log.
 # They install what they need, once.
 PYTHON ?= python3
 BIN := .venv/bin

@@ -82,15 +82,17 @@ def plain(train):
 
 
 @pytest.fixture(scope="module")
-def table():
-    """The rows of the table, which is printed at the end."""
-    rows = []
-    yield rows
-    print(f"\n{len(rows)} of {len(WHOLE)} cells; loss: largest difference from one rank at stage off")
+def show():
+    """show(cell, worst, is_same, seconds) prints a row of the table, below its header."""
+    print("\nloss: largest difference from one rank at stage off; again: the models of a second run")
     print(f"{'ranks':6}{'stage':15}{'tune':6}{'reference':11}{'loss':>9}  {'again':12}{'seconds':>7}")
-    for (num_ranks, stage, tune, reference), worst, is_same, seconds in rows:
+
+    def row(cell, worst, is_same, seconds):
+        num_ranks, stage, tune, reference = cell
         again = "same bytes" if is_same else "OTHER BYTES"
         print(f"{num_ranks:<6}{stage:15}{tune:6}{reference:11}{worst:9.1e}  {again:12}{seconds:7.1f}")
+
+    return row
 
 
 def losses_of(folder):
@@ -103,10 +105,10 @@ def models(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)).replace(" ", "_"))
-def test_a_cell_has_the_losses_of_one_plain_rank_and_the_same_bytes_when_done_again(cell, train, plain, table):
+def test_a_cell_has_the_losses_of_one_plain_rank_and_the_same_bytes_when_done_again(cell, train, plain, show):
     expected, began = plain(*cell[2:]), time.monotonic()
     first, again = train(cell), train(cell)
     worst, is_same = np.abs(np.subtract(losses_of(first), expected)).max(), models(first) == models(again)
-    table.append((cell, worst, is_same, time.monotonic() - began))
+    show(cell, worst, is_same, time.monotonic() - began)
     assert len(expected) == 6 and np.ptp(expected) > 0.01  # it learns: far more than the tolerance
     assert worst < 1e-4 and is_same
