@@ -13,7 +13,8 @@ from analysis.benchmark.ours import configure, open_side, take_update
 from analysis.benchmark.work import SHAPES, Work, shape
 from sdpo.model.attention.interface import BACKENDS, Rule
 from sdpo.model.engine import Engine
-from sdpo.model.logprobs import Head, score
+from sdpo.model.head import Head
+from sdpo.model.logprobs import score
 from sdpo.model.memory import ran_out
 from sdpo.model.packing import Pack, micro_batches, pack, tokens_of
 from sdpo.train import throughput
