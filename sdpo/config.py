@@ -19,6 +19,9 @@ from sdpo.fields import at_least, check, one_of, sentence, share
 Settings = dict[str, Any]
 
 
+# Tokens of a pack if launch.tokens_per_pack is null, by device: of log-probs alone, and of training.
+SCORED = {"cpu": 8192, "cuda": 16384}
+TRAINED = {"cpu": 8192, "cuda": 32768}
 TEMPLATES = (None, "alpaca", "zephyr", "chatml", "plain")  # None: the tokenizer's own
 
 
@@ -147,8 +150,9 @@ class Launch:
     threads: int = at_least(1, 1)  # per rank
     device: str = one_of("auto", "cpu", "cuda")
     attention: str = one_of("auto", "sdpa", "varlen", "flex", "plain")
-    compile: bool = False  # compile the decoder with torch.compile
-    tokens_per_pack: int = at_least(1, 8192)  # unique tokens in a micro-batch, at most
+    kernels: str = one_of("auto", "liger", "plain")  # of norms, rotary embedding and activations in the layers
+    compile: bool = False  # compile the layers with torch.compile
+    tokens_per_pack: int | None = at_least(1, None)  # unique tokens in a micro-batch, at most; null: by device
     recompute_activations: bool = False  # recompute them in the backward pass to save memory
     checkpoint_minutes: float = at_least(0, 10.0)  # minutes between checkpoints inside a step
     timeout_minutes: float = at_least(0.01, 30.0)  # after which a rank that does not answer ends the run

@@ -16,8 +16,8 @@ def one_of(*choices: Any, default: Any = NO_DEFAULT) -> Any:
     return field(default=choices[0] if default is NO_DEFAULT else default, metadata={"choices": choices})
 
 
-def at_least(low: float, default: float, high: float = inf) -> Any:
-    """A field that holds a number from `low` to `high`, both included."""
+def at_least(low: float, default: float | None, high: float = inf) -> Any:
+    """A field that holds a number from `low` to `high`, both included, or None if its type allows it."""
     return field(default=default, metadata={"low": low, "high": high})
 
 
@@ -33,7 +33,7 @@ def check(node: Any, prefix: str = "") -> None:
         if "choices" in f.metadata and value not in f.metadata["choices"]:
             choices = ", ".join("null" if c is None else str(c) for c in f.metadata["choices"])
             raise UserError(f"{key} is {value!r}; it can be {choices}")
-        if "low" in f.metadata and not f.metadata["low"] <= value <= f.metadata["high"]:
+        if "low" in f.metadata and value is not None and not f.metadata["low"] <= value <= f.metadata["high"]:
             raise UserError(f"{key} is {value}; it must be {_range(f.metadata['low'], f.metadata['high'])}")
         inner = value if isinstance(value, dict) else {None: value}
         for name, child in inner.items():

@@ -27,6 +27,11 @@ def check(config: Config) -> None:
             "launch.compile: ZeRO-3 gathers parameters between layers, which a compiled graph cannot do: "
             "use launch.compile=false or another deepspeed stage"
         )
+    if config.launch.kernels == "liger" and (config.launch.compile or config.launch.attention == "plain"):
+        raise UserError(
+            "launch.kernels=liger excludes launch.compile, which makes its own kernels, and launch.attention=plain, "
+            "which runs the model as it is: use launch.kernels=auto"
+        )
     if config.precision == "bf16" and config.deepspeed.stage == 1:
         raise UserError(
             "deepspeed=zero1 with precision=bf16 keeps whole fp32 gradients on every rank and needs more memory "

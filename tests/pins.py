@@ -194,16 +194,17 @@ config.yaml
     evaluate.generate.max_new_tokens evaluate.generate.name evaluate.generate.per_source evaluate.generate.preset
     evaluate.generate.seed evaluate.generate.temperature evaluate.generate.top_p evaluate.preference
     evaluate.preference.name launch launch.attention launch.checkpoint_minutes launch.compile launch.device
-    launch.memory launch.nodes launch.ranks launch.recompute_activations launch.threads launch.timeout_minutes
-    launch.tokens_per_pack loss loss.beta loss.label_smoothing loss.name model model.device model.lab model.lab.heads
-    model.lab.layers model.lab.width model.lr model.name model.parameters model.path model.revision model.seed
-    model.sft model.template model.trust_remote_code optim optim.betas optim.clip optim.epochs optim.lr optim.moments
-    optim.pairs_per_update optim.schedule optim.schedule_over optim.states optim.warmup optim.weight_decay plan
-    precision probe probe.answers_every probe.every probe.file probe.max_new_tokens record record.every record.mode
-    record.project record.wandb reference reference.name reference.placebo rounds rounds.answers rounds.batch_size
-    rounds.judge rounds.max_new_tokens rounds.name rounds.path rounds.revision rounds.share rounds.temperature
-    rounds.template save_dtype score score.model score.name seed split split.disjoint_prompts split.equal split.keep
-    split.level split.measure split.name split.num_chunks split.within start steps tune tune.name
+    launch.kernels launch.memory launch.nodes launch.ranks launch.recompute_activations launch.threads
+    launch.timeout_minutes launch.tokens_per_pack loss loss.beta loss.label_smoothing loss.name model model.device
+    model.lab model.lab.heads model.lab.layers model.lab.width model.lr model.name model.parameters model.path
+    model.revision model.seed model.sft model.template model.trust_remote_code optim optim.betas optim.clip optim.epochs
+    optim.lr optim.moments optim.pairs_per_update optim.schedule optim.schedule_over optim.states optim.warmup
+    optim.weight_decay plan precision probe probe.answers_every probe.every probe.file probe.max_new_tokens record
+    record.every record.mode record.project record.wandb reference reference.name reference.placebo rounds
+    rounds.answers rounds.batch_size rounds.judge rounds.max_new_tokens rounds.name rounds.path rounds.revision
+    rounds.share rounds.temperature rounds.template save_dtype score score.model score.name seed split
+    split.disjoint_prompts split.equal split.keep split.level split.measure split.name split.num_chunks split.within
+    start steps tune tune.name
 manifest.json
     arm choices choices.split command git git.commit git.diff git.dirty machine machine.cores machine.cpu machine.gpus
     machine.system model_key run seed steps steps.gamma_ref_mean steps.key steps.num_pairs steps.reused steps.sources

@@ -22,7 +22,7 @@ import torch
 from analysis.benchmark import parts, table
 from analysis.benchmark import work as workload
 from analysis.benchmark.work import PROFILES, SHAPES, Work
-from sdpo.config import Launch
+from sdpo.config import TRAINED, Launch
 from sdpo.run.folder import write_json
 
 # What is measured if nothing is said, and the settings that differ: on a CPU packs are small, so that activations stay
@@ -46,7 +46,7 @@ DEFAULTS = {
         "pairs": 64,
         "pairs_per_update": 64,
         "trl_batches": "8,16,32",
-        "packs": str(Launch().tokens_per_pack),
+        "packs": str(TRAINED["cuda"]),
         "repeats": 1,
         "limit": 100.0,
     },

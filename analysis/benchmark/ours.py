@@ -13,10 +13,11 @@ from analysis.benchmark.meter import Meter
 from analysis.benchmark.work import BETA, LORA, LR, PASSES, Work, tokenizer
 from sdpo import distributed
 from sdpo.config import Config
-from sdpo.model import hub
+from sdpo.model import hub, layers
 from sdpo.model.checkpoint import Checkpoint
 from sdpo.model.engine import Engine, open_engine
 from sdpo.model.logprobs import Scorer, score
+from sdpo.model.memory import scoring_budget
 from sdpo.model.packing import micro_batches, pack, scoring_packs, tokens_of
 from sdpo.store.artifacts import Artifact, Store
 from sdpo.train import runner as runner_module
@@ -35,7 +36,7 @@ def in_memory(work: Work, report: Callable[[dict], None]) -> None:
     engine = open_side(work, config)
     meter.mark()
     for _ in range(PASSES):
-        logps_N2 = score(engine.module, rows, config.launch.tokens_per_pack)
+        logps_N2 = score(engine.module, rows, scoring_budget(config.launch))
         meter.lap("reference")
     reference = ReferenceLogprobs([], logps_N2, None, Probes((), 0), lambda members, rule_N2: rule_N2)
     nowhere = Artifact("", Path(work.folder), reused=True)
@@ -47,7 +48,7 @@ def in_memory(work: Work, report: Callable[[dict], None]) -> None:
         if len(entries) % (len(rows) // work.pairs_per_update) == 0:
             meter.lap("updates")
     tokens = sum(map(tokens_of, rows))
-    packs = [pack([rows[i] for i in members]) for members in scoring_packs(rows, config.launch.tokens_per_pack)]
+    packs = [pack([rows[i] for i in members]) for members in scoring_packs(rows, scoring_budget(config.launch))]
     # The closing token of a pack does not count as padding.
     padding_share = 1 - tokens / sum(len(packed.tokens_T) - 1 for packed in packs)
     launch = {"tokens_per_pack": loop.budget, "compile": config.launch.compile, "attention": engine.scorer.backend}
@@ -89,9 +90,8 @@ def open_side(work: Work, config: Config) -> Engine:
 
         inject_adapter_in_model(LoraConfig(**LORA), model)
     scorer = Scorer(model, config.launch.attention)
-    if config.launch.compile:
-        scorer.compile_decoder()
     device = distributed.device(work.device)
+    layers.prepare(model, config.launch, device)
     return open_engine(scorer, config.optim, config.precision, config.deepspeed, device)
 
 

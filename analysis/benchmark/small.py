@@ -42,10 +42,10 @@ def _train(work: Work, barrier: Any, speeds: Any) -> None:
     torch.set_num_threads(1)
     rows, config = work.rows(), configure(work)
     engine = open_side(work, config)
-    take_update(engine, rows, config.launch.tokens_per_pack).item()
+    take_update(engine, rows, work.packs[0]).item()
     barrier.wait(LONGEST_START)
     began, updates = time.monotonic(), 0
     while (seconds := time.monotonic() - began) < SECONDS[work.device]:
-        take_update(engine, rows, config.launch.tokens_per_pack).item()  # which waits for the device
+        take_update(engine, rows, work.packs[0]).item()  # which waits for the device
         updates += 1
     speeds.put(updates * sum(map(tokens_of, rows)) / seconds)

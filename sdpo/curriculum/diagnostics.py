@@ -27,6 +27,7 @@ from sdpo.data.pair_table import PairTable
 from sdpo.data.tokenize import content_hash
 from sdpo.model import hub
 from sdpo.model.logprobs import Scorer, score
+from sdpo.model.memory import scoring_budget
 from sdpo.model.packing import tokens_of
 from sdpo.stats import Measure, as_measure
 from sdpo.train.setup import Inputs
@@ -178,4 +179,4 @@ def _score_with_random_weights(inputs: Inputs, rows: list[TokenPair]) -> list[fl
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=remote)
     scorer = Scorer(model.eval().to(runner.device), launch.attention)
-    return scores.gamma(score(scorer, rows, launch.tokens_per_pack)).tolist()
+    return scores.gamma(score(scorer, rows, scoring_budget(launch))).tolist()

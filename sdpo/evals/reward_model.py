@@ -23,6 +23,7 @@ from sdpo.data.templates import Writer
 from sdpo.data.tokenize import content_hash, encode
 from sdpo.errors import UserError
 from sdpo.model import hub, rotary
+from sdpo.model.memory import scoring_budget
 from sdpo.stats import Measures, mean, share
 from sdpo.store.artifacts import Artifact
 from sdpo.train.reference_windows import external
@@ -177,7 +178,7 @@ def _classify(network: PreTrainedModel, sequences: list[np.ndarray], runner: Run
         raise UserError(f"the reward model reads {context_length:.0f} tokens, but one conversation has {longest}")
     if text_config.pad_token_id is None:
         text_config.pad_token_id = -1  # no token is padding, but transformers refuses batches if this is not set
-    batches = _batches(sequences, runner.config.launch.tokens_per_pack)[distributed.rank() :: distributed.world_size()]
+    batches = _batches(sequences, scoring_budget(runner.config.launch))[distributed.rank() :: distributed.world_size()]
     rewards = torch.zeros(len(sequences), device=runner.device, dtype=network.dtype)
     with torch.no_grad(), progress(len(sequences), "rewards", "answers", quiet=not distributed.is_main()) as bar:
         for members in batches:

@@ -61,14 +61,6 @@ class Scorer(nn.Module):
         weight = self.head.weight
         return backends.choose_backend(self.attention, weight.device, weight.dtype, self.reshapes_scores)
 
-    def compile_decoder(self) -> None:
-        """Let torch.compile build one graph, valid for all lengths, of everything between two attentions.
-
-        The model itself is not compiled: generation and the naive check use it as it is.
-        """
-        backends.leave_out_of_graphs()
-        self.decode = torch.compile(self.decode, dynamic=True)
-
     def forward(self, pack: Pack) -> ChosenRejected:
         """Summed log-probs [B], fp32, in nats, of the chosen and the rejected responses; 0 for an empty response.
 

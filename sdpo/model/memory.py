@@ -4,20 +4,17 @@ If no trial was run, running out of memory becomes an error that names the budge
 """
 
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import ref
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdpo import distributed
-from sdpo.config import Launch
+from sdpo.config import SCORED, TRAINED, Launch
 from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.model.engine import Engine
+from sdpo.model.layers import recompute_activations
 from sdpo.model.packing import micro_batches, pack, tokens_of
 from sdpo.model.parameters import growth, trained_parameters
 from sdpo.types import TokenPair
@@ -25,19 +22,25 @@ from sdpo.types import TokenPair
 ALLOCATOR_ERRORS = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED")  # parts of their messages
 
 
+def scoring_budget(launch: Launch) -> int:
+    """The token budget of passes without gradients."""
+    return launch.tokens_per_pack or SCORED[distributed.device(launch.device).type]
+
+
 def fitting_budget(engine: Engine, updates: list[list[TokenPair]], launch: Launch) -> int:
-    """The token budget: the configured one, halved until the heaviest micro-batch of these updates fits in memory.
+    """The token budget of training, halved until the heaviest micro-batch of these updates fits in memory.
 
     All ranks halve it together. If a single pair does not fit, activations are recomputed from then on; raises
     UserError if the pair does not fit even so. No trial is run under ZeRO-3, whose ranks wait for each other inside a
     forward pass, nor on CPUs without a memory limit.
     """
-    budget, recomputed = launch.tokens_per_pack, launch.recompute_activations
+    device, recomputed = distributed.device(launch.device), launch.recompute_activations
     if recomputed:
         recompute_activations(engine.scorer.model)
-    can_run_out = any(distributed.gather(_can_run_out(distributed.device(launch.device))))
+    can_run_out = any(distributed.gather(_can_run_out(device)))
     if not can_run_out or engine.stage == 3:
-        return budget
+        return launch.tokens_per_pack or TRAINED["cpu"]
+    first = budget = launch.tokens_per_pack or TRAINED[device.type]
     while not _fits(engine, heaviest := _heaviest(updates, budget)):
         if len(heaviest) > 1:
             budget //= 2
@@ -49,28 +52,10 @@ def fitting_budget(engine: Engine, updates: list[list[TokenPair]], launch: Launc
                 f"pair {heaviest[0].id} ({tokens_of(heaviest[0])} tokens) does not fit in memory even alone and with "
                 "its activations recomputed: lower data.max_tokens, or use tune=lora, deepspeed=zero3 or precision=bf16"
             )
-    if (budget, recomputed) != (launch.tokens_per_pack, launch.recompute_activations):
+    if (budget, recomputed) != (first, launch.recompute_activations):
         values = f"launch.tokens_per_pack={budget} launch.recompute_activations={str(recomputed).lower()}"
         tell(f"the heaviest micro-batch did not fit in memory; it fits with {values}: set these to skip this search")
     return budget
-
-
-def recompute_activations(model: nn.Module) -> None:
-    """Keep only the inputs of each layer and recompute the layer in the backward pass. Gradients stay the same.
-
-    Raises UserError, which names the model, if none of its modules is a transformers GradientCheckpointingLayer.
-    """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise UserError(f"{type(model).__name__} has no layers to recompute: lower launch.tokens_per_pack instead")
-    for layer in layers:
-        layer.forward = _checkpointed(layer)
-
-
-def _checkpointed(layer: nn.Module) -> Callable:
-    """A layer's forward pass with checkpointing. It holds the layer weakly, so that no layer outlives its engine."""
-    forward, owner = type(layer).forward, ref(layer)
-    return lambda *args, **kwargs: checkpoint(forward, owner(), *args, use_reentrant=False, **kwargs)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdpo import distributed
-from sdpo.config import Config, Launch
+from sdpo.config import TRAINED, Config, Launch
 from sdpo.console import tell
 from sdpo.model import hub
 
@@ -63,7 +63,7 @@ class Size(NamedTuple):
             offload=config.deepspeed.offload,
             states=config.optim.states,
             pair=2 * config.data.max_tokens,
-            pack=launch.tokens_per_pack,
+            pack=launch.tokens_per_pack or TRAINED["cpu"],
             recompute=launch.recompute_activations,
         )
 

@@ -20,7 +20,7 @@ from sdpo.metrics import under_trl_names
 from sdpo.model.checkpoint import Checkpoint, Saved
 from sdpo.model.engine import Engine
 from sdpo.model.logprobs import naive_logprobs, score
-from sdpo.model.memory import explained, fitting_budget
+from sdpo.model.memory import explained, fitting_budget, scoring_budget
 from sdpo.model.packing import micro_batches, pack, tokens_of
 from sdpo.train import gradient_weight, throughput
 from sdpo.train.probes import Sampler
@@ -66,7 +66,7 @@ class TrainingLoop:
         self.beta: float | None = self.loss.keywords.get("beta") if spec.reads_reference else None
         self.device = distributed.device(self.config.launch.device)
         self.lengths_N2 = response_lengths(self.chunk.rows).astype(np.float32)
-        self.budget = self.config.launch.tokens_per_pack
+        self.budget = scoring_budget(self.config.launch)
 
     def run(self, reference: ReferenceLogprobs, start_N2: np.ndarray, checkpoint: Checkpoint) -> Iterator[dict]:
         """Do all updates and yield one log entry per update, in groups of `record.every`.

@@ -5,6 +5,7 @@ from typing import Any
 
 from sdpo import distributed
 from sdpo.config import Config
+from sdpo.model.layers import kernels_of
 
 
 class Numerics:
@@ -22,13 +23,16 @@ class Numerics:
             "deepspeed": {key: value for key, value in asdict(config.deepspeed).items() if key != "config" or value},
             "device": distributed.device(launch.device).type,
         }
+        kernels = kernels_of(launch, distributed.device(launch.device))
+        if kernels != "plain":
+            self.all["kernels"] = kernels
 
     def of_logprobs(self) -> dict[str, Any]:
         """For log-probs of packs, which ranks, threads and the DeepSpeed stage do not change."""
-        return self._only("precision", "device", "attention", "compile")
+        return self._only("precision", "device", "attention", "compile", "kernels")
 
     def of_packs(self) -> dict[str, Any]:
-        """For log-probs of packs under a model that is never compiled."""
+        """For log-probs of packs under a model whose layers are never compiled or fused."""
         return self._only("precision", "device", "attention")
 
     def of_own_forward(self) -> dict[str, Any]:
@@ -36,4 +40,4 @@ class Numerics:
         return self._only("precision", "device")
 
     def _only(self, *names: str) -> dict[str, Any]:
-        return {name: self.all[name] for name in names}
+        return {name: self.all[name] for name in names if name in self.all}

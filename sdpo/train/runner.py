@@ -20,11 +20,11 @@ from sdpo.console import progress, tell
 from sdpo.data.prompt_and_answer import as_trained
 from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
-from sdpo.model import hub
+from sdpo.model import hub, layers
 from sdpo.model.engine import Engine, open_engine
 from sdpo.model.logprobs import Scorer, check_packing, exceeds_rounding, naive_logprobs, score
 from sdpo.model.lora import adapters
-from sdpo.model.memory import explained
+from sdpo.model.memory import explained, scoring_budget
 from sdpo.model.packing import tokens_of
 from sdpo.store.artifacts import Artifact, Store, check, damaged
 from sdpo.train import logprob_table
@@ -97,14 +97,17 @@ class Runner:
 
     def _open(self, model: Artifact, loaded: PreTrainedModel, config: Config) -> Engine:
         scorer = Scorer(loaded, self.config.launch.attention, longest=0)
-        if self.config.launch.compile:
-            scorer.compile_decoder()
+        kernels = layers.prepare(loaded, self.config.launch, self.device)
         self._engine = open_engine(scorer, config.optim, config.precision, config.deepspeed, self.device)
         self._loaded = model.key
         self._check(scorer, config)
         if self._reported_backend != scorer.backend:
             self._reported_backend = scorer.backend
-            tell(f"attention: {scorer.backend} (launch.attention={self.config.launch.attention})")
+            launch = self.config.launch
+            tell(
+                f"attention: {scorer.backend} (launch.attention={launch.attention}); "
+                f"kernels of the layers: {kernels} (launch.kernels={launch.kernels})"
+            )
         return self._engine
 
     def _check(self, scorer: Scorer, config: Config) -> None:
@@ -155,7 +158,7 @@ class Runner:
         rows = self._as_read_by(model, rows)
 
         def build(folder: Path) -> None:
-            module, budget = self.load(model).module, self.config.launch.tokens_per_pack
+            module, budget = self.load(model).module, scoring_budget(self.config.launch)
             bar = progress(len(rows), "log-probs", quiet=not distributed.is_main())
             with bar, explained("in the log-probs", budget):
                 began = time.monotonic()
@@ -183,7 +186,7 @@ class Runner:
 
     def _name_wrong_rows(self, model: Artifact, rows: list[TokenPair], logps_N2: np.ndarray, found: Artifact) -> None:
         """Raise a UserError that names the rows whose stored log-probs are not the model's."""
-        fresh_N2 = score(self.load(model).module, rows, self.config.launch.tokens_per_pack)
+        fresh_N2 = score(self.load(model).module, rows, scoring_budget(self.config.launch))
         both = zip(rows, fresh_N2, logps_N2, strict=False)  # the table may be another one, with fewer rows
         wrong = [row.id for row, ours, theirs in both if (ours != theirs).any()]
         raise UserError(

@@ -14,10 +14,10 @@ import torch
 from conftest import compose, random_model, read_lines
 
 from sdpo.errors import UserError
-from sdpo.model import memory
+from sdpo.model import layers, memory
 from sdpo.model.engine import Plain, open_engine
 from sdpo.model.logprobs import Scorer, score
-from sdpo.model.packing import pack
+from sdpo.model.packing import pack, tokens_of
 from sdpo.types import TokenPair
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def test_recomputed_activations_give_the_same_gradients(make):
     rows = rows_of((5, 9, 4), (1, 3, 12), (30, 1, 7))
     torch.manual_seed(1)
     kept = gradients(scorer, rows)
-    memory.recompute_activations(scorer.model)
+    layers.recompute_activations(scorer.model)
     torch.manual_seed(1)
     again = gradients(scorer, rows)
     assert kept.keys() == again.keys() and kept
@@ -97,7 +97,7 @@ def test_an_engine_that_recomputes_is_freed_without_the_garbage_collector():
     gc.disable()
     try:
         engine, _ = engine_of()
-        memory.recompute_activations(engine.scorer.model)
+        layers.recompute_activations(engine.scorer.model)
         score(engine.scorer, rows_of((3, 3, 3)), 100)
         model = weakref.ref(engine.scorer.model)
         del engine
@@ -139,6 +139,24 @@ def test_all_ranks_halve_if_one_of_them_runs_out(monkeypatch):
     elsewhere = iter([True, False, False, True])  # another rank: can it run out? does each trial fit?
     monkeypatch.setattr(memory.distributed, "gather", lambda mine: [mine, next(elsewhere)])
     assert memory.fitting_budget(engine, [rows_of(*[(9, 5, 5)] * 12)], launch) == 50
+
+
+def test_without_a_budget_a_gpu_tries_the_largest_packs_first(monkeypatch):
+    engine, launch = engine_of()
+    assert launch.tokens_per_pack is None and memory.scoring_budget(launch) == 8192
+    monkeypatch.setattr(memory.distributed, "device", lambda name: torch.device("cuda"))
+    tried = []
+
+    def fits(engine, rows):
+        tried.append(sum(map(tokens_of, rows)))
+        return len(tried) == 2
+
+    monkeypatch.setattr(memory, "_fits", fits)
+    updates = [rows_of(*[(9, 9, 9)] * 2000)]  # 50,000 tokens
+    assert memory.fitting_budget(engine, updates, launch) == memory.scoring_budget(launch) == 16384
+    assert 16384 < tried[0] <= 32768 and 8192 < tried[1] <= 16384
+    engine.stage = 3  # no trial
+    assert memory.fitting_budget(engine, updates, launch) == 8192 and len(tried) == 2
 
 
 def test_out_of_memory_later_names_the_budget_and_the_step_continues(run, monkeypatch):
