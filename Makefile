@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo real test test-all test-scale lint
+.PHONY: demo real test test-all test-gpu test-scale lint
 demo: .venv/ready
 	$(BIN)/python train.py experiment=demo
 	@echo "next: source .venv/bin/activate, then python train.py --help"
@@ -23,6 +23,10 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+# On a machine with a GPU, in three minutes. BIN=FOLDER names the programs of another environment than .venv.
+test-gpu:
+	$(BIN)/python3 -m pytest -m gpu
 
 test-scale: SHELL := bash -o pipefail
 test-scale: .venv/dev

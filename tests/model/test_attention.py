@@ -134,7 +134,7 @@ def test_own_attention_restores_the_model_and_the_error_without_a_pack_names_it(
         tiny_model(tokens)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize(("backend", "dtype"), [("sdpa", "float32"), ("flex", "float32"), ("auto", "bfloat16")])
 def test_gpu_backends_equal_the_naive_forward_pass(backend, dtype, architecture):

@@ -64,7 +64,8 @@ def _varlen_parameters() -> frozenset[str]:
 class Flex:
     """CUDA: FlexAttention over the stream itself, without gathering keys; supports soft caps and sinks.
 
-    On a CPU it has no backward pass.
+    On a CPU it has no backward pass. What a mask or a soft cap reads is a tensor: a number would be a symbol of the
+    graph that is compiled for all lengths, which the kernels cannot read.
     """
 
     def __init__(self, pack: Pack):
@@ -80,9 +81,10 @@ class Flex:
     def __call__(self, query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, rule: Rule) -> Tensor:
         if rule.dropout:
             raise UserError("FlexAttention has no dropout: set the model's attention dropout to 0")
-        output_1HTD, aux = _flex(query_THD.device.type)(
+        device = query_THD.device
+        output_1HTD, aux = _flex(device.type)(
             *(x.transpose(0, 1)[None] for x in (query_THD, key_THD, value_THD)),
-            score_mod=_capped(rule.softcap) if rule.softcap is not None else None,
+            score_mod=_capped(rule.softcap, device) if rule.softcap is not None else None,
             block_mask=self._mask(rule.window),
             scale=rule.scale,
             enable_gqa=query_THD.shape[1] != key_THD.shape[1],
@@ -93,25 +95,27 @@ class Flex:
             output_1HTD = output_1HTD * kept_1HT[..., None].to(output_1HTD.dtype)
         return output_1HTD[0].transpose(0, 1)
 
-    def visible(self, q: Tensor, k: Tensor, window: int | None) -> Tensor:
+    def visible(self, q: Tensor, k: Tensor, window: Tensor) -> Tensor:
         """Whether the token at stream index `q` sees the one at `k`, in its own sequence or in its shared prompt."""
         own = self.ids_T[k] == self.ids_T[q]
         shared = (self.ids_T[k] == self.parents_T[q]) & (self.positions_T[k] < self.prefix_T[q])
         distance = self.positions_T[q] - self.positions_T[k]
-        return (own | shared) & (distance >= 0) & (distance < (len(self.ids_T) if window is None else window))
+        return (own | shared) & (distance >= 0) & (distance < window)
 
     def _mask(self, window: int | None) -> flex.BlockMask:
         if window not in self.masks:  # built once per pack and window, not once per layer
             length, device = len(self.ids_T), self.ids_T.device
+            widest = torch.tensor(length if window is None else window, device=device)
             self.masks[window] = flex.create_block_mask(
-                lambda b, h, q, k: self.visible(q, k, window), None, None, length, length, device=device
+                lambda b, h, q, k: self.visible(q, k, widest), None, None, length, length, device=device
             )
         return self.masks[window]
 
 
 @lru_cache
-def _capped(softcap: float) -> Callable:
-    return lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
+def _capped(softcap: float, device: torch.device) -> Callable:
+    most = torch.tensor(softcap, device=device)
+    return lambda score, b, h, q, k: most * torch.tanh(score / most)
 
 
 @lru_cache
