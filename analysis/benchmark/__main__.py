@@ -51,7 +51,7 @@ DEFAULTS = {
         "limit": 100.0,
     },
 }
-LORA_BATCHES = [2, 4, 8]  # of TRL on a GPU, at 7 billion weights
+LORA_BATCHES = [4, 8]  # of TRL on a GPU, at 7 billion weights
 STEPS_PAIRS = 64
 
 

@@ -31,7 +31,7 @@ def first_update(work: Work, report: Callable[[dict], None]) -> None:
     theirs, ours = trainer.policy.train(), work.build()
     their_loss = trainer.compute_loss(theirs, batch)
     their_loss.backward()
-    policy = Scorer(ours)(pack(longest_first(work.rows())[:size]).to(work.device))
+    policy = Scorer(ours, "sdpa")(pack(longest_first(work.rows())[:size]).to(work.device))
     reference = ChosenRejected(*(logps_B.detach() + moved_B for logps_B, moved_B in zip(policy, shift_2B, strict=True)))
     our_loss = losses.dpo(policy, reference, beta=BETA).mean()
     our_loss.backward()

@@ -1,5 +1,6 @@
 """What only a GPU shows: speed, utilisation and memory at real sizes; attention alone; the head alone."""
 
+import gc
 import time
 from collections.abc import Callable
 from typing import cast
@@ -31,8 +32,11 @@ def sweep(work: Work, report: Callable[[dict], None]) -> None:
             row = {"tokens_per_pack": tokens_per_pack, "compile": compiled}
             measured.append(row | _train_if_it_fits(engine, work, tokens_per_pack))
             report({"rows": measured})
+            if "failed" in measured[-1]:  # larger packs will not fit, and the engine holds parts of an update
+                break
         engine.close()
         del engine
+        gc.collect()  # before the next engine takes its place
 
 
 def attention(work: Work, report: Callable[[dict], None]) -> None:

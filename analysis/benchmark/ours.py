@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from analysis.benchmark.meter import Meter
-from analysis.benchmark.work import BETA, LORA, LR, PASSES, Work, tokenizer
+from analysis.benchmark.work import BETA, LORA, LR, PASSES, Work
 from sdpo import distributed
 from sdpo.config import Config
 from sdpo.model import hub, layers
@@ -22,7 +21,7 @@ from sdpo.model.packing import micro_batches, pack, scoring_packs, tokens_of
 from sdpo.store.artifacts import Artifact, Store
 from sdpo.train import runner as runner_module
 from sdpo.train.loop import TrainingLoop
-from sdpo.train.probes import Probes, Sampler
+from sdpo.train.probes import Probes
 from sdpo.train.reference_logprobs import ReferenceLogprobs
 from sdpo.train.step import take_step
 from sdpo.train.step_key import StepSpec
@@ -41,7 +40,7 @@ def in_memory(work: Work, report: Callable[[dict], None]) -> None:
     reference = ReferenceLogprobs([], logps_N2, None, Probes((), 0), lambda members, rule_N2: rule_N2)
     nowhere = Artifact("", Path(work.folder), reused=True)
     spec = StepSpec(1, config, nowhere, [nowhere], _chunk(rows))
-    loop = TrainingLoop(spec, engine, Sampler(config, tokenizer()))
+    loop = TrainingLoop(spec, engine)
     entries = []
     for entry in loop.run(reference, logps_N2, Checkpoint(Path(work.folder) / "checkpoints", "benchmark", math.inf)):
         entries.append(entry)
@@ -82,9 +81,8 @@ def configure(work: Work) -> Config:
 
 
 def open_side(work: Work, config: Config) -> Engine:
-    """The engine with a random model, made on the device. Adapters are peft's."""
-    dtype = hub.DTYPES[work.precision] if work.lora else torch.float32
-    model: PreTrainedModel = work.build(dtype)
+    """The engine with a random model, made on the device in the precision of its passes. Adapters are peft's."""
+    model = work.build(hub.DTYPES[work.precision])
     if work.lora:
         from peft import LoraConfig, inject_adapter_in_model
 

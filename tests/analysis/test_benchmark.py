@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from analysis.benchmark import __main__, parts, table
+from analysis.benchmark import __main__, parts, small, table
 from analysis.benchmark.work import MAX_TOKENS, Work, from_file, from_profile, prepare, text, tokenizer
 from sdpo.errors import UserError
 
@@ -98,6 +98,14 @@ def test_a_part_that_is_cut_off_keeps_what_it_had_measured(tmp_path):
     work = toy(tmp_path)
     (tmp_path / "engine.json").write_text('{"tried": 1}')
     assert parts.measure("engine", work, limit=0.2) == ({"tried": 1}, "cut off after 0.2 s")
+
+
+@pytest.mark.slow
+def test_models_side_by_side_train_in_processes_of_their_own(tmp_path):
+    work = toy(tmp_path / "work")
+    prepare(work, np.array([[5, 3, 4], [1, 2, 9]]))
+    speeds = small._run(work, 2)
+    assert len(speeds) == 2 and min(speeds) > 0
 
 
 @pytest.mark.parametrize(
