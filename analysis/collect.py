@@ -31,13 +31,14 @@ from analysis import significance
 from sdpo.errors import UserError
 from sdpo.metrics import OUTCOME
 
-# Columns of `steps` that are null without a reference or, for utilisation, without a known GPU.
+# Columns of `steps` that are null without a reference or without a known GPU.
 MAYBE_NULL = (
     "gamma_ref_mean",
     "gamma_ref_negative_share",
     "lambda_mean",
     "lambda_std",
     "reference_leverage",
+    "runs_on_gpu",
     "utilisation",
 )
 Paths = tuple[Path | str, ...]

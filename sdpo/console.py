@@ -101,6 +101,8 @@ def step_line(step: Entry) -> str:
     ]
     if step["utilisation"]:
         parts[-1] += f" at {step['utilisation']:.0%} of the peak"
+    if (step["runs_on_gpu"] or 1) > 1:
+        parts[-1] += f" beside {step['runs_on_gpu'] - 1} other runs on the GPU"
     measures = [name for name in STEP_MEASURES if name in step["eval"]][:1]
     suites = {name.partition("/")[0]: name for name in reversed(step["eval"])}  # each with its first measure
     measures += [name for suite, name in sorted(suites.items()) if suite not in ("lab", "preference")]

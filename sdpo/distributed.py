@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpo.errors import UserError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch  # imported by the functions that need it: it takes seconds
 
 STOPPED = 85  # the exit code of a rank that was asked to stop and has saved what it had
+SHARING = "SDPO_SHARING"  # environment variable: the file with the number of runs that share this run's GPUs
 _stops: list[int] = []  # the signals that asked this process to stop
 
 
@@ -41,6 +43,12 @@ def device(name: str = "auto") -> "torch.device":
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def runs_on_gpu() -> int | None:
+    """Return the most runs of this sweep that used this run's GPUs at a time so far; None without a sweep on GPUs."""
+    file = os.environ.get(SHARING)
+    return int(Path(file).read_text()) if file else None
 
 
 def barrier() -> None:

@@ -53,7 +53,7 @@ class Execution(Checkpointable):
 
 def execute(todo: list[Run], folder: Path, slurm: Settings, bar: tqdm) -> None:
     """Submit the runs of a sweep that no job executes yet, and wait for all. An interrupt cancels them."""
-    jobs = submit(by_first_missing_step(todo), folder, slurm)
+    jobs = submit([turn.run for turn in by_first_missing_step(todo)], folder, slurm)
     runs = {job.job_id: one for one, job in jobs}
     try:
         for job in as_completed([job for _, job in jobs], poll_frequency=2):

@@ -7,60 +7,116 @@ once and in a clean state.
 import multiprocessing
 import os
 import signal
-from itertools import cycle, islice
+import sys
+from dataclasses import dataclass
+from math import inf
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
+from pathlib import Path
 
 from tqdm import tqdm
 
-from sdpo.distributed import STOPPED, stop_requested
-from sdpo.errors import UserError
+from sdpo.distributed import SHARING, STOPPED, stop_requested
 from sdpo.launch import local as launch
-from sdpo.launch.order import by_first_missing_step
+from sdpo.launch.order import Turn, by_first_missing_step
+from sdpo.launch.placement import Need, Place, choose, places_for
 from sdpo.launch.rank import follow_parent
 from sdpo.launch.summary import note_end
-from sdpo.run.folder import Run
-from sdpo.run.provenance import num_cores, query_gpus
+from sdpo.run.folder import Run, write_json
+
+
+@dataclass(eq=False)
+class Started:
+    """A run in its own process."""
+
+    child: ForkProcess
+    turn: Turn
+    place: int
+    most: int = 0  # runs at the place at a time so far, this one included
 
 
 def execute(todo: list[Run], n: int | str, bar: tqdm) -> None:
-    """Execute the runs, `n` at a time (`auto`: as many as cores or GPUs allow).
+    """Execute the runs, `n` at a time (`auto`: as many as cores, or the memory of the GPUs, allow).
 
-    An interrupt kills all children. If this process or one of them is told to stop, it exits with STOPPED.
+    A run that ran out of memory beside others is done again alone, after all others. An interrupt kills all children.
+    If this process or one of them is told to stop, it exits with STOPPED.
     """
     import sdpo.stepwise  # noqa: F401  imported once, here: the children find it in memory
 
-    free = slots(todo, n)
-    waiting = (by_first_missing_step(todo) if len(free) < len(todo) else todo)[::-1]
-    running: dict[int, tuple[ForkProcess, Run, str]] = {}
+    places = places_for(todo, n)
+    waiting = _in_turn(todo, places)[::-1]
+    running: list[Started] = []
     alive, codes = os.pipe(), set[int | None]()
     try:
         while waiting or running:
-            while waiting and free:
-                one, gpus = waiting.pop(), free.pop()
-                child = multiprocessing.get_context("fork").Process(target=_child, args=(one, gpus, alive))
-                child.start()
-                running[child.sentinel] = child, one, gpus
-            for sentinel in wait(list(running), timeout=1):
-                assert isinstance(sentinel, int)
-                child, one, gpus = running.pop(sentinel)
-                child.join()
-                codes.add(child.exitcode)
-                free.append(gpus)
-                note_end(one, bar, _exit_sentence(child.exitcode))
+            while waiting and (place := _free_place(places, running, waiting[-1].need)) is not None:
+                running.append(_start(waiting.pop(), place, places[place], running, alive))
+            for one in _ended(running):
+                codes.add(one.child.exitcode)
+                if _lacked_memory_beside_others(one):
+                    waiting.insert(0, Turn(one.turn.run, Need(alone=True)))
+                else:
+                    note_end(one.turn.run, bar, _exit_sentence(one.child.exitcode))
             bar.refresh()
             if stop_requested():
                 waiting.clear()
-                for child, *_ in running.values():
-                    child.terminate()
+                for one in running:
+                    one.child.terminate()
         if STOPPED in codes or stop_requested():
             raise SystemExit(STOPPED)
     finally:
-        for child, *_ in running.values():
-            child.kill()
-            child.join()
+        for one in running:
+            one.child.kill()
+            one.child.join()
         for end in alive:
             os.close(end)
+
+
+def _in_turn(todo: list[Run], places: list[Place]) -> list[Turn]:
+    """The runs in the order in which they start. They are planned if some wait for others, or share a GPU by need."""
+    share = any(place.most > 1 and place.memory < inf for place in places)
+    if share or sum(place.most for place in places) < len(todo):
+        return by_first_missing_step(todo)
+    return [Turn(run, Need()) for run in todo]
+
+
+def _free_place(places: list[Place], running: list[Started], need: Need) -> int | None:
+    held = [[one.turn.need for one in running if one.place == i] for i in range(len(places))]
+    return choose(places, held, need)
+
+
+def _start(turn: Turn, index: int, place: Place, running: list[Started], alive: tuple[int, int]) -> Started:
+    """Start a run. It and those at the same place are told how many share its GPUs, for the record of their speed."""
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(turn.run, place.gpus, alive))
+    started = Started(child, turn, index)
+    here = [one for one in [*running, started] if one.place == index]
+    for one in here:
+        one.most = max(one.most, len(here))
+        if place.gpus:
+            write_json(_sharing_file(one.turn.run), one.most)
+    child.start()
+    return started
+
+
+def _ended(running: list[Started]) -> list[Started]:
+    """The runs that have ended within the next second; they are no longer `running`."""
+    sentinels = wait([one.child.sentinel for one in running], timeout=1)
+    ended = [one for one in running if one.child.sentinel in sentinels]
+    for one in ended:
+        running.remove(one)
+        one.child.join()
+    return ended
+
+
+def _lacked_memory_beside_others(one: Started) -> bool:
+    """Whether a run failed for lack of memory while it was not alone. If so, the user is told that it is done again."""
+    from sdpo.model.memory import tells_of_memory  # here, because it imports torch
+
+    run, error = one.turn.run, one.turn.run.error
+    if one.most < 2 or not one.child.exitcode or not error or not tells_of_memory(error):
+        return False
+    tqdm.write(f"{run.folder.name}: {error}; it ran beside {one.most - 1} others and is done again alone", sys.stderr)
+    return True
 
 
 def _child(one: Run, gpus: str, alive: tuple[int, int]) -> None:
@@ -70,33 +126,19 @@ def _child(one: Run, gpus: str, alive: tuple[int, int]) -> None:
     follow_parent(read)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent kills its children
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    if gpus:
+        os.environ[SHARING] = str(_sharing_file(one))
     with (one.folder / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     launch.run(one.config, one.folder)
 
 
+def _sharing_file(run: Run) -> Path:
+    return run.folder / ".sharing"
+
+
 def _exit_sentence(code: int | None) -> str | None:
     if not code or code == STOPPED:
         return None
     return f"killed by signal {-code}" if code < 0 else f"ended with code {code}; log.txt has the details"
-
-
-def slots(todo: list[Run], n: int | str) -> list[str]:
-    """One slot for each run at a time: the value of CUDA_VISIBLE_DEVICES for that run, "" without GPUs."""
-    launches = [one.config.launch for one in todo]
-    ranks = max(asked.ranks for asked in launches)
-    gpus = [] if all(asked.device == "cpu" for asked in launches) else _gpus()
-    if gpus and len(gpus) < ranks:
-        raise UserError(f"launch.ranks={ranks}, but there are {len(gpus)} GPUs")
-    if gpus:
-        free = [",".join(gpus[i : i + ranks]) for i in range(0, len(gpus) - ranks + 1, ranks)]
-    else:
-        free = [""] * max(1, num_cores() // max(asked.ranks * asked.threads for asked in launches))
-    return free if isinstance(n, str) else list(islice(cycle(free), n))
-
-
-def _gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return query_gpus("index") if visible is None else [gpu for gpu in visible.split(",") if gpu]

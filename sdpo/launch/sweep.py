@@ -28,7 +28,7 @@ class Sweep:
     runs: list[Run]
     overrides: list[str]
     contrasts: dict[str, list[str]]  # what is tested -> the two arms that it compares; declared before any run
-    n: int | str  # runs at a time; auto: as many as cores or GPUs allow
+    n: int | str  # runs at a time; auto: as many as cores, or the memory of the GPUs, allow
     backend: str  # local | slurm
     slurm: Settings  # submitit's parameters
 

@@ -19,7 +19,8 @@ from sdpo.model.packing import micro_batches, pack, tokens_of
 from sdpo.model.parameters import growth, trained_parameters
 from sdpo.types import TokenPair
 
-ALLOCATOR_ERRORS = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED")  # parts of their messages
+# Parts of the messages of allocators, and of the errors that a run makes of them.
+OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED", "MemoryError", "fit in memory")
 
 
 def scoring_budget(launch: Launch) -> int:
@@ -74,7 +75,12 @@ def explained(doing: str, budget: int) -> Iterator[None]:
 
 def ran_out(error: Exception) -> bool:
     """Whether an error says that memory ran out."""
-    return isinstance(error, MemoryError) or any(part in str(error) for part in ALLOCATOR_ERRORS)
+    return isinstance(error, MemoryError) or tells_of_memory(str(error))
+
+
+def tells_of_memory(message: str) -> bool:
+    """Whether a message says that memory ran out."""
+    return any(part in message for part in OF_MEMORY)
 
 
 def _can_run_out(device: torch.device) -> bool:

@@ -28,6 +28,7 @@ class Speed(NamedTuple):
 
     tokens_per_second: float | None = None  # in its updates
     utilisation: float | None = None  # useful operations of updates and reference passes, as a share of the peak
+    runs_on_gpu: int | None = None  # that shared the GPU meanwhile, this one included: both numbers are of one of them
 
 
 def speed(config: Config, num_weights: int | None, trained: Pace, scored: Pace) -> Speed:
@@ -39,7 +40,8 @@ def speed(config: Config, num_weights: int | None, trained: Pace, scored: Pace) 
     operations = (num_weights or 0) * (operations_per_weight(config.tune) * trained.tokens + 2 * scored.tokens)
     limit = peak(distributed.device(config.launch.device)) if config.precision == "bf16" else None
     seconds = (trained.seconds + scored.seconds) * distributed.world_size()
-    return Speed(trained.tokens / trained.seconds, operations / seconds / limit if limit and num_weights else None)
+    share = operations / seconds / limit if limit and num_weights else None
+    return Speed(trained.tokens / trained.seconds, share, distributed.runs_on_gpu())
 
 
 def peak(device: torch.device) -> float | None:

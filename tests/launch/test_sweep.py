@@ -1,7 +1,6 @@
-"""Sweeps: names, slots and the table worked by hand; real sweeps with a run that fails, and interrupted ones."""
+"""Sweeps: names and the table worked by hand; real sweeps with a run that fails, and interrupted ones."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,7 +15,7 @@ from processes import alive, children, wait_until
 from sdpo import config
 from sdpo.distributed import STOPPED
 from sdpo.errors import UserError
-from sdpo.launch import forks, sweep
+from sdpo.launch import sweep
 from sdpo.launch.summary import summary_table
 from sdpo.run import folder as run_folder
 from sdpo.run.folder import Run
@@ -33,22 +32,6 @@ def test_an_arm_is_named_by_all_that_varies_but_the_seed():
 def asked(folder, name, **launch):
     settings = {"model": {"name": "lab"}, "data": {"name": "lab"}, "launch": {"device": "auto", **launch}}
     return Run(config.from_composed(settings), folder / name, choices={}, arm=name[0])
-
-
-def test_gpus_are_dealt_out_by_ranks(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
-    assert forks.slots([asked(tmp_path, "a")], "auto") == ["0", "1", "2", "3", "4"]
-    assert forks.slots([asked(tmp_path, "a"), asked(tmp_path, "b", ranks=2)], "auto") == ["0,1", "2,3"]
-    assert forks.slots([asked(tmp_path, "b", ranks=2)], 3) == ["0,1", "2,3", "0,1"]
-    with pytest.raises(UserError, match="launch.ranks=6, but there are 5 GPUs"):
-        forks.slots([asked(tmp_path, "b", ranks=6)], "auto")
-
-
-def test_cores_are_dealt_out_by_ranks_and_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
-    assert forks.slots([asked(tmp_path, "a", device="cpu")], "auto") == [""] * 8
-    assert forks.slots([asked(tmp_path, "a", device="cpu", ranks=2, threads=3)], "auto") == [""]
-    assert forks.slots([asked(tmp_path, "a", device="cpu", threads=16)], "auto") == [""]
 
 
 def test_the_table_counts_seeds_steps_and_failures(tmp_path):
