@@ -146,7 +146,7 @@ class Deepspeed:
 class Launch:
     ranks: int = at_least(1, 1)  # on all nodes together
     nodes: int = at_least(1, 1)
-    memory: float | None = None  # GB of each GPU, for a plan; null: the card's, or 80 if there is none
+    memory: float | None = None  # GB of each GPU, for plans and states=auto; null: the card's, or 80 if there is none
     threads: int = at_least(1, 1)  # per rank
     device: str = one_of("auto", "cpu", "cuda")
     attention: str = one_of("auto", "sdpa", "varlen", "flex", "plain")

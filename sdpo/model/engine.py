@@ -51,14 +51,14 @@ class Plain:
         self.params = trained_parameters(scorer)
         self.masters: dict[str, torch.Tensor] = dict(self.params)
         self.on_host = optim.states == "host"
-        self.has_copies = precision != "fp32" or self.on_host
-        if self.has_copies:
+        self.is_mixed = precision != "fp32" or self.on_host
+        if self.is_mixed:
             self.masters = {name: fp32_copy(p, device, self.on_host) for name, p in self.params.items()}
         cast(scorer, device, DTYPES[precision])
         self.sums = self.parts
         if self.on_host:
             self.sums = [without_memory(param.shape, device) for param in self.params.values()]
-        if self.has_copies:
+        if self.is_mixed:
             for param, total in zip(self.params.values(), self.sums, strict=True):
                 param.register_post_accumulate_grad_hook(_accumulate_in(total))
         if self.masters:
@@ -117,7 +117,7 @@ class Plain:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the masters to the parameters that the forward pass reads."""
-        if self.has_copies:
+        if self.is_mixed:
             for name, param in self.params.items():
                 param.copy_(self.masters[name])
 

@@ -132,13 +132,11 @@ class Size(NamedTuple):
     def per_node(self, stage: int | None) -> float:
         """The bytes of host memory on each node, besides weights that are mapped from files and shared by its ranks.
 
-        Every rank copies the base of an adapter in fp32 (4 P). At a step's end rank 0 has all weights in fp32, and in
-        save_dtype (4 P, and 2 P in bf16), beside what its ranks keep.
+        At a step's end rank 0 has all weights in fp32, and in save_dtype (4 P, and 2 P in bf16), beside what its ranks
+        keep.
         """
-        local = self.ranks / self.nodes
-        loading = 4 * self.weights * local if self.adapters and not self.quantized else 0.0
         saving = (6 if self.save_dtype == "bf16" else 4) * self.weights
-        return max(loading, self.on_host(stage) * local + saving)
+        return self.on_host(stage) * self.ranks / self.nodes + saving
 
     @property
     def stages(self) -> dict[str, int | None]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,9 +11,10 @@ import torch
 import toys
 from conftest import random_model, read_lines, rounds_rows_alike
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sdpo import config
+from sdpo.binding import bind
 from sdpo.launch import local as launch
 from sdpo.model import engine, hub
 from sdpo.model.logprobs import naive_logprobs
@@ -20,6 +22,7 @@ from sdpo.model.lora import adapters
 from sdpo.run import folder as run_folder
 from sdpo.train.step import take_step
 from sdpo.train.step_key import StepSpec
+from sdpo.variants import tune
 
 RANK, ALPHA = 4, 8.0
 LORA = ["tune=lora", f"tune.rank={RANK}", f"tune.alpha={ALPHA}", "optim.lr=1e-2", "optim.epochs=2"]
@@ -91,6 +94,29 @@ def test_merging_and_stacking_give_the_same_log_probs(chains, beside):
 @pytest.mark.parametrize("name", CHAINS)
 def test_peft_gets_the_step_s_model_from_its_adapter_and_base(chains, name):
     check_adapters(chains[name], stacked="stack" in name)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_base_in_bf16_is_mapped_and_its_adapter_is_that_of_one_in_fp32(chains, monkeypatch, tmp_path, name):
+    """The factors are drawn in fp32 either way, and the engine casts the base."""
+    spec = chains[name].steps[2].spec
+    if "merge" in name:
+        spec = replace(spec, start=spec.history[0], history=spec.history[:1])
+    base = adapters.spec_for(bind(tune, spec.config.tune)(), spec.start, spec.history)
+    (tmp_path / "bf16").mkdir()
+    shutil.copy(base.base.folder / "config.json", tmp_path / "bf16")
+    stored = {key: tensor.bfloat16() for key, tensor in load_file(base.base.folder / "model.safetensors").items()}
+    save_file(stored, tmp_path / "bf16" / "model.safetensors", metadata={"format": "pt"})
+    rounded = base._replace(base=base.base._replace(folder=tmp_path / "bf16"))
+    loading, load = adapters.Loading(False, torch.float32, torch.device("cpu")), hub.load
+    found = adapters.load(rounded, 0, loading)
+    monkeypatch.setattr(hub, "load", lambda folder, remote, as_stored: load(folder, remote))
+    expected = dict(adapters.load(rounded, 0, loading).named_parameters())
+    assert {name: param.dtype for name, param in found.named_parameters()} == {
+        name: torch.float32 if ".lora_" in name else torch.bfloat16 for name in expected
+    }
+    for name, param in found.named_parameters():
+        assert torch.equal(param.float(), expected[name]) and param.requires_grad == expected[name].requires_grad
 
 
 @as_peft_reads_it

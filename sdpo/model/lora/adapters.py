@@ -7,6 +7,8 @@ scored and evaluated are the merged ones; the adapter is in the folder `adapter`
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -81,7 +83,7 @@ def load(spec: AdapterSpec, seed: int, loading: Loading) -> PreTrainedModel:
 
     adapter = spec.adapter
     if adapter.quantize == "none":
-        model = hub.load(spec.base.folder, trust_remote_code=loading.trust_remote_code)
+        model = hub.load(spec.base.folder, loading.trust_remote_code, as_stored=True)
     else:
         model = _quantised(spec.base, loading)
     targets = find_targets(model, adapter.targets)
@@ -94,16 +96,31 @@ def load(spec: AdapterSpec, seed: int, loading: Loading) -> PreTrainedModel:
     if spec.num_earlier == 0:
         tell(describe(model, adapter, targets, whole, hub.count_weights(spec.base.folder)))
     torch.manual_seed(seed * 1_000_003 - 1 - spec.num_earlier)  # the seeds of updates count up from seed * 1_000_003
-    tuner = LoraModel(model, _lora_config(spec, 1, targets, adapter.dropout), TRAINED)
+    with _as_if_fp32(model):
+        tuner = LoraModel(model, _lora_config(spec, 1, targets, adapter.dropout), TRAINED)
+        if spec.is_stacked:
+            tuner.peft_config[FROZEN] = _lora_config(spec, spec.num_earlier, targets)
+            tuner.inject_adapter(model, FROZEN)
     if spec.is_stacked:
-        tuner.peft_config[FROZEN] = _lora_config(spec, spec.num_earlier, targets)
-        tuner.inject_adapter(model, FROZEN)
         _fill(model, FROZEN, _earlier(spec))
         tuner.set_adapter([FROZEN, TRAINED])
         tuner.set_requires_grad(FROZEN, False)
     for module in whole:
         module.requires_grad_(True)
     return model.train(adapter.dropout > 0)
+
+
+@contextmanager
+def _as_if_fp32(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which bf16 weights look like fp32 ones, without memory: peft gives an adapter its base's dtype."""
+    kept = {param: param.data for param in model.parameters() if param.dtype == torch.bfloat16}
+    for param, data in kept.items():
+        param.data = torch.zeros((), device=data.device).expand(data.shape)
+    try:
+        yield
+    finally:
+        for param, data in kept.items():
+            param.data = data
 
 
 def save_and_merge(
