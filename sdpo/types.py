@@ -65,7 +65,12 @@ Chunks = list[list[str]]  # what a split returns: the ids of each step's pairs
 
 
 class Window(NamedTuple):
-    """Consecutive updates with one frozen reference, and the reference's weights as {handle: coefficient}."""
+    """Consecutive updates with one frozen reference, and the reference's weights as {handle: coefficient}.
+
+    If there is a `bound`, the window ends early, whenever the policy is further than that from the reference (the
+    `kl_proxy` of an update's pairs, nats per token). The policy is then the reference of the next one.
+    """
 
     num_updates: int
     weights: dict[str, float]
+    bound: float | None = None

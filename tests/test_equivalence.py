@@ -188,6 +188,20 @@ def test_mixing_at_alpha_one_is_the_periodic_rule(run):
     assert keys(mixed) == keys(run("reference=periodic", "reference.updates=2", name="periodic"))
 
 
+def test_a_reference_with_a_bound_moves_as_soon_as_it_is_passed(run):
+    """Any distance passes a tiny bound, and right after a move it is 0: every second update has a new one."""
+    whole, rest = "split=all_at_once", ["record.every=3", "probe.every=0"]
+    bounded = run(whole, "reference=until_kl", "reference.bound=1e-12", *rest, name="bounded")
+    every_other = run(whole, "reference=periodic", "reference.updates=2", *rest, name="every_other")
+    assert losses(bounded) == losses(every_other) and keys(bounded) != keys(every_other)
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (bounded, every_other)]
+    moved, given = (manifest["steps"][0]["windows"] for manifest in manifests)
+    for name in ("num_updates", "weights"):
+        assert [window[name] for window in moved] == [window[name] for window in given]
+    far = run(whole, "reference=until_kl", "reference.bound=1e9", *rest, name="far")
+    assert losses(far) == losses(run(whole, "reference=initial", *rest, name="fixed"))
+
+
 def test_how_an_update_is_cut_into_micro_batches_changes_nothing(run, monkeypatch, tmp_path):
     whole = run("split=all_at_once", name="whole")
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "another"))

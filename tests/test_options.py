@@ -41,6 +41,7 @@ NEEDS = {  # more settings, which an option requires
     "split=replay": ["split.path=split.json"],
     "reference=periodic": ["reference.updates=2"],
     "reference=mixed": ["reference.updates=2"],
+    "reference=until_kl": ["reference.bound=1e-9"],
     "reference=external": ["reference.path=other", "reference.template=plain"],
     "reference=none": ["loss=simpo"],
     "loss=mixture": ["loss.of=[{name: dpo, weight: 1.0, beta: 0.1}, {name: sft, weight: 0.2}]"],

@@ -36,7 +36,7 @@ def flops_of_step(spec: StepSpec, windows: Windows) -> float:
     """Operations of a step: its epochs and all its reference passes; nan if the size of a model is unknown.
 
     The reference of the first window scores the whole chunk. Each later one scores the pairs of its window's updates
-    and the probe rows.
+    and the probe rows. Windows that a bound ends are not foreseen.
     """
     config, chunk, plan = spec.config, spec.chunk, spec.plan
     size = count_parameters(config, spec.history[0])

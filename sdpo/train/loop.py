@@ -88,9 +88,12 @@ class TrainingLoop:
         total, done = (sum(map(len, updates)) for updates in (self.plan, self.plan[: len(entries)]))
         with progress(total, checkpoint.name, quiet=not distributed.is_main(), done=done) as bar:
             for number in range(len(entries), len(self.plan)):
+                if entries and reference.bound is not None:
+                    reference.see(entries[-1]["kl_proxy"], number, len(self.plan))
                 pending.append(self._take_update(number, reference, start_N2))
                 bar.advance(len(self.plan[number]), self._tokens(number))
-                if len(pending) < self.config.record.every and number < len(self.plan) - 1:
+                waits = reference.bound is None and len(pending) < self.config.record.every
+                if waits and number < len(self.plan) - 1:
                     continue
                 for entry in self._entries(pending, time.monotonic() - began):
                     entries.append(entry)

@@ -42,6 +42,7 @@ class ReferenceLogprobs:
         self.logps_N2 = placebo(np.arange(len(first_N2)), first_N2).copy()
         ends = np.cumsum([window["num_updates"] for window in windows])
         self.begins = dict(zip(ends.tolist(), windows[1:], strict=False))  # update -> the window that begins there
+        self.bound: float | None = windows[-1].get("bound") if windows else None
         self.mixes = any("reference" in window["weights"] for window in windows)
         self.weights: Weights = {}  # the reference's, if later windows are mixed from them
         self.report = [_describe(0, weights_hash, self.logps_N2)] if windows else []  # per window so far
@@ -50,6 +51,11 @@ class ReferenceLogprobs:
         """Keep the weights of the step's start if later windows are mixed from them."""
         if self.mixes:
             self.weights = deltas.as_whole_matrices(engine.scorer, engine.weights(everywhere=True))
+
+    def see(self, distance: float, update: int, num_updates: int) -> None:
+        """Let the next window begin at this update if the one before it was beyond the bound, by its `kl_proxy`."""
+        if self.bound is not None and distance > self.bound:
+            self.begins[update] = {"num_updates": num_updates - update, "weights": {"policy": 1.0}}
 
     def move(self, spec: StepSpec, update: int, engine: Engine, budget: int) -> None:
         """If a window begins at this update, score the window's pairs under the window's weights."""

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from sdpo import distributed
 from sdpo.binding import bind
 from sdpo.config import Settings
@@ -10,6 +12,7 @@ from sdpo.model import hub
 from sdpo.store.artifacts import Artifact
 from sdpo.train.runner import Runner
 from sdpo.train.step_key import StepSpec
+from sdpo.types import Window
 from sdpo.variants import reference as references
 
 
@@ -17,8 +20,9 @@ class Windows(NamedTuple):
     """The windows of one step.
 
     `listed` is JSON: for each window `num_updates`, and its `weights` as coefficients by artifact key. Windows after
-    the first one may also have coefficients of `policy` and `reference`, which move during the step. `first` is the
-    model of the first window; None if there are no windows.
+    the first one may also have coefficients of `policy` and `reference`, which move during the step. A window with a
+    `bound` may end early; how many follow, and how long they are, is known only after training (`taken`). `first` is
+    the model of the first window; None if there are no windows.
     """
 
     listed: list[dict]
@@ -36,11 +40,21 @@ def resolve(spec: StepSpec, runner: Runner) -> Windows:
     if settings["name"] == "external":
         models["external"] = external(settings)
     keys = {handle: model.key for handle, model in models.items()}
-    listed = [{"num_updates": windows[0].num_updates, "weights": _by_key(windows[0].weights, keys)}]
+    listed = [_listed(windows[0], keys)]
     keys.pop("policy")  # after the first window, the policy is no longer the start
-    listed += [{"num_updates": w.num_updates, "weights": _by_key(w.weights, keys)} for w in windows[1:]]
+    listed += [_listed(window, keys) for window in windows[1:]]
     by_key = {model.key: model for model in models.values()}
     return Windows(listed, _mean({key: (c, by_key[key]) for key, c in listed[0]["weights"].items()}, runner))
+
+
+def taken(listed: list[dict], report: list[dict], num_updates: int) -> list[dict]:
+    """The windows that a trained step had, each with what was found in it; `report` has one entry per window."""
+    if listed and "bound" in listed[-1]:
+        first, ends = listed[-1], [found["first_update"] - 1 for found in report[1:]] + [num_updates]
+        weights = [first["weights"]] + [{"policy": 1.0}] * (len(report) - 1)
+        lengths = np.diff([0, *ends]).tolist()
+        listed = [first | {"num_updates": n, "weights": w} for n, w in zip(lengths, weights, strict=True)]
+    return [window | found for window, found in zip(listed, report, strict=True)]
 
 
 def external(settings: Settings) -> Artifact:
@@ -48,6 +62,11 @@ def external(settings: Settings) -> Artifact:
     is_folder = Path(settings["path"]).is_dir()
     folder = hub.locate(settings["path"], settings.get("revision"), on_hub=not is_folder)
     return Artifact(hub.fingerprint(folder), folder, reused=True)
+
+
+def _listed(window: Window, keys: dict[str, str]) -> dict:
+    listed = {"num_updates": window.num_updates, "weights": _by_key(window.weights, keys)}
+    return listed if window.bound is None else listed | {"bound": window.bound}
 
 
 def _by_key(weights: dict[str, float], keys: dict[str, str]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from sdpo.train import logprob_table, step_key, throughput
 from sdpo.train.loop import TrainingLoop
 from sdpo.train.probes import Sampler
 from sdpo.train.reference_logprobs import ReferenceLogprobs, bind_placebo, score_first_window
-from sdpo.train.reference_windows import Windows, resolve
+from sdpo.train.reference_windows import Windows, resolve, taken
 from sdpo.train.runner import Runner
 from sdpo.train.step_key import StepSpec
 from sdpo.train.throughput import Pace, Speed
@@ -81,7 +81,7 @@ def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: Non
         for entry in log["entries"]:
             record(entry)
     reference_N2 = logprob_table.read(model.folder / "reference.parquet")
-    windows = [window | report for window, report in zip(named.windows.listed, log["windows"], strict=True)]
+    windows = taken(named.windows.listed, log["windows"], len(spec.plan))
     return Step(spec, model, named.windows.first, windows, reference_N2, log["entries"], Speed(**log["speed"]))
 
 

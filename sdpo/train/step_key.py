@@ -89,7 +89,8 @@ def determinants(spec: StepSpec, windows: list[dict]) -> dict[str, Any]:
         found["ratings"] = repr(chunk.ratings_N2.tolist())
     if windows and spec.placebo != "none":
         found["placebo"] = {"name": spec.placebo, "initial": spec.history[0].key}
-    if chunk.probes and (config.probe.every or len(windows) > 1):  # then the artifact has log-probs of these rows
+    moves = len(windows) > 1 or any("bound" in window for window in windows)
+    if chunk.probes and (config.probe.every or moves):  # then the artifact has log-probs of these rows
         found["probe"] = {"every": config.probe.every, "rows": content_hash(chunk.probes)}
     if spec.span:
         found["span"] = spec.span

@@ -53,6 +53,17 @@ def mixed(step: int, num_updates: int, *, alpha: float, updates: int) -> list[Wi
     return [Window(first, {"policy": 1.0})] + [Window(length, weights) for length in later]
 
 
+def until_kl(step: int, num_updates: int, *, bound: float) -> list[Window]:
+    """A copy of the policy, replaced after every update whose pairs lie further than `bound` from it.
+
+    The distance is `kl_proxy` of sdpo/train/loop.py, in nats per token: half the squared log-ratio of the update's own
+    responses, before the update. It is no KL on samples, but costs nothing. Raises UserError unless bound > 0.
+    """
+    if not bound > 0:
+        raise UserError(f"reference.bound must be above 0, not {bound}")
+    return [Window(num_updates, {"policy": 1.0}, bound)]
+
+
 def average(step: int, num_updates: int) -> list[Window]:
     """The mean of the weights of S and of the models of all earlier steps; in the first step it is S."""
     return [Window(num_updates, {f"M_{i}": 1 / step for i in range(step)})]

@@ -49,6 +49,12 @@ def test_windows_without_updates_are_refused():
         references.periodic(1, 8, updates=0)
 
 
+def test_a_window_with_a_bound_spans_the_step_unless_the_bound_is_passed():
+    assert references.until_kl(2, 8, bound=0.5) == [Window(8, {"policy": 1.0}, 0.5)]
+    with pytest.raises(UserError, match="bound must be above 0, not 0"):
+        references.until_kl(1, 8, bound=0)
+
+
 def test_a_loss_that_reads_no_reference_gives_the_same_model_with_every_rule(run, capsys, tmp_path):
     keys = set()
     for rule in ("none", "initial", "previous"):
