@@ -35,7 +35,7 @@ SHARED = {
     "score": {"model"},
     "reference": {"placebo"},
 }  # keys of every variant
-FILLED = {"train": "[x]", "of": "[{name: dpo, weight: 1, beta: 0.1}]"}  # what has no default, if not x
+FILLED = {"train": "[x]", "bound": "1", "of": "[{name: dpo, weight: 1, beta: 0.1}]"}  # what has no default, if not x
 FILLED |= dict.fromkeys(("judge.price_in", "judge.price_out", "judge.max_cost"), "1")
 FILLED |= dict.fromkeys(("reward_bench.pairs", "results.files"), "[x]")
 OPTIONS = [(group, option) for group in help.groups() for option in help.options(group)]
