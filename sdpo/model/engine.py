@@ -24,7 +24,6 @@ from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import Pack
 from sdpo.model.parameters import (
     adamw,
-    fp32_copy,
     step_in_turn,
     temporarily_add,
     trained_parameters,
@@ -53,7 +52,8 @@ class Plain:
         self.on_host = optim.states == "host"
         self.is_mixed = precision != "fp32" or self.on_host
         if self.is_mixed:
-            self.masters = {name: fp32_copy(p, device, self.on_host) for name, p in self.params.items()}
+            home = torch.device("cpu") if self.on_host else device
+            self.masters = {name: p.detach().to(home, torch.float32, copy=True) for name, p in self.params.items()}
         cast(scorer, device, DTYPES[precision])
         self.sums = self.parts
         if self.on_host:

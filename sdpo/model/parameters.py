@@ -20,14 +20,6 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: param for name, param in module.named_parameters() if param.requires_grad}
 
 
-def fp32_copy(param: torch.Tensor, device: torch.device, on_host: bool) -> torch.Tensor:
-    """A parameter's master: on the device, or in host memory, which is pinned if the device is a GPU."""
-    if not on_host:
-        return param.detach().to(device, torch.float32, copy=True)
-    pinned = device.type == "cuda"
-    return torch.empty_like(param, dtype=torch.float32, device="cpu", pin_memory=pinned).copy_(param.detach())
-
-
 def without_memory(shape: torch.Size, device: torch.device) -> torch.Tensor:
     """An fp32 tensor that takes no memory and can have a gradient of this shape."""
     return torch.zeros((), device=device).expand(shape)
@@ -37,7 +29,8 @@ def step_in_turn(optimizer: torch.optim.Optimizer, masters: list[torch.Tensor], 
     """One update of masters on the host by gradients on the device: of one master after the other, to save memory."""
     for master, total in zip(masters, sums, strict=True):
         if total.grad is not None:
-            master.grad, total.grad = total.grad.to("cpu"), None
+            master.grad = torch.empty_like(master, pin_memory=total.is_cuda).copy_(total.grad)
+            total.grad = None
             optimizer.step()  # skips masters without a gradient
             master.grad = None
 

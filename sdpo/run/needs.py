@@ -185,8 +185,8 @@ def with_states(config: Config) -> Config:
     """
     if config.optim.states != "auto":
         return config
-    states = "fp32"
-    if distributed.device(config.launch.device).type == "cuda" and config.model.name != "lab":
+    states, alone = "fp32", config.launch.ranks == 1 and config.deepspeed.stage is None
+    if alone and config.model.name != "lab" and distributed.device(config.launch.device).type == "cuda":
         on_hub, remote = config.model.name == "hub", config.model.trust_remote_code
         folder = hub.locate(config.model.path, config.model.revision, on_hub, remote)
         size, memory = Size.of(config, hub.count_weights(folder), 0), limit(config.launch)
