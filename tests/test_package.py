@@ -60,6 +60,16 @@ def test_every_library_that_the_code_imports_is_declared():
     assert "torch" in modules and missing == set()
 
 
+def test_the_lock_has_every_pin_and_a_hash_of_each_file():
+    entries = (CHECKOUT / "requirements.lock").read_text().replace("\\\n", "").splitlines()
+    entries = [line.partition("--hash=") for line in entries if not line.lstrip().startswith("#")]
+    locked = requirements([line.strip() for line, _, _ in entries])
+    assert all(digest for _, _, digest in entries) and len(locked) > 2 * len(pinned("requirements.txt"))
+    assert {name: locked[name].specifier for name in pinned("requirements.txt")} == {
+        name: pin.specifier for name, pin in pinned("requirements.txt").items()
+    }
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_the_code_and_all_that_it_reads(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path]

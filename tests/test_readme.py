@@ -4,6 +4,7 @@ import importlib
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -83,9 +84,50 @@ def test_the_tree_of_contributing_names_every_file_of_the_code():
 def test_the_readme_is_short_and_no_link_of_a_page_is_dead():
     assert len(PAGES[0].read_text().splitlines()) <= 220
     pages = [*PAGES, CHECKOUT / "CONTRIBUTING.md", CHECKOUT / "CHANGELOG.md"]
-    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text())]
-    own = [(page.parent / link) for page, link in links if not link.startswith("https://")]
-    assert len(own) > 3 and [path for path in own if not path.is_file()] == []
+    assert sum(len(links(page)) for page in pages) > 3 and [link for page in pages for link in dead_links(page)] == []
+
+
+def test_a_dead_link_is_found(tmp_path):
+    (tmp_path / "other.md").write_text("# Title\n## Two words, `code`\n")
+    page = tmp_path / "page.md"
+    page.write_text("# Here\n[a](other.md#two-words-code) [b](#here) [c](gone.md) [d](other.md#title-2) [e](#there)")
+    assert dead_links(page) == ["gone.md", "other.md#title-2", "#there"]
+
+
+def links(page):
+    return [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if not link.startswith("https://")]
+
+
+def dead_links(page):
+    """The links of a page to files or headings of this repository that do not exist."""
+    dead = []
+    for link in links(page):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE) if target.is_file() and anchor else []
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        if not target.is_file() or (anchor and anchor not in anchors):
+            dead.append(link)
+    return dead
+
+
+def test_the_result_tables_are_those_that_their_commands_wrote():
+    """Each file of docs/results/ is kept as `python -m analysis.tables out/NAME --format markdown` printed it."""
+    shown = result_tables(PAGES[0].read_text())
+    written = [table for file in (CHECKOUT / "docs/results").glob("*.md") for table in result_tables(file.read_text())]
+    assert len(shown) == 2 and [table for table in shown if table not in written] == []
+
+
+def result_tables(text):
+    """The tables of arms or contrasts in a text, each with all its rows."""
+    return re.findall(r"^\| (?:arm|of) \|.*\n(?:\|.*\n?)+", text, re.MULTILINE)
+
+
+def test_the_docs_become_a_site_without_a_warning(tmp_path):
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
+    made = subprocess.run(build, cwd=CHECKOUT, capture_output=True, text=True)
+    assert (made.returncode, made.stdout + made.stderr) == (0, "")
+    assert (tmp_path / "site" / "results" / "demo" / "index.html").is_file()
 
 
 def test_continuous_integration_runs_what_a_submission_must_pass():
