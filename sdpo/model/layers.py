@@ -62,19 +62,23 @@ def fuse(model: PreTrainedModel) -> bool:
     """Let packs run through Liger's RMSNorm, rotary embedding and SwiGLU. Returns whether Liger knows the model's type.
 
     Liger changes modules, and functions of transformers for the whole process. All of this is undone, and only done
-    again while a layer runs.
+    again while a layer runs. Raises UserError if Liger does not fit this release of transformers.
     """
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it warns of backends that are not installed
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
-    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers import monkey_patch as liger
 
-    file = type(model).__module__
-    if model.config.model_type not in KNOWN or not file.startswith("transformers."):
+    file, known = type(model).__module__, liger.MODEL_TYPE_TO_APPLY_LIGER_FN
+    if model.config.model_type not in known or not file.startswith("transformers."):
         return False
     places = {name: vars(module) for name, module in model.named_modules()}
     functions, before = vars(sys.modules[file]), {name: dict(place) for name, place in places.items()}
     functions_before = dict(functions)
-    _apply_liger_kernel_to_instance(model, **NO_LOSSES)
+    try:
+        liger._apply_liger_kernel_to_instance(model, **NO_LOSSES)
+    except (AttributeError, ImportError, TypeError) as error:
+        raise UserError(
+            f"liger-kernel cannot change {type(model).__name__} ({error}): use launch.kernels=plain"
+        ) from error
     changes = {name: changed for name, place in places.items() if (changed := _undo(place, before[name]))}
     shared = {name: x for name, x in _undo(functions, functions_before).items() if isinstance(x, FunctionType)}
     for prefix, layer in _layers(model).items():

@@ -48,9 +48,10 @@ def kernels(monkeypatch):
 
     patch = ModuleType("liger_kernel.transformers.monkey_patch")
     patch.MODEL_TYPE_TO_APPLY_LIGER_FN, patch._apply_liger_kernel_to_instance = {"llama": apply}, apply
-    for name in ("liger_kernel", "liger_kernel.transformers"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, patch.__name__, patch)
+    package = ModuleType("liger_kernel.transformers")
+    package.monkey_patch = patch
+    for module in (ModuleType("liger_kernel"), package, patch):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls
 
 
@@ -78,7 +79,13 @@ def test_only_packs_run_through_fused_kernels(kernels):
 
 
 def test_other_types_stay_as_they_are_and_a_fused_model_is_freed(kernels):
+    cuda, chosen = torch.device("cuda"), compose("launch.kernels=liger").launch
     assert not layers.fuse(random_model("qwen2"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "find_spec", lambda name: True)
+        assert layers.prepare(random_model(), chosen, cuda) == "liger"
+        with pytest.raises(UserError, match="does not know the type qwen2"):
+            layers.prepare(random_model("qwen2"), chosen, cuda)
     model = random_model()
     layers.fuse(model)
     gc.collect()
