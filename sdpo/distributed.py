@@ -14,6 +14,7 @@ from sdpo.errors import UserError
 if TYPE_CHECKING:
     import torch  # imported by the functions that need it: it takes seconds
 
+SHARES = "SDPO_SHARES_GPU"  # environment variable: set if a sweep may start other runs on this run's GPU
 STOPPED = 85  # the exit code of a rank that was asked to stop and has saved what it had
 SHARING = "SDPO_SHARING"  # environment variable: the file with the number of runs that share this run's GPUs
 _stops: list[int] = []  # the signals that asked this process to stop
@@ -49,6 +50,11 @@ def runs_on_gpu() -> int | None:
     """Return the most runs of this sweep that used this run's GPUs at a time so far; None without a sweep on GPUs."""
     file = os.environ.get(SHARING)
     return int(Path(file).read_text()) if file else None
+
+
+def shares_device() -> bool:
+    """Return whether a sweep runs other runs on this rank's GPU, by the memory that the plan says each needs."""
+    return SHARES in os.environ
 
 
 def barrier() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sdpo.distributed import SHARING, STOPPED, stop_requested
+from sdpo.distributed import SHARES, SHARING, STOPPED, stop_requested
 from sdpo.launch import local as launch
 from sdpo.launch.order import Turn, by_first_missing_step
 from sdpo.launch.placement import Need, Place, choose, places_for
@@ -87,7 +87,7 @@ def _free_place(places: list[Place], running: list[Started], need: Need) -> int 
 
 def _start(turn: Turn, index: int, place: Place, running: list[Started], alive: tuple[int, int]) -> Started:
     """Start a run. It and those at the same place are told how many share its GPUs, for the record of their speed."""
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(turn.run, place.gpus, alive))
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(turn, place, alive))
     started = Started(child, turn, index)
     here = [one for one in [*running, started] if one.place == index]
     for one in here:
@@ -119,15 +119,17 @@ def _lacked_memory_beside_others(one: Started) -> bool:
     return True
 
 
-def _child(one: Run, gpus: str, alive: tuple[int, int]) -> None:
+def _child(turn: Turn, place: Place, alive: tuple[int, int]) -> None:
     """One run in its own process, which ends when its parent ends; what it prints goes to log.txt."""
-    read, write = alive
+    one, (read, write) = turn.run, alive
     os.close(write)
     follow_parent(read)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent kills its children
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpus
-    if gpus:
+    os.environ["CUDA_VISIBLE_DEVICES"] = place.gpus
+    if place.gpus:
         os.environ[SHARING] = str(_sharing_file(one))
+        if place.most > 1 and not turn.need.alone:
+            os.environ[SHARES] = "1"
     with (one.folder / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

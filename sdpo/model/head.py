@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sdpo import distributed
 from sdpo.errors import UserError
 from sdpo.model.packing import MIN_ROWS
 
 TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}  # of the fp32 logits of one tile
-KEPT_BYTES = 2**27  # of logits that a CPU keeps for the backward pass
+# Of logits that are kept for the backward pass on a CPU, and on a GPU that other runs share.
+KEPT_BYTES, KEPT_BESIDE_OTHERS = 2**27, 2**30
 
 
 class Head(nn.Module):
@@ -105,6 +107,8 @@ def _room_for_logits(weight_VH: Tensor) -> int:
     device = weight_VH.device
     if device.type == "cpu":
         return KEPT_BYTES
+    if distributed.shares_device():
+        return KEPT_BESIDE_OTHERS
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return (free - 6 * weight_VH.numel()) // 2  # the gradient: in fp32, and in 16 bits
 

@@ -25,7 +25,7 @@ OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED"
 
 def scoring_budget(launch: Launch) -> int:
     """The token budget of passes without gradients."""
-    return launch.tokens_per_pack or SCORED[distributed.device(launch.device).type]
+    return launch.tokens_per_pack or SCORED[_kind(launch)]
 
 
 def fitting_budget(engine: Engine, updates: list[list[TokenPair]], launch: Launch) -> int:
@@ -41,7 +41,7 @@ def fitting_budget(engine: Engine, updates: list[list[TokenPair]], launch: Launc
     can_run_out = any(distributed.gather(_can_run_out(device)))
     if not can_run_out or engine.stage == 3:
         return launch.tokens_per_pack or TRAINED["cpu"]
-    first = budget = launch.tokens_per_pack or TRAINED[device.type]
+    first = budget = launch.tokens_per_pack or TRAINED[_kind(launch)]
     while not _fits(engine, heaviest := _heaviest(updates, budget)):
         if len(heaviest) > 1:
             budget //= 2
@@ -81,6 +81,11 @@ def ran_out(error: Exception) -> bool:
 def tells_of_memory(message: str) -> bool:
     """Whether a message says that memory ran out."""
     return any(part in message for part in OF_MEMORY)
+
+
+def _kind(launch: Launch) -> str:
+    """The type of the device; runs that share a GPU have the packs of a CPU, for which the plan counts memory."""
+    return "cpu" if distributed.shares_device() else distributed.device(launch.device).type
 
 
 def _can_run_out(device: torch.device) -> bool:
