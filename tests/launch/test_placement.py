@@ -112,3 +112,19 @@ def test_a_run_that_runs_out_of_memory_beside_another_is_done_again_alone(tmp_pa
     assert (a.error, b.error) == (None, None)
     assert [(one.folder / "shared").read_text() for one in (a, b)] == ["2", "1"]
     assert "it ran beside 1 others and is done again alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("need", "most", "told"), [(Need(1.0), 8, "1"), (Need(alone=True), 8, None), (Need(1.0), 1, None)]
+)
+def test_a_run_knows_whether_others_may_come_to_its_gpu(need, most, told, tmp_path, monkeypatch):
+    for name in (distributed.SHARING, distributed.SHARES, "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")  # restored at the end
+        del os.environ[name]
+    for owner, name in ((forks, "follow_parent"), (forks.signal, "signal"), (forks.os, "close"), (forks.os, "dup2")):
+        monkeypatch.setattr(owner, name, lambda *arguments: None)
+    monkeypatch.setattr(forks.launch, "run", lambda config, folder: found.append(os.environ.get(distributed.SHARES)))
+    found, one = [], asked(tmp_path, "a")
+    one.folder.mkdir()
+    forks._child(forks.Turn(one, need), Place("0", most, inf), (0, 0))
+    assert found == [told] and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
