@@ -50,7 +50,4 @@ def _plan(todo: list[Run]) -> list[tuple[str, Need]]:
         return []
     steps = [[*one.initial, *one.for_scores, *one.steps] for one in foreseen]
     missing = [next((step.model.key for step in some if not step.model.reused), "") for some in steps]
-    return [
-        (key, placement.need(one.size, one.run.config.deepspeed.stage))
-        for key, one in zip(missing, foreseen, strict=True)
-    ]
+    return [(key, placement.need(one.run.config, one.size)) for key, one in zip(missing, foreseen, strict=True)]

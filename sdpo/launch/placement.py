@@ -11,6 +11,7 @@ from itertools import cycle, islice
 from math import inf
 from typing import NamedTuple
 
+from sdpo.config import TRAINED, Config
 from sdpo.errors import UserError
 from sdpo.run.folder import Run
 from sdpo.run.needs import GB, Size
@@ -75,9 +76,11 @@ def places_for(todo: list[Run], n: int | str) -> list[Place]:
     return [Place(group, most, USABLE * _free_memory(group)) for group in groups]
 
 
-def need(size: Size, stage: int | None) -> Need:
+def need(config: Config, size: Size) -> Need:
     """What a run needs of each of its GPUs. A run of several ranks, or whose size is not known, is alone there."""
-    memory = size.per_gpu(stage) + DEPTH * size.activations(size.pack, size.recompute) + OVERHEAD
+    pack = config.launch.tokens_per_pack or TRAINED["cuda"]
+    activations = DEPTH * size.activations(pack, config.launch.recompute_activations)
+    memory = size.per_gpu(config.deepspeed.stage) + activations + OVERHEAD
     return Need(memory, alone=not (memory < inf and size.weights < FILLS and size.ranks == 1))
 
 

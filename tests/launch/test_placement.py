@@ -12,6 +12,7 @@ from tqdm import tqdm
 from sdpo import config, distributed
 from sdpo.errors import UserError
 from sdpo.launch import forks, placement
+from sdpo.launch.order import Turn
 from sdpo.launch.placement import Need, Place, choose, places_for
 from sdpo.run import folder as run_folder
 from sdpo.run.folder import Run
@@ -72,9 +73,19 @@ def test_a_run_needs_its_weights_its_activations_and_a_fixed_amount():
     chosen = config.from_composed(settings | {"launch": {"tokens_per_pack": 1000}, "optim": {"states": "fp32"}})
     size = Size.of(chosen, weights=weights, reference=0)
     memory = 18 * weights + 1.6 * (42 * 1280 * 10 * 1000 + 2 * weights) + 3e9
-    assert placement.need(size, None) == Need(pytest.approx(memory), alone=False)
+    assert placement.need(chosen, size) == Need(pytest.approx(memory), alone=False)
+    chosen.launch.tokens_per_pack = None  # 32,768 on a GPU
+    assert placement.need(chosen, size).memory - memory == pytest.approx(1.6 * 42 * 1280 * 10 * 31_768)
     for change in ({"weights": 1e9}, {"ranks": 2}, {"weights": nan}):
-        assert placement.need(size._replace(**change), None).alone
+        assert placement.need(chosen, size._replace(**change)).alone
+
+
+def test_needs_count_only_where_memory_does(tmp_path, monkeypatch):
+    todo = [asked(tmp_path, name) for name in "abc"]
+    needed = [Turn(run, Need(5.0, alone=True)) for run in todo]
+    monkeypatch.setattr(forks, "by_first_missing_step", lambda runs: needed)
+    assert forks._in_turn(todo, [Place("0", 8, 10.0)]) == needed
+    assert forks._in_turn(todo, [Place("", 2, inf)]) == [Turn(run, Need()) for run in todo]
 
 
 def test_a_run_that_runs_out_of_memory_beside_another_is_done_again_alone(tmp_path, monkeypatch, capsys):
