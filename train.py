@@ -64,7 +64,11 @@ def single(run: Run, job: DictConfig, overrides: Sequence[str]) -> None:
         plan.show([run])
         return
     run.prepare()
-    summary = launch.run(run.config, run.folder)
+    try:
+        summary = launch.run(run.config, run.folder)
+    except UserError:
+        run.withdraw()
+        raise
     from analysis.report import write_report
     from sdpo.console import step_line
 

@@ -1,5 +1,8 @@
 """Rules that connect several settings."""
 
+import ast
+from pathlib import Path
+
 from sdpo import config as configuration
 from sdpo.binding import bind, variants
 from sdpo.config import Config
@@ -7,9 +10,13 @@ from sdpo.errors import UserError
 from sdpo.variants import tune
 from sdpo.variants.tune import Adapter
 
+VARIANTS = Path(__file__).parent / "variants"
+
 
 def check(config: Config) -> None:
     """Raise UserError for a choice of any step that does not bind, and for settings that exclude each other."""
+    for t in (0, *config.steps):
+        _check_keys(configuration.for_step(config, t))
     from sdpo.curriculum import chunking  # here, because these import torch or numpy, which takes seconds
     from sdpo.evals import suites
     from sdpo.model import zero
@@ -73,6 +80,21 @@ def check(config: Config) -> None:
                 raise UserError(f"steps.{t}.optim.{key}: this setting must be equal in all steps: set optim.{key}=...")
         if adapter := bind(tune, step.tune)():
             _check_adapter(adapter, step)
+
+
+def _check_keys(config: Config) -> None:
+    """Raise UserError for an unknown key of an open axis. Reads only source text: importing torch takes seconds."""
+    for axis, shared in (("loss", set()), ("reference", {"placebo"}), ("tune", set())):
+        settings = getattr(config, axis)
+        nodes = ast.parse((VARIANTS / f"{axis}.py").read_text(encoding="utf-8")).body
+        functions = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
+        if function := functions.get(settings.get("name")):
+            known = [argument.arg for argument in function.args.kwonlyargs]
+            if unknown := settings.keys() - {"name", *known, *shared}:
+                raise UserError(
+                    f"sdpo.variants.{axis}.{function.name}: unknown key {min(unknown)}; {function.name} has "
+                    f"{', '.join(known) or 'no settings'}"
+                )
 
 
 def _check_token_weights(step: Config) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -131,6 +132,7 @@ def test_a_bad_row_is_named_with_its_file_and_field(refused, kind):
     row, sentence = ROWS[kind]
     said = refused(rows=[GOOD | {"id": "first"}, row, *MORE])
     assert said.startswith(f"a.jsonl, row 2: {sentence}") and said.endswith("repair it or set data.on_bad_row=skip")
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -148,3 +150,31 @@ def test_what_does_not_fit_together_is_said(refused, tokenizer, kind):
     if kind == "held-out pairs too long":
         Path("long.jsonl").write_text(json.dumps(GOOD | {"prompt": "What is 5 + 5?" * 9}))
     assert refused(*overrides).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            "loss={'name': 'dpo', 'betta': 1}",
+            "sdpo.variants.loss.dpo: unknown key betta; dpo has beta, label_smoothing",
+        ),
+        (
+            "loss={'name': 'dpo'}, reference={'name': 'initial', 'alpa': 1}",
+            "sdpo.variants.reference.initial: unknown key alpa; initial has no settings",
+        ),
+        ("tune={'name': 'lora', 'rnk': 1}", "sdpo.variants.tune.lora: unknown key rnk; lora has rank, "),
+    ],
+)
+def test_a_misspelt_key_is_named_before_torch_is_imported(settings, said):
+    code = f"""
+import sys
+from sdpo import config, errors, validate
+try:
+    validate.check(config.Config({settings}))
+except errors.UserError as error:
+    print(error)
+print("torch" in sys.modules)"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    sentence, has_torch = run.stdout.splitlines()
+    assert sentence.startswith(said) and has_torch == "False"

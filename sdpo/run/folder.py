@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from sdpo.store import artifacts as store
 from sdpo.store.artifacts import try_lock
 
 LOCK = ".lock"  # a file in the run folder, locked by the process that executes the run
+OF_REFUSED = {LOCK, "config.yaml", "manifest.json", "metrics.jsonl", "error.txt", "wandb"}  # what a refused run leaves
 NAMED_AXES = ("model", "arm", "split", "reference", "loss")  # their options form the name of a run folder
 
 
@@ -52,6 +54,13 @@ class Run(NamedTuple):
                 self._write()
             elif (self.folder / "config.yaml").read_text() != configuration.to_yaml(self.config):
                 raise UserError(f"{self.folder}: another process runs other settings there; name another folder")
+
+    def withdraw(self) -> None:
+        """Delete the folder of a run that was refused before it recorded anything; any other one stays as it is."""
+        found = {path.name for path in self.folder.iterdir()}
+        recorded = self.folder / "metrics.jsonl"
+        if found <= OF_REFUSED and not (recorded.is_file() and recorded.stat().st_size):
+            shutil.rmtree(self.folder)
 
     def _write(self) -> None:
         for leftover in [self.folder / "done", self.folder / "error.txt", *self.folder.glob("log*.txt")]:
