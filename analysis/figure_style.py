@@ -6,6 +6,8 @@ so that one picture suits light and dark themes.
 
 import re
 from collections.abc import Callable
+from functools import wraps
+from html import escape
 from io import StringIO
 from math import ceil
 from pathlib import Path
@@ -42,8 +44,16 @@ STYLE: dict[Any, Any] = {  # Any: matplotlib types the keys as a union of all th
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Decorates a figure function: its figures get this style, other figures keep theirs."""
-    return matplotlib.rc_context(STYLE)(draw)
+    """Decorates a figure function: its figures get this style, and its docstring as their label, which is not drawn."""
+
+    @wraps(draw)
+    def drawn(*arguments: Any, **settings: Any) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            figure = draw(*arguments, **settings)
+        figure.set_label(" ".join((draw.__doc__ or "").split()))
+        return figure
+
+    return drawn
 
 
 def panels(num: int = 1, height: float = 2.6, **sharing) -> tuple[Figure, list[Axes]]:
@@ -100,10 +110,11 @@ def save(figure: Figure, path: Path | str) -> None:
 
 
 def show(figure: Figure) -> Any:
-    """The figure as HTML for a notebook, sharp at any size."""
+    """The figure as HTML for a notebook, sharp at any size, with what its function's docstring says under it."""
     from IPython.display import HTML
 
-    return HTML(f'<div style="max-width: 34em">{to_svg(figure, "figure")}</div>')
+    drawing, caption = to_svg(figure, "figure"), escape(str(figure.get_label()))
+    return HTML(f'<div style="max-width: 34em">{drawing}<p>{caption}</p></div>')
 
 
 def to_svg(figure: Figure, title: str) -> str:

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -30,7 +32,8 @@ def test_notebook_runs(path, folder, monkeypatch):
     NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(path.parent)}}).execute()
     said = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output.text for output in said if output.output_type == "stream" and output.name == "stderr"]
-    assert sum("<svg" in output.get("data", {}).get("text/html", "") for output in said) >= 2
+    shown = [page for output in said if "<svg" in (page := output.get("data", {}).get("text/html", ""))]
+    assert len(shown) >= 2 and all(re.search(r"</svg><p>[A-Z][^<]+\.</p>", page) for page in shown)
     assert _contents(folder) == before
     if path.stem.startswith("3"):
         shown = "".join(output.get("data", {}).get("text/html", "") for output in said)
@@ -42,6 +45,21 @@ def test_notebook_is_kept_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         assert cell.cell_type != "code" or (cell.outputs == [] and cell.execution_count is None)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_installs_what_is_missing_and_runs_the_laboratory(path, tmp_path, monkeypatch):
+    """As in Colab: no checkout around the notebook, nothing installed, no runs. The commands are only noted."""
+    notebook, ran = nbformat.read(path, as_version=4), []
+    first = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    monkeypatch.setattr("subprocess.run", lambda command, **rest: ran.append(command[1:]))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("SDPO_RUNS", str(tmp_path / "none"))
+    exec(first, {})
+    (install, train) = ran
+    assert install[:3] == ["-m", "pip", "install"] and install[-1].startswith("git+https://")
+    assert train == ["-m", "train", "experiment=demo", f"hydra.sweep.dir={tmp_path / 'none'}"]
 
 
 def test_there_are_three():
