@@ -8,7 +8,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -167,7 +167,15 @@ def _origin(folder: Path, runs: pd.DataFrame) -> dict:
         "commit": f"{git['commit']}{' with local changes' if git['dirty'] else ''}" if git["commit"] else "unknown",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "machine": ", ".join(f"{name} {part}" for name, part in manifest["machine"].items() if part),
+        "spent": _spent(runs[runs["done"]]["folder"]),
     }
+
+
+def _spent(folders: Iterable[Path]) -> str:
+    """Where the seconds of a run went, as means over runs; empty for runs of versions that did not count them."""
+    summaries = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in folders]
+    parts = pd.DataFrame([summary["spent"] for summary in summaries if "spent" in summary]).mean()
+    return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items())
 
 
 def _count(number: int, what: str) -> str:

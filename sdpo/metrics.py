@@ -6,7 +6,10 @@ from their artifacts, so the file always starts empty.
 
 import json
 import math
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -18,6 +21,45 @@ TRL_OF_REFERENCE = (
     *("logps/ref_chosen", "logps/ref_rejected"),  # TRL does not log these two
 )
 OUTCOME = ("seconds", "trained_steps", "reused_steps")  # keys of summary.json
+
+PARTS = ("load", "reference", "updates", "evaluation", "save", "hash", "wait")  # where a run's seconds go
+
+
+class Clock:
+    """Counts the seconds that this process spends on each of PARTS; of nested parts the inner one counts.
+
+    `reference` are all passes for log-probs outside the updates. What threads do beside the main one does not count.
+    """
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Count from zero."""
+        self.seconds, self._inside, self._since = dict.fromkeys(PARTS, 0.0), list[str](), time.monotonic()
+
+    @contextmanager
+    def counting(self, part: str) -> Iterator[None]:
+        """Context whose seconds are those of a part."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._turn()
+        self._inside.append(part)
+        try:
+            yield
+        finally:
+            self._turn()
+            self._inside.pop()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        if self._inside:
+            self.seconds[self._inside[-1]] += now - self._since
+        self._since = now
+
+
+CLOCK = Clock()  # of this process: a run has it for itself
 
 
 class Mirror(Protocol):

@@ -17,7 +17,7 @@ from sdpo.curriculum import rounds
 from sdpo.curriculum.build import build
 from sdpo.errors import UserError
 from sdpo.evals.evaluator import Evaluator
-from sdpo.metrics import Recorder
+from sdpo.metrics import CLOCK, Recorder
 from sdpo.run import results
 from sdpo.run.needs import with_states
 from sdpo.store.artifacts import Store
@@ -31,8 +31,9 @@ from sdpo.wandb_mirror import WandbMirror
 def run(config: Config, folder: Path) -> dict:
     """Train and evaluate M_1 .. M_T, and return the content of summary.json. Steps in the store are not trained."""
     began, config = time.monotonic(), with_states(config)
-    with _recorder(config, folder) if distributed.is_main() else nullcontext() as recorder:
-        inputs = prepare(config, Store())
+    CLOCK.start()
+    with _recorder(config, folder) if distributed.is_main() else nullcontext() as recorder, Store() as store:
+        inputs = prepare(config, store)
         runner, history = inputs.runner, [inputs.initial]
         curriculum = build(inputs, config, inputs.initial)
         complete = curriculum.complete and config.rounds.name == "given"
@@ -46,10 +47,11 @@ def run(config: Config, folder: Path) -> dict:
             start = history[-1] if step_config.start == "previous" else history[0]
             pairs = rounds.chunk(inputs, config, chunk, history[-1])
             spec = StepSpec(t, step_config, start, list(history), pairs, spans.get(t), followed)
-            step = take_step(spec, runner, partial(evaluator.log, "train", t))
+            step = take_step(spec, runner, partial(evaluator.log, "train", t), in_background=True)
             runner.logprobs_of(step.model, followed)
             evaluator.add(step, chunk, time.monotonic() - step_began)
             history.append(step.model)
+        store.join()
         return results.write(folder, curriculum, evaluator, time.monotonic() - began)
 
 

@@ -4,6 +4,8 @@ import json
 import re
 import resource
 import shutil
+import threading
+import time
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -16,7 +18,8 @@ from sdpo.errors import UserError, disk_as_user_error
 from sdpo.model import engine
 from sdpo.run import folder as run_folder
 from sdpo.store import artifacts as store
-from sdpo.store.artifacts import hash_files
+from sdpo.store import publishing
+from sdpo.store.hashing import hash_files
 
 RULES = {
     "previous": [],
@@ -180,13 +183,47 @@ def test_a_step_that_is_killed_while_it_is_hashed_goes_on_from_its_last_checkpoi
         return hash_files(folder, paths)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "hash_files", killed)
+        patch.setattr(publishing, "hash_files", killed)
         with pytest.raises(Killed):
             run(*overrides)
     done = interrupt_after(monkeypatch, 99)
     resumed = run(*overrides)
     assert done == [] and len(read_lines(resumed, "train")) > 3
     assert list((tmp_path / "store" / "partial").iterdir()) == []
+
+
+def test_a_step_that_is_killed_while_it_is_hashed_and_the_next_one_trains_is_trained_to_the_same_bytes(
+    run, monkeypatch, tmp_path
+):
+    """M_1 has no name yet. Its last checkpoint is still there, and step 2 has none, which would need M_1."""
+    overrides = ["split=by_source", "launch.checkpoint_minutes=0"]
+    begun, done = threading.Event(), interrupt_after(monkeypatch, 4)
+
+    def killed(folder, paths):
+        if any(path.name == "train.json" for path in paths):
+            begun.set()
+            assert wait_for(lambda: len(done) == 4)
+            raise Killed
+        return hash_files(folder, paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publishing, "hash_files", killed)
+        with pytest.raises(Killed):
+            run(*overrides)
+    assert begun.is_set() and not list((tmp_path / "store" / "step").glob("[0-9a-f]*"))
+    done = interrupt_after(monkeypatch, 99)
+    resumed = run(*overrides)
+    assert len(done) == len(read_lines(resumed, "train")) - 3  # all of step 1
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "another"))
+    whole = run(*overrides, name="whole")
+    assert [final_bytes(resumed, t) for t in (1, 2, 3)] == [final_bytes(whole, t) for t in (1, 2, 3)]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
 
 
 def test_reference_log_probs_that_changed_in_a_finished_step_are_not_read(run, tmp_path):

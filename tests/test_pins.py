@@ -118,9 +118,9 @@ class Asked(ReadOnly):
         super().__init__(root)
         self.asked = []
 
-    def make(self, kind, determinants, build):
+    def make(self, kind, determinants, build, then=None):
         self.asked.append((kind, determinants))
-        return super().make(kind, determinants, build)
+        return super().make(kind, determinants, build, then)
 
     def holds(self, kind, determinants):
         self.asked.append((kind, determinants))
@@ -135,12 +135,13 @@ def train(settings, folder):
     """A whole run with a store of its own beside its folder; returns (kind, determinants) of all that it asked for."""
     asked, make = [], Store.make
 
-    def listening(self, kind, determinants, build):
-        artifact = make(self, kind, determinants, build)
+    def listening(self, kind, determinants, build, then=None):
+        artifact = make(self, kind, determinants, build, then)
+        self.join()
         asked.append((kind, determinants))
         assert artifact.key == key_of(kind, determinants) and artifact.folder.name == artifact.key[:16]
         manifest = json.loads((artifact.folder / "manifest.json").read_text())
-        assert set(manifest) == {"kind", "key", "files", *determinants}
+        assert set(manifest) == {"kind", "key", "numerics", "files", *determinants}
         return artifact
 
     with pytest.MonkeyPatch.context() as patch:
@@ -233,7 +234,7 @@ def layout(folder):
 
 def test_the_numerics_version_is_raised_on_purpose_only():
     """Raising it makes another artifact of everything that anyone has kept."""
-    assert NUMERICS_VERSION == 5
+    assert NUMERICS_VERSION == 6
 
 
 def test_the_model_and_the_pairs_are_known_by_their_content(place, ask, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 from sdpo.errors import UserError
 from sdpo.model.hub import fingerprint
+from sdpo.store import publishing
 from sdpo.store.artifacts import Store, check, key_of
 
 
@@ -64,6 +66,57 @@ def test_a_changed_file_is_refused(tmp_path):
     (artifact.folder / "text").write_text("wrong")
     with pytest.raises(UserError, match=r"has changed since it was written \(text\)"):
         check(artifact)
+
+
+@pytest.fixture
+def held_up(monkeypatch):
+    """Completing an artifact takes until this event is set."""
+    event, settle = threading.Event(), publishing._settle
+
+    def wait(folder):
+        assert event.wait(60)
+        return settle(folder)
+
+    monkeypatch.setattr(publishing, "_settle", wait)
+    return event
+
+
+def test_a_thread_completes_an_artifact_which_has_no_name_before_it_is_whole(tmp_path, held_up):
+    store, called = Store(tmp_path), []
+    artifact = store.make("step", {}, build_text("one"), then=lambda: called.append(artifact.folder.exists()))
+    assert not artifact.reused and not artifact.folder.exists() and called == []
+    child = in_child(lambda: held_up.set() or Store(tmp_path).make("step", {}, lambda _: os._exit(1)))  # it has to wait
+    assert not artifact.folder.exists()
+    held_up.set()
+    store.join()
+    assert os.waitpid(child, 0)[1] == 0
+    assert called == [True]
+    check(artifact)
+    assert [path.name for path in artifact.folder.parent.iterdir()] == [artifact.folder.name]
+
+
+def test_one_artifact_at_a_time_is_completed_in_a_thread(tmp_path, held_up):
+    store, order = Store(tmp_path), []
+
+    def build(folder):
+        (folder / "text").write_text("two")
+        order.append("built")
+        held_up.set()
+
+    store.make("step", {"a": 1}, build_text("one"), then=lambda: order.append("one is whole"))
+    store.make("step", {"a": 2}, build, then=lambda: order.append("two is whole"))
+    store.join()
+    assert order == ["built", "one is whole", "two is whole"]
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_at_the_end_of_the_store(tmp_path, held_up):
+    def refuse():
+        raise OSError("No space left on device")
+
+    held_up.set()
+    with pytest.raises(OSError, match="No space left"), Store(tmp_path) as store:
+        store.make("step", {}, build_text("one"), then=refuse)
+    store.join()  # once
 
 
 def test_values_are_computed_once(tmp_path):

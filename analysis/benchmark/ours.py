@@ -37,12 +37,13 @@ def in_memory(work: Work, report: Callable[[dict], None]) -> None:
     for _ in range(PASSES):
         logps_N2 = score(engine.module, rows, scoring_budget(config.launch))
         meter.lap("reference")
-    reference = ReferenceLogprobs([], logps_N2, None, Probes((), 0), lambda members, rule_N2: rule_N2)
+    reference = ReferenceLogprobs([], logps_N2, lambda: None, Probes((), 0), lambda members, rule_N2: rule_N2)
     nowhere = Artifact("", Path(work.folder), reused=True)
     spec = StepSpec(1, config, nowhere, [nowhere], _chunk(rows))
     loop = TrainingLoop(spec, engine)
     entries = []
-    for entry in loop.run(reference, logps_N2, Checkpoint(Path(work.folder) / "checkpoints", "benchmark", math.inf)):
+    checkpoint = Checkpoint(Store(Path(work.folder) / "store"), "none", "benchmark", math.inf)
+    for entry in loop.run(reference, logps_N2, checkpoint):
         entries.append(entry)
         if len(entries) % (len(rows) // work.pairs_per_update) == 0:
             meter.lap("updates")

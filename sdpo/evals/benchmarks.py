@@ -12,7 +12,8 @@ from sdpo.errors import UserError
 from sdpo.evals.generation import load_alone
 from sdpo.model import hub
 from sdpo.stats import Measures
-from sdpo.store.artifacts import Artifact, hash_files
+from sdpo.store.artifacts import Artifact
+from sdpo.store.hashing import hash_files
 from sdpo.train.runner import Runner
 
 

@@ -10,7 +10,7 @@ from sdpo.config import Config
 from sdpo.data.pair_table import PairTable
 from sdpo.data.tokenize import response_lengths
 from sdpo.evals import suites
-from sdpo.metrics import Recorder
+from sdpo.metrics import CLOCK, Recorder
 from sdpo.stats import Measures
 from sdpo.store.artifacts import Artifact
 from sdpo.train import gradient_weight
@@ -96,9 +96,10 @@ class Evaluator:
             "report": lambda: answers.append,
         }
         measures: Measures = {}
-        for settings in self.config.evaluate.values():
-            suite = bind(suites, settings)
-            measures |= suite(*(data[name]() for name in inputs_of(suite)))
+        with CLOCK.counting("evaluation"):
+            for settings in self.config.evaluate.values():
+                suite = bind(suites, settings)
+                measures |= suite(*(data[name]() for name in inputs_of(suite)))
         t = len(self.measured)
         self.log("eval", t, {"eval": measures})
         for entry in answers:

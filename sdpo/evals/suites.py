@@ -219,6 +219,7 @@ def reward_bench(
     S itself has no implicit reward.
     """
     table = reward_model.read_pairs(pairs, columns, max_tokens, runner)
+    runner.store.join()  # the model's folder may not be whole before
     limits.check_rows(table.rows, model.folder, runner.config.model.trust_remote_code)
     ratio_N2 = runner.logprobs(model, table.rows) - runner.logprobs(initial_model, table.rows)
     margin_N = ratio_N2[:, 0] - ratio_N2[:, 1]

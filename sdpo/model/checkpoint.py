@@ -16,9 +16,13 @@ from safetensors.torch import load_file, save_file
 from sdpo import distributed
 from sdpo.console import tell
 from sdpo.errors import UserError
+from sdpo.metrics import CLOCK
 from sdpo.model.engine import Engine
 from sdpo.model.parameters import moments_of, set_moments
-from sdpo.store.artifacts import differing, publish, remove, remove_abandoned
+from sdpo.store.artifacts import Store, differing
+from sdpo.store.publishing import remove, remove_abandoned
+
+SPARING = 20  # times as long as a checkpoint took, no other one is made
 
 
 class Saved(NamedTuple):
@@ -29,10 +33,14 @@ class Saved(NamedTuple):
 
 
 class Checkpoint:
-    """The checkpoints of one step: the newest one and the one before. `name` is shown in the progress bar."""
+    """The checkpoints of one step: the newest one and the one before. `name` is shown in the progress bar.
 
-    def __init__(self, folder: Path, name: str, minutes: float):
-        self.folder, self.name, self.seconds = folder, name, 60 * minutes
+    Between two of them pass `minutes`, or 20 times the seconds that the last one took; with 0 every update has one.
+    """
+
+    def __init__(self, store: Store, key: str, name: str, minutes: float):
+        self.store, self.folder, self.name = store, store.folder("partial", key), name
+        self.seconds = self.wanted = 60 * minutes
         self.last_save = time.monotonic()
 
     def restore(self, engine: Engine) -> Saved | None:
@@ -56,7 +64,8 @@ class Checkpoint:
         return time.monotonic() - self.last_save >= self.seconds
 
     def save(self, engine: Engine, state: Saved) -> None:
-        """Write a checkpoint, then remove all but the newest two."""
+        """Write a checkpoint, then remove all but the newest two. A thread may complete it while the step goes on."""
+        began = time.monotonic()
 
         def build(folder: Path) -> None:
             masters = {str(index): master.detach() for index, master in enumerate(engine.parts)}
@@ -66,9 +75,19 @@ class Checkpoint:
                 save_file(state.tensors, folder / "reference.safetensors")
                 (folder / "log.json").write_text(json.dumps(state.log))
 
-        publish(self.folder / f"{len(state.log['entries']):08}", {}, build)
-        self._remove(self._found()[2:])
+        def clean() -> None:
+            self._remove(self._found()[2:])
+            self.last_save = time.monotonic()
+            if self.wanted:
+                self.seconds = max(self.wanted, SPARING * (self.last_save - began))
+
+        with CLOCK.counting("save"):
+            self.store.publish(self.folder / f"{len(state.log['entries']):08}", {}, build, then=clean)
         self.last_save = time.monotonic()
+
+    def join(self) -> None:
+        """Wait until the last checkpoint is whole."""
+        self.store.join()
 
     def clear(self) -> None:
         """Remove the checkpoints of a finished step, but not what another process is just writing."""

@@ -24,10 +24,12 @@ from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import Pack
 from sdpo.model.parameters import (
     adamw,
+    round_parts,
     step_in_turn,
     temporarily_add,
     trained_parameters,
     without_memory,
+    writers,
 )
 from sdpo.model.zero import Zero
 from sdpo.types import ChosenRejected
@@ -39,21 +41,22 @@ class Plain:
     `module` runs forward passes: the scorer, or DeepSpeed's wrapper of it. `stage` is the ZeRO stage. `part` says which
     part of the masters this rank has; ranks with the same number have the same part. `sums` have the gradients of the
     present update: the masters, or tensors on the device that stand for them. If all parameters are frozen there is no
-    `optimizer`, so that memory holds only the weights.
+    `optimizer`, so that memory holds only the weights, and `trains` is False.
     """
 
     def __init__(self, scorer: Scorer, optim: config.Optim, precision: str, device: torch.device):
-        self.scorer, self.clip = scorer, optim.clip or math.inf
+        self.scorer = scorer
         self.module: nn.Module = scorer
         self.stage: int | None = None
         self.part = 0
         self.params = trained_parameters(scorer)
+        self.trains, self.states = bool(self.params), optim.states
         self.masters: dict[str, torch.Tensor] = dict(self.params)
         self.on_host = optim.states == "host"
         self.is_mixed = precision != "fp32" or self.on_host
         if self.is_mixed:
             home = torch.device("cpu") if self.on_host else device
-            self.masters = {name: p.detach().to(home, torch.float32, copy=True) for name, p in self.params.items()}
+            self.masters = {name: p.detach().to(home).to(torch.float32, copy=True) for name, p in self.params.items()}
         cast(scorer, device, DTYPES[precision])
         self.sums = self.parts
         if self.on_host:
@@ -62,7 +65,12 @@ class Plain:
             for param, total in zip(self.params.values(), self.sums, strict=True):
                 param.register_post_accumulate_grad_hook(_accumulate_in(total))
         if self.masters:
-            self.optimizer: torch.optim.Optimizer = adamw(self.parts, optim)
+            self.renew(optim)
+
+    def renew(self, optim: config.Optim) -> None:
+        """Begin anew from the present weights, with an optimiser that knows nothing of earlier updates or settings."""
+        self.clip = optim.clip or math.inf
+        self.optimizer: torch.optim.Optimizer = adamw(self.parts, optim)
 
     @property
     def parts(self) -> list[torch.Tensor]:
@@ -103,6 +111,15 @@ class Plain:
         full = self.masters or dict(self.scorer.named_parameters())
         return {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in full.items()}
 
+    def share(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """This rank's share of the trained weights in `dtype`, by name; no copy of those that have it already.
+
+        The shares of all ranks together are all trained weights.
+        """
+        mine = [name for name, rank in writers(self.params).items() if rank == distributed.rank()]
+        held = self.params if next(iter(self.params.values())).dtype == dtype else self.masters
+        return {name: held[name].detach().to(dtype) for name in mine}
+
     @torch.no_grad()
     def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Set the trained weights, given as `weights` returns them."""
@@ -113,6 +130,12 @@ class Plain:
     def deltas_added(self, deltas: dict[str, torch.Tensor]) -> AbstractContextManager:
         """Context in which `deltas` are added to frozen parameters; at its end they are bit for bit as before."""
         return temporarily_add(self.scorer, deltas, lambda _params: nullcontext())
+
+    @torch.no_grad()
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Round the trained weights to the values that a file of this dtype can hold."""
+        round_parts(self.parts, dtype)
+        self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:

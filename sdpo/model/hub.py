@@ -1,8 +1,8 @@
 """Loads, fingerprints and saves models and tokenizers: Hugging Face folders with safetensors. Nothing is unpickled."""
 
-import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,21 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from sdpo import distributed
 from sdpo.data import tokenizer_check
 from sdpo.errors import Unreachable, UserError
-from sdpo.store.artifacts import hash_files, key_of
+from sdpo.store.artifacts import key_of
+from sdpo.store.hashing import Block, hash_blocks, hash_files, hash_json, hash_weights
 
 transformers.utils.logging.disable_progress_bar()  # it shows one per shard; we show our own
 
 WEIGHTS = "*.safetensors"
+WHOLE = "model.safetensors"  # transformers' name of a model's only file
 # The files beside the weights that decide what a model computes and how it is talked to.
 CARRIED = ["config.json", "generation_config.json", "*.py", "*token*.json", "vocab*", "merges.txt", "*.model"]
 CARRIED += ["*.tiktoken", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}  # in safetensors' words
 
 
 def locate(path: str | None, revision: str | None, on_hub: bool, trust_remote_code: bool = False) -> Path:
@@ -109,16 +113,22 @@ def fingerprint(folder: Path) -> str:
     a step's folder carries them on.
     """
     carried = {path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()}
-    return key_of("external", {"files": hash_files(folder, sorted({*weight_files(folder), *carried}))})
+    files = hash_files(folder, carried - {*weight_files(folder)})
+    return key_of("external", {"weights": fingerprint_files(folder), "files": files})
+
+
+def fingerprint_files(folder: Path) -> str:
+    """The content hash of a model's weights as they are stored, however many files they are in."""
+    return hash_weights(weight_files(folder))
 
 
 def fingerprint_weights(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
-    """The content hash (SHA-256, hex) of weights and their names, after a cast to `dtype`."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].to(dtype).reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    """The content hash of weights by their names in a file, after a cast to `dtype`: that of a file with these."""
+    blocks = {}
+    for name, weight in weights.items():
+        content = weight.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+        blocks[name] = Block(STORED_AS[dtype], [*weight.shape], content)
+    return hash_json(hash_blocks(blocks))
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -160,13 +170,13 @@ def load(folder: Path, trust_remote_code: bool = False, as_stored: bool = False)
 
 
 def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Move a module to a device and cast its parameters to `dtype`, one by one: fp32 weights never fill the device.
+    """Move a module to a device and cast its parameters to `dtype` there, one by one: fp32 weights never fill it.
 
     Packed 4-bit weights keep their integer dtype. Buffers keep theirs too, as in `from_pretrained(dtype=...)` and in
     DeepSpeed: rotary frequencies in bf16 would change log-probs by a tenth of a nat per token at a thousand tokens.
     """
     for param in module.parameters():
-        param.data = param.data.to(device, dtype if param.is_floating_point() else None)
+        param.data = param.data.to(device).to(dtype if param.is_floating_point() else param.dtype)
     return module.to(device)
 
 
@@ -185,12 +195,41 @@ def save(
 ) -> None:
     """Write whole weights (named as in `model.state_dict()`), the configuration with their dtype, and the tokenizer."""
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    model.save_pretrained(folder, state_dict=state)  # empties `state`
+    model.save_pretrained(folder, state_dict=state, max_shard_size="1TB")  # empties `state`
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("dtype") != dtype:  # transformers writes that of the model in memory
         path.write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
+
+
+def save_shares(
+    model: PreTrainedModel, share: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """As `save`, but every rank has a share of the weights, perhaps an empty one, and writes it into a file of its own.
+
+    The first rank has a share. Several files have an index, as transformers writes it.
+    """
+    ranks = [rank for rank, has_one in enumerate(distributed.gather(bool(share))) if has_one]
+    if len(ranks) == 1:
+        if share:
+            save(model, share, tokenizer, folder)
+        return
+    part = folder if distributed.is_main() else folder / f"part-{distributed.rank()}"
+    if share:
+        save(model, share, tokenizer, part)
+        number = ranks.index(distributed.rank()) + 1
+        (part / WHOLE).rename(folder / f"model-{number:05}-of-{len(ranks):05}.safetensors")
+    if part != folder:
+        shutil.rmtree(part, ignore_errors=True)
+    distributed.barrier()
+    if distributed.is_main():
+        names = {path: safe_open(path, framework="np").keys() for path in weight_files(folder)}
+        index = {
+            "metadata": {"total_size": sum(path.stat().st_size for path in names)},
+            "weight_map": {name: path.name for path in names for name in names[path]},
+        }
+        (folder / f"{WHOLE}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def count_weights(folder: Path) -> int:

@@ -38,10 +38,11 @@ class Scorer(nn.Module):
     """A causal language model (`.model`) whose forward pass takes a pack and returns log-probs.
 
     `attention` is auto, sdpa, varlen, flex or plain. Raises UserError, which names the model, if the packed log-probs
-    differ from those of the model's own forward pass in a check of sequences of up to `longest` tokens.
+    differ from those of the model's own forward pass in a check of sequences of up to `longest` tokens (None: whoever
+    makes the scorer checks it, on its device).
     """
 
-    def __init__(self, model: PreTrainedModel, attention: str = "auto", longest: int = 1024):
+    def __init__(self, model: PreTrainedModel, attention: str = "auto", longest: int | None = 1024):
         super().__init__()
         if model.get_decoder() is model:
             raise UserError(f"{type(model).__name__} has no decoder apart from its head, and cannot be scored here")
@@ -53,7 +54,8 @@ class Scorer(nn.Module):
         self.longest_packed = rotary.longest_with_fixed_frequencies(model.config.get_text_config())
         rotary.forget_lengths(model)
         self.train(model.training)
-        check_packing(self, longest)
+        if longest is not None:
+            check_packing(self, longest)
 
     @property
     def backend(self) -> str:

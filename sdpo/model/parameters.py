@@ -1,5 +1,6 @@
-"""Helpers of both engines: find the trained parameters, optimise them, and change frozen ones for a while."""
+"""Helpers of both engines: find the trained parameters, optimise and share them, and change frozen ones for a while."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
@@ -8,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdpo import config
+from sdpo import config, distributed
 from sdpo.errors import UserError
 
 # Of bitsandbytes: its moments of smaller tensors are fp32, and these entries of its state are equal for all tensors.
 SMALLEST_IN_8BIT, TABLES = 4096, "qmap"
+SHARE = 2**28  # bytes in fp32: below it, a second file is not worth its while
+LAYER = re.compile(r"(.*?\.\d+)\.")  # the part of a parameter's name that names its layer
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -79,6 +82,28 @@ def growth(optimizer: torch.optim.Optimizer, sums: list[torch.Tensor]) -> list[t
                 is_8bit = not isinstance(optimizer, torch.optim.AdamW) and master.numel() >= SMALLEST_IN_8BIT
                 added += [torch.empty_like(master, dtype=torch.uint8 if is_8bit else None) for _ in range(2)]
     return added
+
+
+def round_parts(parts: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Round fp32 tensors in place to what `dtype` can hold."""
+    if dtype != torch.float32:
+        for part in parts:
+            part.copy_(part.to(dtype))
+
+
+def writers(params: dict[str, nn.Parameter]) -> dict[str, int]:
+    """For each parameter the rank that writes it: about equal bytes each, unless the model is small.
+
+    The parameters of a layer stay together, because a file format may have several of them as one tensor.
+    """
+    sizes = {name: getattr(param, "ds_numel", param.numel()) for name, param in params.items()}  # whole under ZeRO-3
+    total, before, ranks = sum(sizes.values()), 0, dict[str, int]()
+    num_writers = min(distributed.world_size(), 1 + 4 * total // SHARE)
+    for name, size in sizes.items():
+        layer = LAYER.match(name)
+        ranks.setdefault(layer[1] if layer else name, before * num_writers // total)
+        before += size
+    return {name: ranks[layer[1] if (layer := LAYER.match(name)) else name] for name in sizes}
 
 
 @contextmanager

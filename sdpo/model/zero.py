@@ -16,7 +16,7 @@ from sdpo.errors import UserError
 from sdpo.model.hub import DTYPES, cast
 from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import Pack
-from sdpo.model.parameters import adamw, temporarily_add, trained_parameters
+from sdpo.model.parameters import adamw, round_parts, temporarily_add, trained_parameters, writers
 from sdpo.types import ChosenRejected
 
 # Keys of DeepSpeed that are not given in deepspeed.config, and what decides them.
@@ -83,11 +83,18 @@ class Zero:
             config=deepspeed_config,
         )
         self.scorer, self.part = scorer, distributed.rank()
+        self.trains, self.states = bool(trained), optim.states
         if trained:
             self.zero, self.optimizer = wrapped, wrapped.optimizer
         self.module.training = scorer.training  # the wrapper's own train() and eval() do not set this flag
         if exact:
             self.set_weights(exact)
+
+    def renew(self, optim: config.Optim) -> None:
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group |= {"lr": optim.lr, "betas": tuple(optim.betas), "weight_decay": optim.weight_decay}
+        self.zero.clip_grad = optim.clip
 
     def forward(self, pack: Pack) -> ChosenRejected:
         return self.module(pack)
@@ -115,6 +122,16 @@ class Zero:
                 if everywhere or distributed.is_main():
                     full[name] = tensor.to("cpu", copy=True)
         return full
+
+    def share(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        params, share = trained_parameters(self.scorer), {}
+        for name, rank in writers(params).items():
+            whole = safe_get_full_fp32_param(params[name])  # every rank takes part, and one keeps it
+            if rank == distributed.rank():
+                share[name] = whole.to(dtype).to("cpu", copy=True)
+        return share
 
     def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
@@ -145,6 +162,11 @@ class Zero:
         if self.stage == 3:  # its optimiser has parameters only during a step
             return self.zero.fp32_partitioned_groups_flat
         return [part for group in self.optimizer.param_groups for part in group["params"]]
+
+    @torch.no_grad()
+    def round_to(self, dtype: torch.dtype) -> None:
+        round_parts(self.parts, dtype)
+        self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:

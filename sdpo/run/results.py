@@ -12,6 +12,7 @@ from sdpo.curriculum.build import Curriculum
 from sdpo.data.pair_table import PairTable
 from sdpo.evals.answer_formats import write_formats
 from sdpo.evals.evaluator import Evaluator
+from sdpo.metrics import CLOCK
 from sdpo.run import trajectory
 from sdpo.run.folder import write_json
 from sdpo.run.provenance import environment
@@ -51,6 +52,7 @@ def _summary(evaluator: Evaluator, seconds: float) -> dict[str, Any]:
         "initial": {"eval": initial.eval},
         "headline": {"name": name, "value": last["value"], "n": last["n"]},
         "seconds": seconds,
+        "spent": CLOCK.seconds | {"other": seconds - sum(CLOCK.seconds.values())},
         "trained_steps": len(steps) - reused,
         "reused_steps": reused,
     }

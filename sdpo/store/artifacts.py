@@ -7,24 +7,25 @@ leaves none.
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-from uuid import uuid4
+from typing import IO, Any, NamedTuple, Self
 
 from sdpo import distributed
 from sdpo.console import tell
 from sdpo.errors import UserError
+from sdpo.metrics import CLOCK
+from sdpo.store.hashing import hash_files, hash_json
+from sdpo.store.publishing import complete, new_folder
 
-NUMERICS_VERSION = 5  # raise it when a change of the code makes equal settings give other numbers
+NUMERICS_VERSION = 6  # raise it when a change of the code makes equal settings give other numbers
 SECONDS_BETWEEN_TRIES = 0.2  # to get a lock that another process has
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of a disk that has no locks
 
@@ -37,23 +38,14 @@ class Artifact(NamedTuple):
 
 def key_of(kind: str, determinants: dict) -> str:
     """Return the SHA-256 (hex) of the canonical JSON of what determines an artifact of this kind."""
-    whole = {"kind": kind, "numerics": NUMERICS_VERSION, **determinants}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def hash_files(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each file among `paths`, by its path relative to `folder`; folders are left out."""
-    hashes = {}
-    for path in sorted(filter(Path.is_file, paths)):
-        with path.open("rb") as file:
-            hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return hash_json({"kind": kind, "numerics": NUMERICS_VERSION, **determinants})
 
 
 class Store:
     """Artifacts below one folder: `root`, else `SDPO_STORE`, else `store/` in the checkout.
 
-    An installed package has no checkout; its store is `store/` in the working directory.
+    An installed package has no checkout; its store is `store/` in the working directory. As a context manager it ends
+    when all is whole.
     """
 
     def __init__(self, root: Path | None = None):
@@ -63,6 +55,13 @@ class Store:
         there = next(path for path in (self.root, *self.root.parents) if path.exists())
         if not there.is_dir():
             raise UserError(f"{there} is a file, and steps are stored in folders; set SDPO_STORE to a folder")
+        self._completing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.join()
 
     def folder(self, kind: str, key: str) -> Path:
         """Return the folder of an artifact, whether it exists or not."""
@@ -76,18 +75,60 @@ class Store:
         """Return whether the artifact with these determinants exists."""
         return self.has(kind, key_of(kind, determinants))
 
-    def make(self, kind: str, determinants: dict, build: Callable[[Path], None]) -> Artifact:
+    def make(
+        self, kind: str, determinants: dict, build: Callable[[Path], None], then: Callable[[], None] | None = None
+    ) -> Artifact:
         """Return the artifact with these determinants; if it does not exist, every rank runs `build(folder)` first.
 
-        If several processes want the same artifact, one makes it and the others wait.
+        If several processes want the same artifact, one makes it and the others wait. With `then`, a single rank
+        completes a new artifact in a thread, while it goes on: it is hashed, synced, renamed, and `then` is called.
+        Before `join` its folder may not exist.
         """
         key = key_of(kind, determinants)
         final = self.folder(kind, key)
-        with self._lock(kind, key):
+        with ExitStack() as until_whole:
+            until_whole.enter_context(self._lock(kind, key))
             if distributed.broadcast(self.has(kind, key) if distributed.is_main() else None):
                 return Artifact(key, final, reused=True)
-            publish(final, {"kind": kind, "key": key, **determinants}, build)
+            manifest = {"kind": kind, "key": key, "numerics": NUMERICS_VERSION, **determinants}
+            self.publish(final, manifest, build, then, until_whole.pop_all())
         return Artifact(key, final, reused=False)
+
+    def publish(
+        self,
+        final: Path,
+        manifest: dict,
+        build: Callable[[Path], None],
+        then: Callable[[], None] | None = None,
+        held: ExitStack | None = None,
+    ) -> None:
+        """Let every rank run `build` in a new folder, which is named `final` when it is whole and on the disk.
+
+        `manifest` is stored in it as manifest.json, with the hash of every file. If another process made `final`
+        meanwhile, its folder is kept. `then` is as in `make`; `held` is released when all is done. At most one folder
+        is completed in a thread at a time. Raises UserError if `final` is a folder without a manifest.
+        """
+        with held or ExitStack() as until_whole:
+            folder = until_whole.enter_context(new_folder(final))
+            build(folder)
+            self.join()
+
+            def finish() -> None:
+                complete(folder, final, manifest)
+                if then:
+                    then()
+
+            if then and distributed.world_size() == 1:
+                self._completing = _in_thread(finish, until_whole.pop_all())
+            else:
+                finish()
+
+    def join(self) -> None:
+        """Wait until the artifact that a thread completes is whole. Raises what the thread raised."""
+        completing, self._completing = self._completing, None
+        if completing:
+            with CLOCK.counting("wait"):
+                completing.result()
 
     def make_json(self, kind: str, determinants: dict, compute: Callable[[], Any]) -> Any:
         """Return a JSON value that is stored as an artifact; if it does not exist, every rank computes it first.
@@ -119,7 +160,8 @@ class Store:
                     file.seek(0)
                     tell(f"waiting for {file.read() or 'another process'}, which makes {kind} {key[:16]}")
                     told = True
-                time.sleep(SECONDS_BETWEEN_TRIES)
+                with CLOCK.counting("wait"):
+                    time.sleep(SECONDS_BETWEEN_TRIES)
             if file:
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -130,7 +172,9 @@ class Store:
 class ReadOnly(Store):
     """A store that makes nothing. It names a model before it exists; any other artifact must exist."""
 
-    def make(self, kind: str, determinants: dict, build: Callable[[Path], None]) -> Artifact:
+    def make(
+        self, kind: str, determinants: dict, build: Callable[[Path], None], then: Callable[[], None] | None = None
+    ) -> Artifact:
         key = key_of(kind, determinants)
         found = Artifact(key, self.folder(kind, key), reused=self.has(kind, key))
         if not found.reused and kind not in ("model", "mean", "rounded"):
@@ -141,13 +185,21 @@ class ReadOnly(Store):
 def damaged(artifact: Artifact, *names: str) -> list[str]:
     """Return the files (among `names`, or all) whose content is not what was stored.
 
-    `manifest.json` is one of them if it belongs to another artifact; it is the only one if it cannot be read.
+    `manifest.json` is one of them if it belongs to another artifact; it is the only one if it cannot be read. Raises
+    UserError if another version of this code stored the artifact, because its hashes cannot be compared.
     """
     manifest = manifest_of(artifact.folder)
     if manifest is None:
         return ["manifest.json"]
+    if not is_current(manifest):
+        raise UserError(f"{artifact.folder} was stored by another version of sdpo; start the run again")
     wrong = _differing(artifact.folder, manifest["files"], names or manifest["files"])
     return wrong + ["manifest.json"] * (manifest["key"] != artifact.key)
+
+
+def is_current(manifest: dict) -> bool:
+    """Return whether this version of the code stored the artifact of a manifest, so that it may be read."""
+    return manifest.get("numerics") == NUMERICS_VERSION
 
 
 def differing(folder: Path) -> list[str]:
@@ -184,84 +236,17 @@ def check(artifact: Artifact, *names: str) -> None:
         )
 
 
-def publish(final: Path, manifest: dict, build: Callable[[Path], None]) -> None:
-    """Let every rank run `build` in a new folder, which is named `final` when it is whole and on the disk.
+def _in_thread(work: Callable[[], None], held: ExitStack) -> Future[None]:
+    """Let a thread work, and release in the end what it held."""
 
-    `manifest` is stored in it as manifest.json, with the hash of every file. If another process made `final` meanwhile,
-    its folder is kept. Raises UserError if `final` is a folder without a manifest.
-    """
-    temporary = distributed.broadcast(_temporary(final))
-    if distributed.is_main():
-        remove_abandoned(final.parent, final.name)
-        temporary.mkdir(parents=True)
-    distributed.barrier()
-    try:
-        build(temporary)
-        distributed.barrier()
-        manifest = manifest | {"files": _settle(temporary)}
-        if distributed.is_main():
-            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            _sync([temporary / "manifest.json", *filter(Path.is_dir, temporary.rglob("*")), temporary])
-            _rename(temporary, final)
-            _sync([final.parent])
-    finally:
-        if distributed.is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-    distributed.barrier()
+    def run() -> None:
+        with held:
+            work()
 
-
-def _temporary(final: Path) -> Path:
-    """A new name beside `final`, which tells the process that uses it."""
-    return final.with_name(f"tmp-{final.name}-{os.getpid()}-{uuid4().hex[:8]}-{socket.gethostname()}")
-
-
-def remove_abandoned(folder: Path, name: str = "*") -> None:
-    """Remove what ended processes of this machine left in `folder` of what would have been called `name`."""
-    for abandoned in folder.glob(f"tmp-{name}-*-{socket.gethostname()}"):
-        if not _is_alive(int(abandoned.name.split("-")[2])):
-            shutil.rmtree(abandoned, ignore_errors=True)  # another process may be removing it
-
-
-def remove(folder: Path) -> None:
-    """Remove a published folder, unless another process has done so. No process finds a part of it."""
-    temporary = _temporary(folder)
-    with suppress(FileNotFoundError):
-        folder.rename(temporary)
-        shutil.rmtree(temporary)
-
-
-def _settle(folder: Path) -> dict[str, str]:
-    """Put the files of a folder on the disk, readable for the group; returns their hashes. The ranks share the work."""
-    found = sorted(filter(Path.is_file, folder.rglob("*"))) if distributed.is_main() else None
-    mine = distributed.broadcast(found)[distributed.rank() :: distributed.world_size()]
-    for path in mine:
-        path.chmod(folder.stat().st_mode & 0o666)  # some libraries write files that only their owner can read
-    _sync(mine)
-    return {name: digest for part in distributed.gather(hash_files(folder, mine)) for name, digest in part.items()}
-
-
-def _rename(temporary: Path, final: Path) -> None:
-    """Rename a folder, unless another process has made `final` already."""
-    try:
-        temporary.rename(final)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        if not final.is_dir():  # a checkpoint, which another process has just removed
-            return _rename(temporary, final)
-        if not (final / "manifest.json").is_file():
-            raise UserError(f"{final} is incomplete; remove it and start again") from error
-
-
-def _is_alive(process: int) -> bool:
-    """Whether a process of this machine lives."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()  # in a container, a restarted run often has the number of the killed one
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(run)
+    pool.shutdown(wait=False)  # it takes no more work
+    return future
 
 
 def try_lock(file: IO) -> bool:
@@ -283,11 +268,3 @@ def try_lock(file: IO) -> bool:
 @cache
 def _tell_no_locks(folder: Path) -> None:
     tell(f"the disk of {folder} has no locks, so runs that want the same artifact at the same time will each make it")
-
-
-def _sync(paths: Iterable[Path]) -> None:
-    """Wait until files and folders are on the disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from sdpo.console import columns
 from sdpo.errors import UserError
-from sdpo.store.artifacts import Artifact, Store, damaged, manifest_of
+from sdpo.store.artifacts import Artifact, Store, damaged, is_current, manifest_of
 
 KEY = re.compile(r"\b[0-9a-f]{64}\b")
 DAY = 24 * 3600  # seconds after which what a process left unfinished counts as abandoned
@@ -29,6 +29,7 @@ class Entry(NamedTuple):
     size: int  # bytes
     parents: set[str]  # the keys that its manifest names: what it was made from
     is_model: bool
+    is_current: bool = True  # whether this version of the code stored it
 
 
 def entries(store: Store) -> list[Entry]:
@@ -42,7 +43,8 @@ def _entry(path: Path) -> Entry:
         raise UserError(f"{path} cannot be read; remove {path.parent} and start again")
     parents = set(KEY.findall(path.read_text())) - {manifest["key"], *manifest["files"].values()}
     is_model = any(path.parent.glob("model*.safetensors"))
-    return Entry(manifest["kind"], manifest["key"], path.parent, _size(path.parent), parents, is_model)
+    size, current = _size(path.parent), is_current(manifest)
+    return Entry(manifest["kind"], manifest["key"], path.parent, size, parents, is_model, current)
 
 
 def leftovers(store: Store) -> list[Entry]:
@@ -93,13 +95,19 @@ def list_entries(store: Store) -> str:
 
 
 def verify(store: Store) -> str:
-    """Read every file, and count the artifacts. Raises UserError if one is not what was stored."""
-    stored = entries(store)
-    moved = [one.folder for one in stored if one.folder != store.folder(one.kind, one.key)]
+    """Read every file, and count the artifacts. Raises UserError if one is not what was stored.
+
+    Artifacts of other versions of this code are counted apart: their hashes are others, and no run reads them.
+    """
+    found = entries(store)
+    stored = [one for one in found if one.is_current]
+    moved = [one.folder for one in found if one.folder != store.folder(one.kind, one.key)]
     bad = moved + [one.folder for one in stored if damaged(Artifact(one.key, one.folder, reused=True))]
+    others = len(found) - len(stored)
     if bad:
         raise UserError(f"{len(bad)} artifacts have changed: {', '.join(map(str, bad))}; remove them and start again")
-    return f"{len(stored)} artifacts are what was stored"
+    unread = f"; {others} of another version of sdpo were not read" if others else ""
+    return f"{len(stored)} artifacts are what was stored{unread}"
 
 
 def prune(store: Store, folders: list[Path], keep: str, abandon: bool, remove: bool) -> str:

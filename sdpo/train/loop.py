@@ -105,6 +105,7 @@ class TrainingLoop:
                     log = {"entries": entries, "windows": reference.report}
                     checkpoint.save(self.engine, Saved(reference.state(), log))
                 if must_stop:
+                    checkpoint.join()
                     tell(f"asked to stop: update {number + 1} is saved, and the same command goes on from there")
                     raise SystemExit(distributed.STOPPED)
                 pending, began = [], time.monotonic()

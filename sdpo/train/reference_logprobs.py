@@ -26,26 +26,35 @@ from sdpo.train.step_key import StepSpec
 from sdpo.variants import placebo as placebos
 
 Placebo = Callable[[np.ndarray, np.ndarray], np.ndarray]  # positions, the rule's log-probs there -> what the loss reads
+HashFirst = Callable[[], str | None]  # the hash of the first window's weights, on rank 0
 
 
 class ReferenceLogprobs:
     """The log-probs that a step's loss reads; `logps_N2` holds those of the present window.
 
-    `first_N2` are the log-probs of the whole chunk under the first window's model, whose weights `weights_hash`
-    identifies. A `placebo` replaces the log-probs of every window. `probes` are scored under every later window too.
+    `first_N2` are the log-probs of the whole chunk under the first window's model, whose weights `hash_first`
+    identifies; it is asked late, because the model may not be whole in the store before. A `placebo` replaces the
+    log-probs of every window. `probes` are scored under every later window too.
     """
 
     def __init__(
-        self, windows: list[dict], first_N2: np.ndarray, weights_hash: str | None, probes: Probes, placebo: Placebo
+        self, windows: list[dict], first_N2: np.ndarray, hash_first: HashFirst, probes: Probes, placebo: Placebo
     ):
-        self.placebo, self.probes = placebo, probes
+        self.placebo, self.probes, self._hash_first = placebo, probes, hash_first
         self.logps_N2 = placebo(np.arange(len(first_N2)), first_N2).copy()
         ends = np.cumsum([window["num_updates"] for window in windows])
         self.begins = dict(zip(ends.tolist(), windows[1:], strict=False))  # update -> the window that begins there
         self.bound: float | None = windows[-1].get("bound") if windows else None
         self.mixes = any("reference" in window["weights"] for window in windows)
         self.weights: Weights = {}  # the reference's, if later windows are mixed from them
-        self.report = [_describe(0, weights_hash, self.logps_N2)] if windows else []  # per window so far
+        self._report = [_describe(0, None, self.logps_N2)] if windows else []  # per window so far
+
+    @property
+    def report(self) -> list[dict]:
+        """What every window so far was; JSON."""
+        for window in self._report[:1]:
+            window["weights_hash"] = window["weights_hash"] or self._hash_first()
+        return self._report
 
     def keep_start(self, engine: Engine) -> None:
         """Keep the weights of the step's start if later windows are mixed from them."""
@@ -68,7 +77,7 @@ class ReferenceLogprobs:
             self.logps_N2[members] = self.placebo(members, score(engine.module, rows, budget))
             self.probes.score("reference", update, engine, budget)
         weights_hash = _hash_of_weights(engine, self.weights)
-        self.report.append(_describe(update, weights_hash, self.logps_N2[members]))
+        self._report.append(_describe(update, weights_hash, self.logps_N2[members]))
 
     def _weights_of(self, window: dict, engine: Engine) -> AbstractContextManager:
         """A context in which the engine has the window's weights. If nothing is mixed, they are the policy's."""
@@ -87,7 +96,7 @@ class ReferenceLogprobs:
 
     def restore(self, state: Weights, report: list[dict]) -> None:
         """Go on from a checkpoint; the arguments are what `state` and `report` were when it was written."""
-        self.report, self.logps_N2 = report, state["logps"].numpy()
+        self._report, self.logps_N2 = report, state["logps"].numpy()
         self.weights, self.probes.logps = (
             {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
             for part in ("weights/", "probes/")
@@ -103,10 +112,10 @@ def score_first_window(spec: StepSpec, windows: Windows, placebo: Placebo, runne
     probes = Probes(spec.chunk.probes, spec.config.probe.every)
     if model is None:
         zeros_N2 = np.zeros((len(rows), 2), dtype=np.float32)
-        return ReferenceLogprobs(windows.listed, zeros_N2, None, probes, placebo)
+        return ReferenceLogprobs(windows.listed, zeros_N2, lambda: None, probes, placebo)
     first_N2, *_ = runner.logprobs_of(model, [rows, *spec.followed])
     runner.audit(model, rows, first_N2)
-    return ReferenceLogprobs(windows.listed, first_N2, _hash_of_weights(runner.load(model)), probes, placebo)
+    return ReferenceLogprobs(windows.listed, first_N2, lambda: runner.weights_hash(model), probes, placebo)
 
 
 def bind_placebo(spec: StepSpec, runner: Runner) -> Placebo:
@@ -125,8 +134,8 @@ def _describe(update: int, weights_hash: str | None, logps_N2: np.ndarray) -> di
     return {"first_update": update + 1, "weights_hash": weights_hash, **margins}
 
 
-def _hash_of_weights(engine: Engine, mixed: Weights | None = None) -> str:
-    """The content hash of the trained weights, or of `mixed` ones, in the dtype of the forward pass; on rank 0."""
+def _hash_of_weights(engine: Engine, mixed: Weights) -> str:
+    """The content hash of `mixed` weights, or else of the trained ones, in the dtype of the forward pass; on rank 0."""
     weights = {name.removeprefix("model."): tensor for name, tensor in (mixed or engine.weights()).items()}
     return hub.fingerprint_weights(weights, engine.scorer.head.weight.dtype)
 

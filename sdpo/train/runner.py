@@ -20,8 +20,9 @@ from sdpo.console import progress, tell
 from sdpo.data.prompt_and_answer import as_trained
 from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
+from sdpo.metrics import CLOCK
 from sdpo.model import hub, layers
-from sdpo.model.engine import Engine, open_engine
+from sdpo.model.engine import Engine, Plain, open_engine
 from sdpo.model.logprobs import Scorer, check_packing, exceeds_rounding, naive_logprobs, score
 from sdpo.model.lora import adapters
 from sdpo.model.memory import explained, scoring_budget
@@ -45,25 +46,41 @@ class Runner:
         self.numerics = Numerics(config)
         self.foreign: dict[str, dict[str, TokenPair]] = {}  # key of a model with another tokenizer -> row id -> its row
         self.scored = np.zeros(2)  # tokens and seconds of all passes for log-probs so far
-        self._reported_backend = ""
+        self._reported_backend = self._kernels = ""
         self._checked: set[tuple[str, ...]] = set()
         self._engine: Engine | None = None
         self._loaded: str | None = None  # the key of the weights in memory
+        self._is_exact = False  # whether a model that is not trained was loaded without rounding it
         self._adapter: adapters.AdapterSpec | None = None  # if one is trained
 
     def load(self, model: Artifact) -> Engine:
         """An engine that scores with this model; the present engine if it has the model's weights."""
         if self._engine and self._loaded == model.key:
             return self._engine
-        self._start_loading(model)
-        return self._open(model, self._load_as_stored(model).requires_grad_(False), self.config)
+        with CLOCK.counting("load"):
+            self._start_loading(model)
+            return self._open(model, self._load_as_stored(model).requires_grad_(False), self.config)
 
     def load_to_train(self, spec: StepSpec) -> Engine:
-        """A new engine with a new optimiser, at the bytes of the step's start."""
-        adapter = bind(tune, spec.config.tune)()
-        if adapter is None:
+        """An engine with a new optimiser, at the bytes of the step's start.
+
+        If the start is the model in memory, it stays there: nothing is read.
+        """
+        with CLOCK.counting("load"):
+            adapter = bind(tune, spec.config.tune)()
+            if adapter:
+                return self._load_adapted(adapter, spec)
+            engine = self._engine if self._loaded == spec.start.key and not self._adapter else None
+            if engine and engine.trains and engine.states == spec.config.optim.states:
+                engine.renew(spec.config.optim)
+                return engine
+            if engine and not engine.trains and self._is_exact and isinstance(engine, Plain):
+                return self._open_engine(engine.scorer.requires_grad_(True), spec.start, spec.config)
             self._start_loading(spec.start)
             return self._open(spec.start, self._load_as_stored(spec.start).requires_grad_(True), spec.config)
+
+    def _load_adapted(self, adapter: tune.Adapter, spec: StepSpec) -> Engine:
+        self.store.join()  # the start's folder may have an adapter
         adapted = adapters.spec_for(adapter, spec.start, spec.history)
         self._start_loading(*{spec.start, adapted.base})
         self._adapter = adapted
@@ -77,6 +94,7 @@ class Runner:
 
     def load_plain(self, model: Artifact) -> PreTrainedModel:
         """The model in fp32 on the CPU, without an engine; the present engine stays as it is."""
+        self.store.join()
         return hub.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
 
     def _load_as_stored(self, model: Artifact) -> PreTrainedModel:
@@ -85,19 +103,25 @@ class Runner:
 
     def load_verified(self, model: Artifact) -> PreTrainedModel:
         """As `load_plain`, but UserError if the folder no longer holds the weights that the key names."""
+        self.store.join()
         verify(model)
         return self.load_plain(model)
 
     def _start_loading(self, *models: Artifact) -> None:
         self.release()
+        self.store.join()
         if distributed.is_main():
             for model in models:
                 verify(model)
         distributed.barrier()
 
     def _open(self, model: Artifact, loaded: PreTrainedModel, config: Config) -> Engine:
-        scorer = Scorer(loaded, self.config.launch.attention, longest=0)
-        kernels = layers.prepare(loaded, self.config.launch, self.device)
+        scorer = Scorer(loaded, self.config.launch.attention, longest=None)
+        self._kernels = layers.prepare(loaded, self.config.launch, self.device)
+        self._is_exact = loaded.dtype == torch.bfloat16 or config.precision == "fp32"
+        return self._open_engine(scorer, model, config)
+
+    def _open_engine(self, scorer: Scorer, model: Artifact, config: Config) -> Engine:
         self._engine = open_engine(scorer, config.optim, config.precision, config.deepspeed, self.device)
         self._loaded = model.key
         self._check(scorer, config)
@@ -106,7 +130,7 @@ class Runner:
             launch = self.config.launch
             tell(
                 f"attention: {scorer.backend} (launch.attention={launch.attention}); "
-                f"kernels of the layers: {kernels} (launch.kernels={launch.kernels})"
+                f"kernels of the layers: {self._kernels} (launch.kernels={launch.kernels})"
             )
         return self._engine
 
@@ -131,19 +155,38 @@ class Runner:
         self._engine = self._loaded = self._adapter = None
 
     def save(self, engine: Engine, folder: Path, key: str) -> None:
-        """Write the trained weights as a Hugging Face folder. From here on they are the model of this key."""
+        """Write the trained weights as a Hugging Face folder. From here on they are the model of this key.
+
+        The weights in memory are rounded as those in the file, so that they have its bits.
+        """
         assert engine is self._engine, "another model was loaded while this one was trained"
-        model = engine.scorer.model
-        state = {name.removeprefix("model."): tensor for name, tensor in engine.weights().items()}
-        if distributed.is_main():
-            if self._adapter:
-                model = adapters.save_and_merge(self._adapter, state, folder, self.config.model.trust_remote_code)
-                state = dict(model.named_parameters())
-            dtype = hub.DTYPES[self.config.save_dtype]
-            tokenizer, model.generation_config.eos_token_id = as_trained(self.tokenizer, self.config.data.template)
-            hub.save(model, {name: tensor.to(dtype) for name, tensor in state.items()}, tokenizer, folder)
-        # If the weights were rounded or merged when they were written, those in memory are others.
-        self._loaded = key if self.config.save_dtype == "fp32" and not self._adapter else None
+        with CLOCK.counting("save"):
+            self._save(engine, folder)
+        self._loaded = None if self._adapter else key
+
+    def _save(self, engine: Engine, folder: Path) -> None:
+        dtype = hub.DTYPES[self.config.save_dtype]
+        if not self._adapter:
+            engine.round_to(dtype)
+        model, share = self._merged(engine, folder) if self._adapter else (engine.scorer.model, engine.share(dtype))
+        tokenizer, model.generation_config.eos_token_id = as_trained(self.tokenizer, self.config.data.template)
+        share = {name.removeprefix("model."): tensor.detach().to(dtype) for name, tensor in share.items()}
+        hub.save_shares(model, share, tokenizer, folder)
+
+    def _merged(self, engine: Engine, folder: Path) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+        """The base with the trained adapter merged into it, and its weights by the scorer's names, all on rank 0."""
+        assert self._adapter
+        trained = {name.removeprefix("model."): tensor for name, tensor in engine.weights().items()}
+        if not distributed.is_main():
+            return engine.scorer.model, {}
+        remote = self.config.model.trust_remote_code
+        model = adapters.save_and_merge(self._adapter, trained, folder, remote)
+        return model, {f"model.{name}": param for name, param in model.named_parameters()}
+
+    def weights_hash(self, model: Artifact) -> str | None:
+        """The content hash of a model's weights as they are stored; only rank 0 has it."""
+        self.store.join()
+        return hub.fingerprint_files(model.folder) if distributed.is_main() else None
 
     def logprobs_of(self, model: Artifact, tables: list[list[TokenPair]]) -> list[np.ndarray]:
         """The log-probs of several tables of rows under a model. It is loaded once, if the store lacks any of them."""
@@ -160,7 +203,7 @@ class Runner:
         def build(folder: Path) -> None:
             module, budget = self.load(model).module, scoring_budget(self.config.launch)
             bar = progress(len(rows), "log-probs", quiet=not distributed.is_main())
-            with bar, explained("in the log-probs", budget):
+            with bar, explained("in the log-probs", budget), CLOCK.counting("reference"):
                 began = time.monotonic()
                 logps_N2 = score(module, rows, budget, bar.advance)
                 self.scored += (sum(map(tokens_of, rows)), time.monotonic() - began)
@@ -201,11 +244,11 @@ class Runner:
         """
         rows = self._as_read_by(model, rows)
         sample = np.random.default_rng(len(rows)).choice(len(rows), min(NUM_AUDITED, len(rows)), replace=False)
-        engine = self.load(model)
+        scorer = self.load(model).scorer
         for row, stored in zip([rows[i] for i in sample], logps_N2[sample], strict=True):
-            with torch.no_grad():
-                fresh = np.array([float(logp) for logp in naive_logprobs(engine.scorer.model, row)])
-            if exceeds_rounding(stored[None], fresh[None], [row], engine.scorer.head.weight.dtype):
+            with torch.no_grad(), CLOCK.counting("reference"):
+                fresh = np.array([float(logp) for logp in naive_logprobs(scorer.model, row)])
+            if exceeds_rounding(stored[None], fresh[None], [row], scorer.head.weight.dtype):
                 raise UserError(
                     f"the reference log-probs of row {row.id} are {stored.tolist()}, but its model gives "
                     f"{fresh.tolist()}: the stored numbers are not this model's; remove them and start again"

@@ -11,6 +11,7 @@ import numpy as np
 from sdpo import distributed
 from sdpo.console import tell
 from sdpo.errors import UserError
+from sdpo.metrics import CLOCK
 from sdpo.model.checkpoint import Checkpoint, load_moments, save_moments
 from sdpo.model.engine import Engine
 from sdpo.store.artifacts import Artifact, check, key_of
@@ -55,58 +56,78 @@ def name_step(spec: StepSpec, runner: Runner) -> NamedStep:
     return NamedStep(key_of("step", determinants), determinants, windows)
 
 
-def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: None) -> Step:
+def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: None, in_background: bool = False) -> Step:
     """Train M_t, or find it in the store. `record` gets the log entry of every update, as soon as it is known.
 
-    It is called once per update, in the order of updates, also if the step is resumed or found.
+    It is called once per update, in the order of updates, also if the step is resumed or found. With `in_background`,
+    the folder of M_t may not be whole before `runner.store.join()`.
     """
     named = name_step(spec, runner)
     _tell_ignored_settings(spec, named.windows)
-    unfinished, minutes = runner.store.folder("partial", named.key), spec.config.launch.checkpoint_minutes
-    checkpoint = Checkpoint(unfinished, f"step {spec.t}", minutes)
+    checkpoint = Checkpoint(runner.store, named.key, f"step {spec.t}", spec.config.launch.checkpoint_minutes)
+    trained: list[Outcome] = []
 
     with ExitStack() as until_stored:
 
         def build(folder: Path) -> None:
             until_stored.enter_context(distributed.stops_deferred())  # not while it waits for another run's step
-            _train(spec, named, runner, folder, checkpoint, record)
+            trained.append(_train(spec, named, runner, folder, checkpoint, record))
 
-        model = runner.store.make("step", named.determinants, build)
-        checkpoint.clear()  # not before: a step that is killed while it is hashed goes on from its last checkpoint
-        if not model.reused and any(distributed.gather(distributed.stop_requested())):
+        # The checkpoint is not cleared before: a step that is killed while it is hashed goes on from there.
+        model = runner.store.make("step", named.determinants, build, then=checkpoint.clear)
+        if trained and any(distributed.gather(distributed.stop_requested())):
+            runner.store.join()
             raise SystemExit(distributed.STOPPED)
-    check(model, "train.json", "reference.parquet")
-    log = json.loads((model.folder / "train.json").read_text())
-    if model.reused:
-        for entry in log["entries"]:
+    if not in_background:
+        runner.store.join()
+    if not trained:
+        checkpoint.clear()
+        trained.append(_read(model))
+        for entry in trained[0].log["entries"]:
             record(entry)
-    reference_N2 = logprob_table.read(model.folder / "reference.parquet")
+    log, reference_N2 = trained[0]
     windows = taken(named.windows.listed, log["windows"], len(spec.plan))
     return Step(spec, model, named.windows.first, windows, reference_N2, log["entries"], Speed(**log["speed"]))
 
 
+class Outcome(NamedTuple):
+    """What a trained step leaves besides its model."""
+
+    log: dict  # train.json
+    reference_N2: np.ndarray  # for each pair the reference log-probs that the loss read last
+
+
+def _read(model: Artifact) -> Outcome:
+    check(model, "train.json", "reference.parquet")
+    log = json.loads((model.folder / "train.json").read_text())
+    return Outcome(log, logprob_table.read(model.folder / "reference.parquet"))
+
+
 def _train(
     spec: StepSpec, named: NamedStep, runner: Runner, folder: Path, checkpoint: Checkpoint, record: Record
-) -> None:
+) -> Outcome:
     """Train the step from its start, or from its last checkpoint, and write the artifact's files into `folder`."""
     config, chunk = spec.config, spec.chunk
     scored_before = runner.scored.copy()
     engine, reference, start_N2 = _prepare(spec, named.windows, runner)
-    num_weights = throughput.multiplied(spec.start, engine.scorer.model)
+    num_weights = throughput.multiplied(engine.scorer.model)
     loop, entries = TrainingLoop(spec, engine, num_weights, Sampler(config, runner.tokenizer)), []
-    for entry in loop.run(reference, start_N2, checkpoint):
-        entries.append(entry)
-        record(entry)
+    with CLOCK.counting("updates"):
+        for entry in loop.run(reference, start_N2, checkpoint):
+            entries.append(entry)
+            record(entry)
+    runner.store.join()  # at most one step is completed in the background
     if config.optim.moments == "carry":
         save_moments(engine, folder)
     runner.save(engine, folder, named.key)
+    trained = Pace(*(sum(entry[name] for entry in entries) for name in ("tokens", "seconds")))
+    speed = throughput.speed(config, num_weights, trained, Pace(*(runner.scored - scored_before).tolist()))
+    log = {"entries": entries, "windows": reference.report, "speed": speed._asdict()}
     if distributed.is_main():
         logprob_table.write(folder / "reference.parquet", chunk.rows, reference.logps_N2)
         reference.probes.write(folder / "probes.parquet", chunk.rows, spec.plan)
-        trained = Pace(*(sum(entry[name] for entry in entries) for name in ("tokens", "seconds")))
-        speed = throughput.speed(config, num_weights, trained, Pace(*(runner.scored - scored_before).tolist()))
-        log = {"entries": entries, "windows": reference.report, "speed": speed._asdict()}
         (folder / "train.json").write_text(json.dumps(log))
+    return Outcome(log, reference.logps_N2)
 
 
 def _prepare(spec: StepSpec, windows: Windows, runner: Runner) -> tuple[Engine, ReferenceLogprobs, np.ndarray]:
@@ -129,6 +150,8 @@ def _prepare(spec: StepSpec, windows: Windows, runner: Runner) -> tuple[Engine, 
         engine, reference, start_N2 = runner.load_to_train(spec), score_reference(), score_start()
     else:
         reference, engine, start_N2 = score_reference(), runner.load_to_train(spec), score_start()
+    if spec.config.optim.moments == "carry":
+        runner.store.join()  # the moments are in the start's folder
     if spec.config.optim.moments == "carry" and (spec.start.folder / "moments-0.safetensors").is_file():
         load_moments(engine, spec.start.folder)
     return engine, reference, start_N2

@@ -9,8 +9,6 @@ from transformers import PreTrainedModel
 
 from sdpo import distributed
 from sdpo.config import Config, Settings
-from sdpo.model import hub
-from sdpo.store.artifacts import Artifact
 
 # Dense bf16 peak in operations per second (the makers' data sheets), by a part of the device's name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -57,14 +55,20 @@ def peak_memory(device: torch.device) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
-def multiplied(start: Artifact, model: PreTrainedModel) -> int:
-    """The number of weights that every token is multiplied with.
+def multiplied(model: PreTrainedModel) -> int:
+    """The number of weights, without those of adapters, that every token is multiplied with.
 
     These are all weights but the embedding table, from which rows are only looked up, unless it is the head as well.
     """
     table = cast(nn.Embedding, model.get_input_embeddings())
     tied = table.weight is model.get_output_embeddings().weight
-    return hub.count_weights(start.folder) - (0 if tied else table.num_embeddings * table.embedding_dim)
+    weights = (param for name, param in model.named_parameters() if ".lora_" not in name)
+    return sum(map(_count, weights)) - (0 if tied else table.num_embeddings * table.embedding_dim)
+
+
+def _count(param: nn.Parameter) -> int:
+    """The number of weights in a parameter, which ZeRO-3 may divide over ranks, or which may have two in a byte."""
+    return getattr(param, "ds_numel", param.numel()) * (2 if param.dtype == torch.uint8 else 1)
 
 
 def operations_per_weight(tune: Settings) -> int:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from conftest import compose, random_model
 from huggingface_hub import constants
+from peft import LoraConfig, inject_adapter_in_model
 
 from sdpo import stepwise
 from sdpo.errors import UserError
@@ -203,12 +204,13 @@ def test_weights_are_counted_where_a_model_is(toy, tiny_model, tmp_path):
     assert 1.5e5 < flops.count_parameters(settings, Artifact("", tmp_path, reused=False)) < 1.8e5  # the laboratory's
 
 
-def test_weights_that_are_only_looked_up_cost_nothing(toy, tiny_model, tmp_path):
-    whole = Artifact("", toy / "model", reused=True)
-    assert throughput.multiplied(whole, tiny_model) == tiny_model.num_parameters() - 300 * 32
+def test_weights_that_are_only_looked_up_and_those_of_adapters_cost_nothing(tiny_model):
+    num_weights = tiny_model.num_parameters() - 300 * 32
+    assert throughput.multiplied(tiny_model) == num_weights
+    adapted = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), random_model())
+    assert throughput.multiplied(adapted) == num_weights
     tied = random_model(tie_word_embeddings=True)
-    tied.save_pretrained(tmp_path)
-    assert throughput.multiplied(Artifact("", tmp_path, reused=True), tied) == tied.num_parameters()
+    assert throughput.multiplied(tied) == tied.num_parameters()
 
 
 def test_utilisation_counts_the_reference_pass_where_it_was_made(monkeypatch):

@@ -21,10 +21,10 @@ WITH_SECONDS = ("manifest.json", "train.json")
 
 def note_what_is_made(log, with_locks):
     """In a rank: add a line to `log` for each artifact that this rank makes, and take the locks away."""
-    publish = artifacts.publish
+    publish = artifacts.Store.publish
 
-    def noted(final, manifest, build):
-        publish(final, manifest, build)
+    def noted(self, final, *rest, **options):
+        publish(self, final, *rest, **options)
         if os.environ["RANK"] == "0":
             with log.open("a") as file:
                 file.write(f"{final.parent.name}/{final.name}\n")
@@ -32,7 +32,7 @@ def note_what_is_made(log, with_locks):
     def refuse(file, operation):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    artifacts.publish = noted
+    artifacts.Store.publish = noted
     if not with_locks:
         fcntl.flock = refuse
 

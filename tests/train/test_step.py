@@ -2,8 +2,14 @@
 
 import json
 
+import pytest
+import torch
+from conftest import read_lines
+from safetensors.torch import load_file
+
 from sdpo.model import hub
 from sdpo.train import probes
+from sdpo.train.runner import Runner
 
 
 def keys(folder):
@@ -12,15 +18,11 @@ def keys(folder):
     return [manifest["model_key"], *(step["key"] for step in manifest["steps"])]
 
 
-def test_each_start_is_loaded_once_to_train_and_m_t_is_never_loaded_to_be_scored(run, toy, monkeypatch):
-    """Two steps, full weights in fp32, reference=previous. The loads are, in order:
+def test_s_is_loaded_once_and_no_m_t_at_all(run, toy, monkeypatch):
+    """Full weights, start=previous, reference=previous: the model in memory is S, M_1, M_2 and M_3 in turn.
 
-    1. S, to score the held-out pairs and the probes of both chunks before any training;
-    2. S, to train step 1. It first scores its chunk as the reference. Trained, it is M_1 bit for bit, and scores the
-       held-out pairs and probes as M_1;
-    3. M_1, to train step 2, likewise: it scores chunk 2 as the reference, and in the end everything as M_2.
-
-    The evaluation of S, M_1 and M_2 and the trajectory read these log-probs from the store.
+    As each of them it scores the held-out pairs and the probes; as S to M_2 it also scores the next chunk as the
+    reference, and is trained. The evaluation and the trajectory read these log-probs from the store.
     """
     loaded, load = [], hub.load
 
@@ -29,9 +31,30 @@ def test_each_start_is_loaded_once_to_train_and_m_t_is_never_loaded_to_be_scored
         return load(folder, *arguments, **options)
 
     monkeypatch.setattr(hub, "load", counted)
-    files = [toy / f"{source}.jsonl" for source in "ab"]
-    folder = run(f"data.train=[{files[0]},{files[1]}]", "reference=previous", "evaluate=[preference]")
-    assert loaded == [toy / "model", toy / "model", (folder / "steps" / "1").resolve()]
+    run("split=by_source", "reference=previous", "evaluate=[preference]")
+    assert loaded == [toy / "model"]
+
+
+@pytest.mark.parametrize("save_dtype", ["fp32", "bf16"])
+def test_weights_that_stay_in_memory_are_those_of_the_file(run, monkeypatch, tmp_path, save_dtype):
+    """A run that loads every start from its file ends in the same bytes, log-probs and losses."""
+    overrides = ["split=by_source", f"save_dtype={save_dtype}", "evaluate=[preference]", "optim.moments=carry"]
+    kept = run(*overrides)
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "another"))
+    load = Runner.load_to_train
+
+    def reload(self, spec):
+        self.release()
+        return load(self, spec)
+
+    monkeypatch.setattr(Runner, "load_to_train", reload)
+    loaded = run(*overrides, name="loaded")
+    for t in ("1", "2", "3"):
+        files = [load_file(folder / "steps" / t / "model.safetensors") for folder in (kept, loaded)]
+        assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    losses = [[entry["loss"] for entry in read_lines(folder, "train")] for folder in (kept, loaded)]
+    measures = [[entry["eval"] for entry in read_lines(folder, "eval")] for folder in (kept, loaded)]
+    assert losses[0] == losses[1] and measures[0] == measures[1]
 
 
 def test_a_placebo_that_needs_s_does_not_replace_the_model_that_trains(run, monkeypatch, tmp_path):
