@@ -113,7 +113,8 @@ def test_a_base_in_bf16_is_mapped_and_its_adapter_is_that_of_one_in_fp32(chains,
     monkeypatch.setattr(hub, "load", lambda folder, remote, as_stored: load(folder, remote))
     expected = dict(adapters.load(rounded, 0, loading).named_parameters())
     assert {name: param.dtype for name, param in found.named_parameters()} == {
-        name: torch.float32 if ".lora_" in name else torch.bfloat16 for name in expected
+        name: torch.float32 if ".lora_" in name or param.requires_grad else torch.bfloat16
+        for name, param in expected.items()
     }
     for name, param in found.named_parameters():
         assert torch.equal(param.float(), expected[name]) and param.requires_grad == expected[name].requires_grad

@@ -101,6 +101,8 @@ def load(spec: AdapterSpec, seed: int, loading: Loading) -> PreTrainedModel:
         if spec.is_stacked:
             tuner.peft_config[FROZEN] = _lora_config(spec, spec.num_earlier, targets)
             tuner.inject_adapter(model, FROZEN)
+    for param in (param for module in whole for param in module.parameters() if param.dtype == torch.bfloat16):
+        param.data = param.data.float()  # earlier steps trained it in fp32
     if spec.is_stacked:
         _fill(model, FROZEN, _earlier(spec))
         tuner.set_adapter([FROZEN, TRAINED])
