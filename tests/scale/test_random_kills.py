@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,8 @@ class Killed:
         time.sleep(delay)
         target = self.process(parent.pid, victim)
         if parent.poll() is None and target:
-            os.kill(target, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(target, signal.SIGKILL)
         parent.wait()
         deadline = time.monotonic() + 60
         while left := self.processes():
@@ -76,7 +78,7 @@ class Killed:
         try:
             (agent,) = children(parent)
             parts = [parent, agent, *children(agent)]
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ProcessLookupError, ValueError):
             parts = [parent]
         part = VICTIMS.index(victim)
         return parts[part] if part < len(parts) else None
@@ -88,7 +90,7 @@ class Killed:
     def owns(self, pid):
         try:
             return self.config.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # it ends at this moment
             return False
 
     def trained(self):
