@@ -82,11 +82,18 @@ def held_up(monkeypatch):
 
 
 def test_a_thread_completes_an_artifact_which_has_no_name_before_it_is_whole(tmp_path, held_up):
+    def wait_for_it():
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        Store(tmp_path).make("step", {}, lambda _: os._exit(1))
+
+    child = in_child(wait_for_it)  # before the lock is taken, which it would inherit
     store, called = Store(tmp_path), []
     artifact = store.make("step", {}, build_text("one"), then=lambda: called.append(artifact.folder.exists()))
+    (tmp_path / "started").touch()
     assert not artifact.reused and not artifact.folder.exists() and called == []
-    child = in_child(lambda: held_up.set() or Store(tmp_path).make("step", {}, lambda _: os._exit(1)))  # it has to wait
-    assert not artifact.folder.exists()
+    time.sleep(0.3)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
     held_up.set()
     store.join()
     assert os.waitpid(child, 0)[1] == 0
