@@ -111,7 +111,6 @@ class Store:
         with held or ExitStack() as until_whole:
             folder = until_whole.enter_context(new_folder(final))
             build(folder)
-            self.join()
 
             def finish() -> None:
                 complete(folder, final, manifest)
@@ -119,6 +118,7 @@ class Store:
                     then()
 
             if then and distributed.world_size() == 1:
+                self.join()
                 self._completing = _in_thread(finish, until_whole.pop_all())
             else:
                 finish()
