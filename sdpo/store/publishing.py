@@ -55,6 +55,7 @@ def complete(temporary: Path, final: Path, manifest: dict) -> None:
     """Hash the files that the ranks wrote, put them on the disk, and name their folder."""
     distributed.barrier()
     manifest = manifest | {"files": _settle(temporary)}
+    distributed.barrier()  # every rank has looked at the files under their first names
     if distributed.is_main():
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         _sync([temporary / "manifest.json", *filter(Path.is_dir, temporary.rglob("*")), temporary])
