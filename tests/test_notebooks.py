@@ -33,7 +33,7 @@ def test_notebook_runs(path, folder, monkeypatch):
     said = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output.text for output in said if output.output_type == "stream" and output.name == "stderr"]
     shown = [page for output in said if "<svg" in (page := output.get("data", {}).get("text/html", ""))]
-    assert len(shown) >= 2 and all(re.search(r"</svg><p>[A-Z][^<]+\.</p>", page) for page in shown)
+    assert len(shown) >= 2 and all(re.search(r"</svg>\s*<p>[A-Z][^<]+\.</p>", page) for page in shown)
     assert _contents(folder) == before
     if path.stem.startswith("3"):
         shown = "".join(output.get("data", {}).get("text/html", "") for output in said)
