@@ -18,6 +18,8 @@ SHARES = "SDPO_SHARES_GPU"  # environment variable: set if a sweep may start oth
 STOPPED = 85  # the exit code of a rank that was asked to stop and has saved what it had
 SHARING = "SDPO_SHARING"  # environment variable: the file with the number of runs that share this run's GPUs
 _stops: list[int] = []  # the signals that asked this process to stop
+# PyTorch then asks the driver whether there is a GPU. Else the question starts CUDA, which forked runs could not use.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 def rank() -> int:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from sdpo import distributed
 from sdpo.data import tokenizer_check
@@ -215,13 +216,14 @@ def save_shares(
         if share:
             save(model, share, tokenizer, folder)
         return
-    part = folder if distributed.is_main() else folder / f"part-{distributed.rank()}"
-    if share:
-        save(model, share, tokenizer, part)
-        number = ranks.index(distributed.rank()) + 1
-        (part / WHOLE).rename(folder / f"model-{number:05}-of-{len(ranks):05}.safetensors")
-    if part != folder:
-        shutil.rmtree(part, ignore_errors=True)
+    part = folder / (WHOLE if distributed.is_main() else f"part-{distributed.rank()}.safetensors")
+    if distributed.is_main():
+        save(model, share, tokenizer, folder)
+    elif share:  # transformers' own `save_pretrained` writes nothing here
+        save_file(revert_weight_conversion(model, share), part, metadata={"format": "pt"})
+    distributed.barrier()  # `save_pretrained` removes files that have the names of parts
+    if part.exists():
+        part.rename(folder / f"model-{ranks.index(distributed.rank()) + 1:05}-of-{len(ranks):05}.safetensors")
     distributed.barrier()
     if distributed.is_main():
         names = {path: safe_open(path, framework="np").keys() for path in weight_files(folder)}

@@ -71,6 +71,7 @@ def save_on_two_ranks(folder):
 def test_every_rank_writes_and_hashes_a_part_of_the_weights_once(tmp_path):
     expected = {name: param.to(torch.bfloat16) for name, param in random_model(seed=3).state_dict().items()}
     size = sum(tensor.nbytes for tensor in expected.values())
+    largest = expected["lm_head.weight"].nbytes  # of what one rank writes whole: embeddings, or a layer
     first, second = save_on_two_ranks(tmp_path)
     assert [found["stage"] for found in first] == [None, 1, 2, 3]
     for ours, theirs in zip(first, second, strict=True):
@@ -80,7 +81,8 @@ def test_every_rank_writes_and_hashes_a_part_of_the_weights_once(tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
         assert loaded.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
-        assert ours["hashed"] + theirs["hashed"] == size and max(ours["hashed"], theirs["hashed"]) < 0.7 * size
+        assert ours["hashed"] + theirs["hashed"] == size
+        assert max(ours["hashed"], theirs["hashed"]) <= size / 2 + largest
         assert ours["content"] == theirs["content"] == hub.fingerprint_weights(expected, torch.bfloat16)
 
 

@@ -88,6 +88,8 @@ class Flex:
             block_mask=self._mask(rule.window),
             scale=rule.scale,
             enable_gqa=query_THD.shape[1] != key_THD.shape[1],
+            # Not the kernel for decoding, which `AUTO` takes for short streams: PyTorch 2.11 cannot build it there.
+            kernel_options={"BACKEND": "TRITON"} if device.type == "cuda" else None,
             return_aux=flex.AuxRequest(lse=True),
         )
         if rule.sinks_H is not None:  # a sink takes a share of the softmax and adds no value
