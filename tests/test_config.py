@@ -83,3 +83,11 @@ def test_the_laboratory_chooses_the_cpu_where_there_is_a_gpu(monkeypatch):
     real = ["model=local", "model.path=m", "data=local", "data.train=[a.jsonl]"]
     found = [distributed.device(compose(*chosen).launch.device).type for chosen in ([], real, ["launch.device=cuda"])]
     assert found == ["cpu", "cuda", "cuda"]
+
+
+def test_asking_for_a_gpu_does_not_start_cuda(monkeypatch):
+    """Runs that are forked later could not use it: PyTorch must ask the driver (`device_count`) instead."""
+    monkeypatch.setattr(torch.cuda, "_is_compiled", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delattr(torch._C, "_cuda_getDeviceCount", raising=False)
+    assert distributed.device().type == "cuda"

@@ -161,3 +161,14 @@ def test_zero_2_and_3_on_nccl_take_the_updates_of_plain_pytorch():
         tolerance = 1e-5 if plain["precision"] == "fp32" else 1e-2
         for other in others:
             assert other["losses"] == pytest.approx(plain["losses"], rel=tolerance), other
+
+
+def test_runs_of_a_sweep_are_forked_and_share_the_gpu(toy, tmp_path):
+    """The process that forks them must not have started CUDA."""
+    settings = ["model=local", f"model.path={toy / 'model'}", "data=local", f"data.train=[{toy / 'a.jsonl'}]"]
+    settings += ["data.template=plain", "split=all_at_once", "precision=bf16", "launch.device=cuda", "seed=0,1"]
+    command = [sys.executable, str(CHECKOUT / "train.py"), "-m", *settings, f"hydra.sweep.dir={tmp_path / 'out'}"]
+    env = os.environ | {"SDPO_STORE": str(tmp_path / "store")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "out").glob("*/done"))) == 2
