@@ -145,7 +145,7 @@ def _summary(lines: list[dict], outcome: dict[str, Any]) -> dict:
     for step in steps:
         del step["kind"]
     headline = {"value": outcome.get("headline")} | {name: outcome.get(f"headline_{name}") for name in ("name", "n")}
-    rest = {name: outcome[name] for name in OUTCOME}
+    rest = {name: outcome[name] for name in (*OUTCOME, "spent")}
     return {"steps": steps, "initial": {"eval": evals[0]}, "headline": headline} | rest
 
 

@@ -90,7 +90,7 @@ class WandbMirror:
         self._run.config.update({"manifest": manifest})
         headline = {"headline": summary["headline"]["value"]}
         headline |= {f"headline_{name}": summary["headline"][name] for name in ("name", "n")}
-        self._run.summary.update(headline | {name: summary[name] for name in OUTCOME})
+        self._run.summary.update(headline | {name: summary[name] for name in (*OUTCOME, "spent")})
 
     def finish(self, exit_code: int) -> None:
         """End the W&B run; an exit code other than 0 marks it as failed."""

@@ -259,14 +259,14 @@ summary.json
 steps/1/train.json
     entries entries.* entries.chosen_logp entries.grad_norm entries.kl_proxy entries.lambda_mean entries.lambda_std
     entries.loss entries.lr entries.margin entries.memory_gb entries.pairs entries.rejected_logp
-    entries.reward_accuracy entries.runs_on_gpu entries.seconds entries.tokens entries.tokens_per_second
-    entries.update entries.utilisation speed speed.runs_on_gpu speed.tokens_per_second speed.utilisation windows
-    windows.first_update windows.gamma_ref_mean windows.num_pairs windows.weights_hash
+    entries.reward_accuracy entries.seconds entries.tokens entries.tokens_per_second entries.update
+    speed speed.runs_on_gpu speed.tokens_per_second speed.utilisation windows windows.first_update
+    windows.gamma_ref_mean windows.num_pairs windows.weights_hash
 answers/decoding.json
     batch_size max_new_tokens preset seed temperature top_p
 metrics.jsonl, train
     * chosen_logp grad_norm kind kl_proxy lambda_mean lambda_std loss lr margin memory_gb pairs rejected_logp
-    reward_accuracy runs_on_gpu seconds t tokens tokens_per_second update utilisation
+    reward_accuracy seconds t tokens tokens_per_second update
 metrics.jsonl, step
     first_loss gamma_ref_mean gamma_ref_negative_share kind lambda_mean lambda_std last_loss num_pairs
     reference_leverage reused runs_on_gpu seconds sources sources.* t tokens_per_second utilisation

@@ -197,7 +197,7 @@ def test_a_step_that_is_killed_while_it_is_hashed_and_the_next_one_trains_is_tra
 ):
     """M_1 has no name yet. Its last checkpoint is still there, and step 2 has none, which would need M_1."""
     overrides = ["split=by_source", "launch.checkpoint_minutes=0"]
-    begun, done = threading.Event(), interrupt_after(monkeypatch, 4)
+    begun = threading.Event()
 
     def killed(folder, paths):
         if any(path.name == "train.json" for path in paths):
@@ -207,6 +207,7 @@ def test_a_step_that_is_killed_while_it_is_hashed_and_the_next_one_trains_is_tra
         return hash_files(folder, paths)
 
     with monkeypatch.context() as patch:
+        done = interrupt_after(patch, 4)
         patch.setattr(publishing, "hash_files", killed)
         with pytest.raises(Killed):
             run(*overrides)

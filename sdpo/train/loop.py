@@ -242,17 +242,17 @@ class TrainingLoop:
         samples = {"samples": update.samples} if update.samples else {}
         return {"update": update.number + 1, **entry, **self._cost(update.number, seconds), **samples}
 
-    def _cost(self, number: int, seconds: float) -> dict[str, float | None]:
+    def _cost(self, number: int, seconds: float) -> dict[str, float]:
         """What an update took: `seconds`, the speed of all ranks together, and the peak of memory on this rank so far.
 
-        The speed is that of the update alone, also if the reference moved before it.
+        The speed is that of the update alone, also if the reference moved before it; what is unknown of it is left out.
         """
         tokens = self._tokens(number)
         pace = throughput.Pace(tokens, seconds)
         speed = throughput.speed(self.config, self.num_weights, pace, throughput.Pace(0, 0))
-        memory = throughput.peak_memory(self.device) / GB
-        size: dict[str, float | None] = {"pairs": len(self.plan[number]), "tokens": tokens, "seconds": seconds}
-        return size | speed._asdict() | {"memory_gb": memory}
+        known = {name: value for name, value in speed._asdict().items() if value is not None}
+        size = {"pairs": len(self.plan[number]), "tokens": tokens, "seconds": seconds}
+        return size | known | {"memory_gb": throughput.peak_memory(self.device) / GB}
 
 
 def kl_proxy(policy: ChosenRejected, reference: ChosenRejected, lengths: ChosenRejected) -> torch.Tensor:

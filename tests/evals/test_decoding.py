@@ -13,6 +13,7 @@ from sdpo.data.prompts import Prompt
 from sdpo.errors import UserError
 from sdpo.evals import generation
 from sdpo.evals.decoding import PRESETS, Decoding, choose
+from sdpo.model.sampling import continuations
 
 SOURCES = {  # temperature, top_p and largest number of tokens, copied from the files that the presets name
     "alpaca_eval": (0.7, 1.0, 2048),
@@ -72,7 +73,7 @@ def test_top_p_keeps_the_fewest_tokens_that_have_the_probability(top_p, expected
         network.lm_head.bias[10:14] = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     network.generation_config = generation._generation_config(Decoding(1.0, 1, 1, 0, top_p), [2])
     torch.manual_seed(0)
-    drawn = Counter(ids[0] for ids in generation._continue(network, [[5]] * 4000, [2]))
+    drawn = Counter(ids[0] for ids in continuations(network, [[5]] * 4000, [2]))
     assert set(drawn) == set(expected)
     for token, probability in expected.items():
         assert drawn[token] / 4000 == pytest.approx(probability, abs=0.03)  # 3.8 standard errors or more
@@ -94,10 +95,13 @@ def test_prompt_sets_of_arena_hard_and_of_data_sets(tmp_path):
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "set" / "train.jsonl").write_text("\n".join(map(json.dumps, [{"prompt": "Why?"}, {"prompt": "How?"}])))
     assert prompts.read(str(tmp_path / "questions.jsonl")) == [
-        ("a1", ["Why?"], "hard_prompt"),
-        ("a2", ["How?"], "questions"),
+        Prompt("a1", ["Why?"], "hard_prompt"),
+        Prompt("a2", ["How?"], "questions"),
     ]
-    assert prompts.read(str(tmp_path / "set")) == [(1, ["Why?"], "set"), (2, ["How?"], "set")]
+    assert prompts.read(str(tmp_path / "set")) == [
+        Prompt(1, ["Why?"], "set"),
+        Prompt(2, ["How?"], "set"),
+    ]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"turns": [{"role": "user", "content": "Why?"}]}))
     with pytest.raises(UserError, match="row 1: has no text"):  # a conversation, whose other turns would be lost
         prompts.read(str(tmp_path / "chat.jsonl"))
