@@ -1,15 +1,14 @@
 """deepspeed.config: DeepSpeed's own settings reach its engine and the keys; those that we decide are refused."""
 
 import json
-import multiprocessing
 import os
-import socket
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from conftest import compose, random_model
+from processes import on_two_ranks
 
 from sdpo import validate
 from sdpo.config import Deepspeed, Optim, load, to_yaml
@@ -92,17 +91,8 @@ def two_updates(rank, world, stage, given, results):
     results.put(((used.stage, used.reduce_bucket_size, used.overlap_comm), weights))
 
 
-def on_two_ranks(stage, given):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    fork = multiprocessing.get_context("fork")
-    results = fork.Queue()
-    ranks = [fork.Process(target=two_updates, args=(rank, world, stage, given, results)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    found = [results.get(timeout=120) for _ in ranks]
-    for rank in ranks:
-        rank.join()
+def both(stage, given):
+    found = on_two_ranks(two_updates, stage, given)
     assert found[0] == found[1]
     return found[0]
 
@@ -111,11 +101,11 @@ def on_two_ranks(stage, given):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_settings_reach_the_engine_and_buckets_change_no_bit(stage):
     """The sum of two ranks' gradients does not depend on an order."""
-    (used, weights), (default, same) = on_two_ranks(stage, GIVEN), on_two_ranks(stage, {})
+    (used, weights), (default, same) = both(stage, GIVEN), both(stage, {})
     assert used == (stage, 4096, True) and default[1] == 500_000_000
     assert weights == same
 
 
 @pytest.mark.slow
 def test_a_setting_that_deepspeed_does_not_know_is_named():
-    assert "overlap_com" in on_two_ranks(2, {"zero_optimization": {"overlap_com": True}})
+    assert "overlap_com" in both(2, {"zero_optimization": {"overlap_com": True}})

@@ -1,9 +1,7 @@
 """What a plan says of memory: worked by hand, refused if it does not fit, and compared with engines that run."""
 
 import gc
-import multiprocessing
 import os
-import socket
 import warnings
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import compose, random_model
+from processes import on_two_ranks
 
 from sdpo.config import Deepspeed, Optim
 from sdpo.errors import UserError
@@ -166,17 +165,7 @@ def train_a_little(rank, world, layers, known, results):
 
 def peak(layers, known):
     """The larger peak of two ranks, in bytes, and the number of weights."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    fork = multiprocessing.get_context("fork")
-    results = fork.Queue()
-    ranks = [fork.Process(target=train_a_little, args=(rank, world, layers, known, results)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    found = [results.get(timeout=120) for _ in ranks]
-    for rank in ranks:
-        rank.join()
-    return max(found)
+    return max(on_two_ranks(train_a_little, layers, known))
 
 
 BF16 = [(None, "bf16", False, "fp32"), (None, "bf16", False, "host"), (2, "bf16", False, "fp32")]
