@@ -47,9 +47,9 @@ def _layout(rows: list[Row]) -> Any:
     columns = rows[0].keys() if rows else set()
     readers = {
         ("win_rate", "standard_error", "n_total"): _alpaca_leaderboard,
-        ("generator_2", "preference"): _alpaca_annotations,
-        ("model", "games"): _arena_hard,
-        ("model", "question_id", "turn", "score"): _mt_bench,
+        ("generator_2", "preference"): alpaca_annotations,
+        ("model", "games"): arena_hard,
+        ("model", "question_id", "turn", "score"): mt_bench,
     }
     for needed, reader in readers.items():
         if columns >= set(needed):
@@ -72,7 +72,7 @@ def _alpaca_leaderboard(rows: list[Row]) -> dict[str, Measures]:
     return found
 
 
-def _alpaca_annotations(rows: list[Row]) -> dict[str, Measures]:
+def alpaca_annotations(rows: list[Row]) -> dict[str, Measures]:
     """`preference` is from 1 (the baseline wins) to 2 (the model wins); 0 is a draw too, and null is no verdict."""
     by_model: dict[str, list[float]] = defaultdict(list)
     for row in rows:
@@ -85,7 +85,7 @@ def _alpaca_annotations(rows: list[Row]) -> dict[str, Measures]:
     }
 
 
-def _arena_hard(rows: list[Row]) -> dict[str, Measures]:
+def arena_hard(rows: list[Row]) -> dict[str, Measures]:
     """The model's answer is B in the first game and A in the second one; a question with a null score is left out."""
     found: dict[str, Measures] = defaultdict(dict)
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
@@ -109,7 +109,7 @@ def _repeated(verdict: str) -> list[float]:
     return [ARENA_HARD[verdict]] * (STRONG if ">>" in verdict or "<<" in verdict else 1)
 
 
-def _mt_bench(rows: list[Row]) -> dict[str, Measures]:
+def mt_bench(rows: list[Row]) -> dict[str, Measures]:
     """Scores from 1 to 10; -1 is no score."""
     found: dict[str, Measures] = defaultdict(dict)
     for model in dict.fromkeys(row["model"] for row in rows):

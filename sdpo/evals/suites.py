@@ -10,19 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from sdpo import distributed
 from sdpo.data import prompts as prompt_files
 from sdpo.data.preferences import Pair
 from sdpo.errors import UserError
-from sdpo.evals import answer_formats, benchmarks, generation, held_out_pairs, kl, pairwise, result_files, reward_model
-from sdpo.evals.chat_endpoint import Endpoint
+from sdpo.evals import answer_formats, benchmarks, generation, held_out_pairs, kl, result_files, reward_model
 from sdpo.evals.decoding import Decoding, choose
 from sdpo.evals.generation import LIBRARIES
+from sdpo.evals.judge import answer_files, protocols
+from sdpo.evals.judge.case import Case
+from sdpo.evals.judge.chat_endpoint import Endpoint
 from sdpo.lab import exam as lab_exam
 from sdpo.lab import measures as lab_measures
 from sdpo.model import limits
 from sdpo.stats import Measures, length_controlled, mean, share, share_above
-from sdpo.store.artifacts import Artifact, key_of
+from sdpo.store.artifacts import Artifact
 from sdpo.train.runner import Runner
 from sdpo.types import Scored
 
@@ -161,8 +162,11 @@ def judge(
     price_in: float,
     price_out: float,
     max_cost: float,
+    protocol: str = "own",
+    opponent: str | None = None,
+    references: str | None = None,
     key_variable: str = "OPENAI_API_KEY",
-    max_tokens: int = 1024,
+    max_tokens: int | None = None,
     concurrency: int = 8,
     timeout: float = 120.0,
     preset: str | None = None,
@@ -172,35 +176,29 @@ def judge(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Measures:
-    """How often a language model behind an endpoint prefers the model's answer to that of S; first turns only.
+    """What a language model behind an endpoint says of the model's answers; its verdicts are kept in the store.
 
-    It is asked in both orders. Its verdicts are kept in the store. S itself has no win rate. Raises UserError as
-    `sdpo.evals.chat_endpoint.ask` does.
+    `protocol` is of `sdpo.evals.judge.protocols.choose`. All but MT-Bench's compare first turns with those of S, or
+    with those of a file `opponent`. S is not compared with itself. Raises UserError as that function and
+    `sdpo.evals.judge.chat_endpoint.ask` do, and before anything is asked if the prompts cannot be judged so.
     """
-    endpoint = Endpoint(url, model_name, key_variable, max_tokens, concurrency, timeout, price_in, price_out, max_cost)
-    if model.key == initial_model.key:
-        return pairwise.rates("judge", [], np.array([]))
+    rules = protocols.choose(protocol, references, opponent)
+    limit = rules.asking.max_tokens if max_tokens is None else max_tokens
+    where = Endpoint(url, model_name, key_variable, limit, concurrency, timeout, price_in, price_out, max_cost)
+    endpoint = where._replace(temperature=rules.asking.temperature, top_logprobs=rules.asking.top_logprobs)
     prompts = prompt_files.read(file)
+    rules.check(prompts)
     decoding = choose(preset, temperature, top_p, max_new_tokens, batch_size, seed)
-    ours, theirs = (_first_answers(one, prompts, decoding, runner) for one in (model, initial_model))
-    determinants = {
-        "weights": model.key,
-        "initial": initial_model.key,
-        "url": url,
-        "judge": model_name,
-        "max_tokens": max_tokens,
-        "prompt": pairwise.PROMPT_HASH,
-        "answers": key_of("answers", {"asked": [prompt.turns[0] for prompt in prompts], "of": [ours, theirs]}),
-    }
-
-    def compute() -> list[list]:
-        is_main = distributed.is_main()
-        return distributed.broadcast(
-            pairwise.compare(endpoint, prompts, ours, theirs, runner.store) if is_main else None
-        )
-
-    judgements = [pairwise.Judgement(*given) for given in runner.store.make_json("judgements", determinants, compute)]
-    return pairwise.rates("judge", judgements, np.array([len(a) - len(b) for a, b in zip(ours, theirs, strict=True)]))
+    theirs, name, of = [], "S", {"weights": model.key}
+    if opponent:
+        name, answers = answer_files.read(opponent, prompts)
+        theirs, of = [turns[0] for turns in answers], of | {"opponent": name}
+    elif rules.pairwise:
+        if model.key == initial_model.key:
+            return rules.measures([], Case([], [], [], name))
+        theirs, of = _first_answers(initial_model, prompts, decoding, runner), of | {"initial": initial_model.key}
+    ours = [[answer["text"] for answer in turns] for turns in generation.answers(model, prompts, decoding, runner)]
+    return protocols.measure(rules, Case(prompts, ours, theirs, name), endpoint, of, runner.store)
 
 
 def reward_bench(

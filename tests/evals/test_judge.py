@@ -8,112 +8,18 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from conftest import CHECKOUT, read_lines
+from judge_server import KEY, alpaca_judge, endpoint, serving
 
 from sdpo.data.prompts import Prompt
 from sdpo.errors import UserError
-from sdpo.evals import chat_endpoint, pairwise
-from sdpo.evals.chat_endpoint import Endpoint
-from sdpo.evals.pairwise import Judgement
+from sdpo.evals.judge import chat_endpoint, pairwise
+from sdpo.evals.judge.pairwise import Judgement
 from sdpo.stats import length_controlled
 from sdpo.store.artifacts import Store
-
-KEY = "sk-never-to-be-seen-0123456789"
-
-
-class Server(ThreadingHTTPServer):
-    """Speaks chat completions: prefers the answer that says "good", else says that neither is better.
-
-    `faults` maps words of a question to the faults of its first requests. It counts requests and replies by question
-    and order, and how many requests it held at once.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, **faults):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.faults = {name.replace("_", " "): list(kinds) for name, kinds in faults.items()}
-        self.requests, self.answered, self.keys = Counter(), Counter(), set()
-        self.held, self.most_held, self.lock = 0, 0, threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, request, client_address):
-        """Silence: clients are killed, and connections are cut on purpose."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        server = self.server
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path.endswith("/v1/chat/completions") and asked["temperature"] == 0
-        text = asked["messages"][-1]["content"]
-        question, a, b = (part.partition("\n\n")[2].strip() for part in text.split("# ")[1:])
-        with server.lock:
-            server.requests[question, a, b] += 1
-            server.keys.add(self.headers.get("Authorization"))
-            server.held += 1
-            server.most_held = max(server.most_held, server.held)
-            kinds = server.faults.get(question)
-            fault = kinds.pop(0) if kinds else None
-        time.sleep(0.02)
-        with server.lock:
-            server.held -= 1
-        verdict = "[[A]]" if "good" in a else "[[B]]" if "good" in b else "[[C]]"
-        said = "I cannot say." if fault == "mute" else f"Not [[C]]? My verdict is {verdict}"
-        body = {"model": "judge-2026-01-01", "choices": [{"message": {"role": "assistant", "content": said}}]}
-        body["usage"] = {"prompt_tokens": 1000, "completion_tokens": 100}
-        raw = json.dumps(body).encode()
-        if fault == "slow":
-            time.sleep(0.8)
-        if fault == "cut":
-            return self.connection.close()
-        if fault == "halved":
-            self.respond(200, raw, raw[: len(raw) // 2])
-            return self.connection.close()
-        if isinstance(fault, int):
-            return self.respond(fault, b'{"error": {"message": "no, ' + KEY.encode() + b'"}}')
-        if fault in ("prose", "empty"):
-            return self.respond(200, b"<html>welcome</html>" if fault == "prose" else b'{"choices": []}')
-        self.respond(200, raw)
-        with server.lock:
-            server.answered[question, a, b] += 1
-
-    def respond(self, status, whole, sent=None):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(whole)))
-        self.send_header("Retry-After", "0")
-        self.end_headers()
-        self.wfile.write(whole if sent is None else sent)
-        self.wfile.flush()
-
-
-@contextmanager
-def serving(**faults):
-    server = Server(**faults)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def endpoint(server, **changes):
-    given = {"url": server.url, "model": "judge", "key_variable": "JUDGE_KEY", "max_tokens": 100, "concurrency": 3}
-    given |= {"timeout": 0.5, "price_in": 10.0, "price_out": 30.0, "max_cost": 100.0}
-    return Endpoint(**given | changes)
 
 
 def compare(end, questions, folder, ours="good", theirs="poor"):
@@ -238,7 +144,7 @@ def test_a_proxy_of_the_environment_is_used(tmp_path, monkeypatch):
 KILLED = """
 import sys
 from pathlib import Path
-from sdpo.evals.chat_endpoint import Endpoint, ask
+from sdpo.evals.judge.chat_endpoint import Endpoint, ask
 from sdpo.store.artifacts import Store
 
 end = Endpoint(sys.argv[1], "judge", "JUDGE_KEY", 100, 1, 60.0, 0.0, 0.0, 0.0)
@@ -268,17 +174,26 @@ def test_after_a_kill_nothing_is_asked_twice(tmp_path):
 
 
 def test_a_run_is_judged_and_leaves_no_trace_of_the_key(run, tmp_path, monkeypatch, capfd):
+    """By our protocol against S, and by AlpacaEval's against a file, whose answers are the good ones."""
     monkeypatch.setenv("JUDGE_KEY", KEY)
     (tmp_path / "ask.txt").write_text("abc\nde\n")
-    with serving(abc=[500]) as server:
+    rows = [{"instruction": asked, "output": "good", "generator": "gpt"} for asked in ("de", "abc", "not asked")]
+    (tmp_path / "gpt.json").write_text(json.dumps(rows))
+    with serving(alpaca_judge, abc=[500]) as server:
         settings = {"file": tmp_path / "ask.txt", "url": server.url, "model_name": "judge", "key_variable": "JUDGE_KEY"}
         settings |= {"price_in": 1, "price_out": 1, "max_cost": 1, "max_new_tokens": 4}
         given = [f"evaluate.judge.{name}={value}" for name, value in settings.items()]
+        settings |= {"protocol": "'alpaca_eval:weighted_alpaca_eval_gpt4_turbo'", "opponent": tmp_path / "gpt.json"}
+        other = ", ".join(f"{name}: {value}" for name, value in ({"name": "judge"} | settings).items())
+        given += [f"+evaluate.alpaca={{{other}}}"]
         folder = run("evaluate=[judge]", *given, "split=all_at_once", "reference=initial", "record=wandb")
         assert server.keys == {f"Bearer {KEY}"}
     start, end = (entry["eval"] for entry in read_lines(folder, "eval"))
     assert start["judge"]["value"] is None and end["judge"]["value"] == 0.5 and end["judge"]["n"] == 2
     assert end["judge"]["version"] == f"judge-2026-01-01, prompt {pairwise.PROMPT_HASH}"
+    for measures in (start, end):
+        assert measures["judge/alpaca_eval/win_rate"]["value"] == pytest.approx(0.1)
+        assert "against gpt" in measures["judge/alpaca_eval/win_rate"]["version"]
     store = Store().root
     assert list((store / "replies").iterdir()) and list((store / "judgements").iterdir())
     for place in (folder, store):

@@ -42,6 +42,8 @@ class Endpoint(NamedTuple):
     price_in: float  # dollars per million tokens
     price_out: float
     max_cost: float  # dollars that may ever be spent on this model, by all runs that share the store
+    temperature: float = 0.0
+    top_logprobs: int | None = None  # tokens whose log-probs are asked for at each position of the reply; None: no such
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:
         """The price in dollars."""
@@ -56,6 +58,7 @@ class Endpoint(NamedTuple):
 class Reply(NamedTuple):
     text: str
     version: str  # the model that answered, as the endpoint names it
+    logprobs: dict[str, Any] | None  # of the reply's tokens, if they are asked for
 
 
 def digest(content: Any) -> str:
@@ -80,7 +83,8 @@ def ask(endpoint: Endpoint, conversations: list[Conversation], about: dict[str, 
                 f"${ledger.spent:.4g} of ${endpoint.max_cost:.4g} is spent"
             )
             _ask_for(missing, endpoint, ledger)
-        return [Reply(ledger.lines[key]["text"], ledger.lines[key]["version"]) for key in keys]
+        lines = [ledger.lines[key] for key in keys]
+        return [Reply(line["text"], line["version"], line.get("logprobs")) for line in lines]
 
 
 def _ask_for(missing: dict[str, Conversation], endpoint: Endpoint, ledger: "Ledger") -> None:
@@ -177,7 +181,9 @@ class Ledger:
 
 
 def _request(endpoint: Endpoint, turns: Conversation) -> dict[str, Any]:
-    return {"model": endpoint.model, "messages": turns, "temperature": 0.0, "max_tokens": endpoint.max_tokens}
+    asked = {"model": endpoint.model, "messages": turns, "temperature": endpoint.temperature}
+    asked["max_tokens"] = endpoint.max_tokens
+    return asked | ({"logprobs": True, "top_logprobs": endpoint.top_logprobs} if endpoint.top_logprobs else {})
 
 
 def _reply(endpoint: Endpoint, turns: Conversation, pool: urllib3.PoolManager) -> dict[str, Any]:
@@ -188,7 +194,8 @@ def _reply(endpoint: Endpoint, turns: Conversation, pool: urllib3.PoolManager) -
         lost += sum(_was_sent(entry.error) for entry in response.retries.history) if response.retries else 0
         try:
             content = response.json()
-            text, used = content["choices"][0]["message"]["content"], content.get("usage")
+            choice, used = content["choices"][0], content.get("usage")
+            text, logprobs = choice["message"]["content"], choice.get("logprobs")
             if not isinstance(text, str):
                 raise TypeError(f"content is {type(text).__name__}")
             cost = endpoint.cost(used["prompt_tokens"], used["completion_tokens"]) if used else endpoint.estimate(turns)
@@ -196,10 +203,21 @@ def _reply(endpoint: Endpoint, turns: Conversation, pool: urllib3.PoolManager) -
             lost, problem = lost + 1, error
             continue
         version = "/".join(filter(None, (content.get("model") or endpoint.model, content.get("system_fingerprint"))))
-        return {"text": text, "version": version, "cost": cost + lost * endpoint.estimate(turns)}
+        line = {"text": text, "version": version, "cost": cost + lost * endpoint.estimate(turns)}
+        return line | ({"logprobs": _checked(logprobs, endpoint)} if endpoint.top_logprobs else {})
     raise UserError(
         f"{endpoint.url} does not answer as chat completions do ({one_line(problem)}): check evaluate.judge.url"
     ) from problem
+
+
+def _checked(logprobs: Any, endpoint: Endpoint) -> Any:
+    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not tokens or not all(token.get("top_logprobs") for token in tokens):
+        raise UserError(
+            f"{endpoint.url} gives no log-probs of {endpoint.model}'s tokens, which the protocol reads: use an "
+            "endpoint that does, or a protocol that reads text, such as alpaca_eval:alpaca_eval_gpt4"
+        )
+    return logprobs
 
 
 def _post(endpoint: Endpoint, turns: Conversation, pool: urllib3.PoolManager) -> urllib3.BaseHTTPResponse:

@@ -1,4 +1,7 @@
-"""Which of two answers a language model prefers. It is asked in both orders, because judges favour a position."""
+"""Our own protocol: which of two answers a language model prefers.
+
+It is asked in both orders, because judges favour a position.
+"""
 
 import re
 from typing import NamedTuple
@@ -6,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sdpo.data.prompts import Prompt
-from sdpo.evals.chat_endpoint import Conversation, Endpoint, ask, digest
+from sdpo.evals.judge.case import Asking, Case
+from sdpo.evals.judge.chat_endpoint import Conversation, Endpoint, ask, digest
 from sdpo.stats import Measures, length_controlled, mean, share
 from sdpo.store.artifacts import Store
 
@@ -80,3 +84,25 @@ def rates(name: str, judgements: list[Judgement], longer: np.ndarray) -> Measure
         f"{name}/unreadable": share(~readable_N2.ravel()),
     }
     return {key: measure | label for key, measure in measures.items()}
+
+
+class Own:
+    """Our own prompt."""
+
+    pairwise = True
+    asking = Asking(1024)
+    label = {"prompt": PROMPT_HASH}
+
+    def check(self, prompts: list[Prompt]) -> None:
+        """All prompts can be judged."""
+
+    def verdicts(self, case: Case, endpoint: Endpoint, store: Store) -> list:
+        """A Judgement of every prompt."""
+        return compare(endpoint, case.prompts, case.first, case.theirs, store)
+
+    def measures(self, verdicts: list, case: Case) -> Measures:
+        """The rates of `rates`, against S or against another model, which is named."""
+        found = rates("judge", [Judgement(*given) for given in verdicts], np.array(case.longer))
+        if case.opponent == "S":
+            return found
+        return {name: one | {"version": f"{one['version']}, against {case.opponent}"} for name, one in found.items()}
