@@ -88,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         said = "I cannot say." if fault == "mute" else said
         choice = {"message": {"role": "assistant", "content": said}, "logprobs": logprobs}
         body = {"model": "judge-2026-01-01", "choices": [choice]}
-        body["usage"] = {"prompt_tokens": 1000, "completion_tokens": 100}
+        body["usage"] = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
         raw = json.dumps(body).encode()
         if fault == "slow":
             time.sleep(0.8)

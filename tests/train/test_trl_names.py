@@ -80,12 +80,15 @@ def test_an_update_s_kl_proxy_is_the_mean_over_its_pairs_and_null_without_a_refe
 
 
 def test_every_update_s_line_has_its_speed_and_the_memory_in_use(run, monkeypatch):
-    """On a device with a peak of 1 GFLOP/s, each weight that is multiplied costs 6 operations per token."""
+    """On a device with a peak of 1 GFLOP/s; each weight that is multiplied costs 6 operations per token.
+
+    These are the head's 300 x 32, and of each of two layers 2 x 32 x 32 + 2 x 32 x 16 + 3 x 32 x 48 and two norms of
+    32; and the last norm: 25120.
+    """
     monkeypatch.setattr(throughput, "peak", lambda device: 1e9)
     lines = read_lines(run("split=all_at_once", "evaluate=[]", "precision=bf16", "launch.attention=plain"), "train")
-    ratios = {line["utilisation"] * 1e9 / line["tokens_per_second"] / 6 for line in lines}
-    assert max(ratios) == pytest.approx(min(ratios)) and max(ratios) == pytest.approx(round(max(ratios)))
     for line in lines:
+        assert line["utilisation"] == pytest.approx(6 * 25120 * line["tokens"] / line["seconds"] / 1e9)
         assert line["tokens_per_second"] == line["tokens"] / line["seconds"]
         assert 0.05 < line["memory_gb"] < 100
     used = [line["memory_gb"] for line in lines]

@@ -10,8 +10,6 @@ from importlib.metadata import distribution
 from importlib.util import find_spec
 from types import ModuleType
 
-from packaging.version import parse
-
 from sdpo.errors import UserError, one_line
 
 NO_SECRETS = "PYTHON_DOTENV_DISABLED"  # no keys from a file .env above the folder of the package
@@ -37,14 +35,14 @@ def alpaca_eval() -> ModuleType:
 def _contained() -> Iterator[None]:
     """The environment and the log's level are as before; `pkg_resources`, which is gone from setuptools 82, is there.
 
-    alpaca_eval 0.6.6 reads two functions of it.
+    alpaca_eval 0.6.6 asks it for the versions of packages only.
     """
     level, before = logging.getLogger().level, os.environ.get(NO_SECRETS)
     missing = find_spec("pkg_resources") is None
     os.environ[NO_SECRETS] = "1"
     if missing:
         stand_in = ModuleType("pkg_resources")
-        stand_in.parse_version, stand_in.get_distribution = parse, distribution  # type: ignore[attr-defined]
+        stand_in.get_distribution = distribution  # type: ignore[attr-defined]
         sys.modules["pkg_resources"] = stand_in
     try:
         yield
