@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 from sdpo import config as configuration
-from sdpo.binding import bind, variants
+from sdpo.binding import bind, inputs_of, variants
 from sdpo.config import Config
 from sdpo.errors import UserError
 from sdpo.variants import tune
@@ -71,6 +71,7 @@ def check(config: Config) -> None:
         if any(one.get("beta") == 0 for one in (keywords, *keywords.get("of", []))):
             raise UserError("loss.beta is 0, which gives the preferences no weight in the loss; set it above 0")
         _check_token_weights(step)
+        _check_divergence(step, "divergence" in inputs_of(bind(losses, step.loss)))
         bind(references, {key: value for key, value in step.reference.items() if key != "placebo"})
         bind(placebo, {"name": step.reference.get("placebo", "none")})
         if step.optim.moments == "carry" and step.start == "initial":
@@ -109,6 +110,19 @@ def _check_token_weights(step: Config) -> None:
             f"loss={step.loss['name']} weighs tokens, and reference=external reads other tokens than the policy: use "
             "another loss or another reference"
         )
+
+
+def _check_divergence(step: Config, is_read: bool) -> None:
+    """Raise UserError if a loss reads the reference's whole distribution, which some settings cannot give."""
+    if not is_read:
+        return
+    reads = f"loss={step.loss['name']} reads the whole distribution of the reference, which"
+    if step.deepspeed.stage == 3:
+        raise UserError(f"{reads} would be in memory whole beside ZeRO-3's parts: use another deepspeed stage")
+    if step.reference["name"] == "external":
+        raise UserError(f"{reads} reference=external may have over other tokens: use another reference")
+    if step.reference.get("placebo", "none") != "none":
+        raise UserError(f"{reads} a placebo does not have: use reference.placebo=none")
 
 
 def _check_adapter(adapter: Adapter, config: Config) -> None:

@@ -81,6 +81,10 @@ class Plain:
         """Log-probs of a pack, with gradients."""
         return self.scorer(pack)
 
+    def forward_beside(self, pack: Pack, reference: Scorer) -> tuple[ChosenRejected, ChosenRejected]:
+        """Log-probs of a pack and sums of KL(reference || policy) over the tokens of each response, with gradients."""
+        return self.scorer(pack, reference)
+
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradients of one micro-batch; `last` tells that it is the last one of its update."""
         loss.backward()

@@ -5,6 +5,8 @@ The full [tokens, vocabulary] tensor of logits is only built if memory has room 
 Shapes: R response tokens, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,6 +18,9 @@ from sdpo.model.packing import MIN_ROWS
 TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}  # of the fp32 logits of one tile
 # Of logits that are kept for the backward pass on a CPU, and on a GPU that other runs share.
 KEPT_BYTES, KEPT_BESIDE_OTHERS = 2**27, 2**30
+
+
+Distribution = Callable[[slice], Tensor]  # log-probs [R, V] of a slice of rows, fp32
 
 
 class Head(nn.Module):
@@ -37,33 +42,46 @@ class Head(nn.Module):
         self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
-    def forward(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
-        """Log-probs [R], fp32, of the targets after the hidden states [R, H]."""
-        return _LogProbs.apply(hidden_RH, self.weight, self.bias, targets_R, self.scale, self.softcap)
+    def forward(self, hidden_RH: Tensor, targets_R: Tensor, other: Distribution | None = None) -> tuple[Tensor, ...]:
+        """Log-probs [R], fp32, of the targets after the hidden states [R, H].
+
+        If there is another distribution of the same tokens, KL(other || this) [R] comes second, in nats.
+        """
+        return _LogProbs.apply(hidden_RH, self.weight, self.bias, targets_R, self.scale, self.softcap, other)
+
+    def distribution(self, hidden_RH: Tensor) -> Distribution:
+        """The log-probs [R, V] of all tokens after the hidden states, without gradients, one tile at a time."""
+        args = (self.weight, self.bias, self.scale, self.softcap)
+        return lambda tile: _log_softmax_(_logits(hidden_RH[tile], *args))
 
 
 class _LogProbs(torch.autograd.Function):
     """Linear layer, soft cap, log-softmax and gather, one tile at a time in the forward and the backward pass."""
 
     @staticmethod
-    def forward(ctx, hidden_RH, weight_VH, bias_V, targets_R, scale, softcap):
+    def forward(ctx, hidden_RH, weight_VH, bias_V, targets_R, scale, softcap, other):
         ctx.save_for_backward(hidden_RH, weight_VH, bias_V, targets_R)
-        ctx.scale, ctx.softcap, ctx.kept = scale, softcap, []
+        ctx.scale, ctx.softcap, ctx.other, ctx.kept = scale, softcap, other, []
         num_bytes = 4 * len(targets_R) * len(weight_VH)
         # The gradient of a soft cap needs the logits, but the log-probs overwrite them: with a soft cap, recompute.
         keep = any(ctx.needs_input_grad) and softcap is None and num_bytes <= _room_for_logits(weight_VH)
         # Allocate the result first: small tensors allocated between tiles would stop the allocator from reusing memory.
         logps_R = torch.empty(len(targets_R), dtype=torch.float32, device=hidden_RH.device)
+        kl_R = torch.empty_like(logps_R)
         for tile in _tiles(hidden_RH, weight_VH):
             logps_RV = _log_softmax_(_logits(hidden_RH[tile], weight_VH, bias_V, scale, softcap))
             logps_R[tile] = logps_RV.gather(1, targets_R[tile, None])[:, 0]
+            if other:
+                other_RV = other(tile)
+                kl_R[tile] = (other_RV - logps_RV).mul_(other_RV.exp_()).sum(-1)
+                del other_RV
             if keep:
                 ctx.kept.append(logps_RV)
             del logps_RV
-        return logps_R
+        return (logps_R, kl_R) if other else (logps_R,)
 
     @staticmethod
-    def backward(ctx, grad_R):
+    def backward(ctx, grad_R, *grad_of_kl):
         hidden_RH, weight_VH, bias_V, targets_R = ctx.saved_tensors
         grad_RH = torch.empty_like(hidden_RH)
         grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -76,7 +94,13 @@ class _LogProbs(torch.autograd.Function):
                 cap_slope_RV = None if ctx.softcap is None else 1 - (logits_RV / ctx.softcap) ** 2
                 logps_RV = _log_softmax_(logits_RV)
             grad_R1 = grad_R[tile, None] * ctx.scale
-            grad_RV = logps_RV.exp_().mul_(-grad_R1).scatter_add_(1, targets_R[tile, None], grad_R1)
+            probs_RV = logps_RV.exp_()
+            if ctx.other:  # the slope of KL(other || this) in the logits is this - other
+                kl_R1 = grad_of_kl[0][tile, None] * ctx.scale
+                grad_RV = probs_RV.mul_(kl_R1 - grad_R1).sub_(ctx.other(tile).exp_().mul_(kl_R1))
+            else:
+                grad_RV = probs_RV.mul_(-grad_R1)
+            grad_RV.scatter_add_(1, targets_R[tile, None], grad_R1)
             if ctx.softcap is not None:
                 grad_RV *= cap_slope_RV
             if grad_V is not None:
@@ -85,10 +109,10 @@ class _LogProbs(torch.autograd.Function):
             grad_RH[tile] = grad_RV @ weight_VH
             if grad_VH is not None:
                 _add_product(grad_VH, grad_RV.T, hidden_RH[tile])
-            del logps_RV, grad_RV
+            del logps_RV, probs_RV, grad_RV
         grad_VH = grad_VH if grad_VH is None else grad_VH.to(weight_VH.dtype)
         grad_V = grad_V if grad_V is None else grad_V.to(bias_V.dtype)
-        return grad_RH, grad_VH, grad_V, None, None, None
+        return grad_RH, grad_VH, grad_V, None, None, None, None
 
 
 def _tiles(hidden_RH: Tensor, weight_VH: Tensor) -> list[slice]:

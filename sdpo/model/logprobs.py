@@ -63,26 +63,38 @@ class Scorer(nn.Module):
         weight = self.head.weight
         return backends.choose_backend(self.attention, weight.device, weight.dtype, self.reshapes_scores)
 
-    def forward(self, pack: Pack) -> ChosenRejected:
+    def forward(self, pack: Pack, reference: "Scorer | None" = None) -> ChosenRejected | tuple[ChosenRejected, ...]:
         """Summed log-probs [B], fp32, in nats, of the chosen and the rejected responses; 0 for an empty response.
 
-        If the rows have weights of their tokens, a sum is that of weight * log-prob. If rotary frequencies depend on
-        the length of a sequence of this pack, each sequence has a pass of its own.
+        With a `reference`, whose vocabulary is the same, the sums of KL(reference || this) over the tokens that follow
+        come second. If the rows have weights of their tokens, a sum is that of weight * value. If rotary frequencies
+        depend on the length of a sequence of this pack, each sequence has a pass of its own.
         """
         if pack.longest <= self.longest_packed:
-            return self._packed(pack)
-        logps_2B = torch.cat([self._packed(alone).chosen for alone in pack.apart()])
-        return ChosenRejected(*logps_2B.view(-1, 2).unbind(1))
+            sums = self._sums(pack, reference)
+        else:
+            apart = [self._sums(alone, reference) for alone in pack.apart()]
+            sums = [torch.cat([both_2[:1] for both_2 in kind]) for kind in zip(*apart, strict=True)]
+        logps, *divergence = (ChosenRejected(*sums_2B.view(-1, 2).unbind(1)) for sums_2B in sums)
+        return (logps, *divergence) if reference else logps
 
-    def _packed(self, pack: Pack) -> ChosenRejected:
-        hidden_TH = self._hidden(pack)
-        logps_R = self.head(hidden_TH.index_select(0, pack.rows_R), pack.targets_R)
+    def _sums(self, pack: Pack, reference: "Scorer | None") -> list[Tensor]:
+        """What `forward` returns, each [2B], chosen and rejected in turn."""
+        other = reference and reference.head.distribution(reference.before_responses(pack))
+        values = self.head(self.before_responses(pack), pack.targets_R, other)
+        return [self._per_response(values_R, pack) for values_R in values]
+
+    def _per_response(self, values_R: Tensor, pack: Pack) -> Tensor:
         if pack.weights_R is not None:
-            logps_R = logps_R * pack.weights_R
+            values_R = values_R * pack.weights_R
         # Sum in fp64, whose rounding is far below that of the terms. The last two sums are the closing pair's.
-        sums = logps_R.new_zeros(2 * pack.num_pairs + 2, dtype=torch.float64)
-        sums = sums.index_add(0, pack.branches_R, logps_R.double())
-        return ChosenRejected(*sums[: 2 * pack.num_pairs].float().view(-1, 2).unbind(1))
+        sums = values_R.new_zeros(2 * pack.num_pairs + 2, dtype=torch.float64)
+        sums = sums.index_add(0, pack.branches_R, values_R.double())
+        return sums[: 2 * pack.num_pairs].float()
+
+    def before_responses(self, pack: Pack) -> Tensor:
+        """The last hidden states [R, H] from which the head predicts the response tokens."""
+        return self._hidden(pack).index_select(0, pack.rows_R)
 
     def _hidden(self, pack: Pack) -> Tensor:
         """Last hidden states [T, H] of the stream, before the head."""

@@ -15,6 +15,7 @@ from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.model.engine import Engine
 from sdpo.model.layers import recompute_activations
+from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import micro_batches, pack, tokens_of
 from sdpo.model.parameters import growth, trained_parameters
 from sdpo.types import TokenPair
@@ -28,12 +29,12 @@ def scoring_budget(launch: Launch) -> int:
     return launch.tokens_per_pack or SCORED[_kind(launch)]
 
 
-def fitting_budget(engine: Engine, updates: list[list[TokenPair]], launch: Launch) -> int:
+def fitting_budget(engine: Engine, updates: list[list[TokenPair]], launch: Launch, beside: Scorer | None = None) -> int:
     """The token budget of training, halved until the heaviest micro-batch of these updates fits in memory.
 
-    All ranks halve it together. If a single pair does not fit, activations are recomputed from then on; raises
-    UserError if the pair does not fit even so. No trial is run under ZeRO-3, whose ranks wait for each other inside a
-    forward pass, nor on CPUs without a memory limit.
+    `beside` is the reference, if it is in memory, too. All ranks halve the budget together. If a single pair does not
+    fit, activations are recomputed from then on; raises UserError if the pair does not fit even so. No trial is run
+    under ZeRO-3, whose ranks wait for each other inside a forward pass, nor on CPUs without a memory limit.
     """
     device, recomputed = distributed.device(launch.device), launch.recompute_activations
     if recomputed:
@@ -42,7 +43,7 @@ def fitting_budget(engine: Engine, updates: list[list[TokenPair]], launch: Launc
     if not can_run_out or engine.stage == 3:
         return launch.tokens_per_pack or TRAINED["cpu"]
     first = budget = launch.tokens_per_pack or TRAINED[_kind(launch)]
-    while not _fits(engine, heaviest := _heaviest(updates, budget)):
+    while not _fits(engine, heaviest := _heaviest(updates, budget), beside):
         if len(heaviest) > 1:
             budget //= 2
         elif not recomputed:
@@ -104,10 +105,10 @@ def _heaviest(updates: list[list[TokenPair]], budget: int) -> list[TokenPair]:
     return max(batches, key=lambda rows: sum(map(tokens_of, rows)))
 
 
-def _fits(engine: Engine, rows: list[TokenPair]) -> bool:
+def _fits(engine: Engine, rows: list[TokenPair], beside: Scorer | None) -> bool:
     """Whether the micro-batch fits in the memory of every rank."""
     try:
-        _run_once(engine, rows)
+        _run_once(engine, rows, beside)
         fits = True
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
@@ -118,7 +119,7 @@ def _fits(engine: Engine, rows: list[TokenPair]) -> bool:
     return all(distributed.gather(fits))
 
 
-def _run_once(engine: Engine, rows: list[TokenPair]) -> None:
+def _run_once(engine: Engine, rows: list[TokenPair], beside: Scorer | None) -> None:
     """One forward and backward pass, while as much memory is taken as the first update adds.
 
     `autograd.grad` returns the gradients instead of accumulating them, so that the engine's hooks, in which ranks wait
@@ -126,6 +127,7 @@ def _run_once(engine: Engine, rows: list[TokenPair]) -> None:
     """
     trained = list(trained_parameters(engine.scorer).values())
     update_memory = growth(engine.optimizer, engine.sums)
-    policy = engine.scorer(pack(rows).to(trained[0].device))
-    torch.autograd.grad(torch.stack(policy).sum(), trained, allow_unused=True)
+    found = engine.scorer(pack(rows).to(trained[0].device), beside)
+    values = [*found[0], *found[1]] if beside else found
+    torch.autograd.grad(torch.stack(values).sum(), trained, allow_unused=True)
     del update_memory

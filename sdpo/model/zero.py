@@ -99,6 +99,9 @@ class Zero:
     def forward(self, pack: Pack) -> ChosenRejected:
         return self.module(pack)
 
+    def forward_beside(self, pack: Pack, reference: Scorer) -> tuple[ChosenRejected, ChosenRejected]:
+        return self.module(pack, reference)
+
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(loss * distributed.world_size())  # DeepSpeed takes the mean over ranks, we want the sum

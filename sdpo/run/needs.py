@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdpo import distributed
+from sdpo.binding import bind, inputs_of
 from sdpo.config import TRAINED, Config, Launch
 from sdpo.console import tell
 from sdpo.model import hub
+from sdpo.variants import loss as losses
 
 GB = 1e9
 GPU_MEMORY = 80.0  # GB, of a GPU that is not known
@@ -46,6 +48,7 @@ class Size(NamedTuple):
     pair: int  # tokens of the longest pair
     pack: int  # tokens of a micro-batch
     recompute: bool
+    beside: bool = False  # whether the reference is in memory while the policy trains
 
     @classmethod
     def of(cls, config: Config, weights: float, reference: float) -> "Size":
@@ -65,6 +68,7 @@ class Size(NamedTuple):
             pair=2 * config.data.max_tokens,
             pack=launch.tokens_per_pack or TRAINED["cpu"],
             recompute=launch.recompute_activations,
+            beside="divergence" in inputs_of(bind(losses, config.loss)),
         )
 
     def per_gpu(self, stage: int | None) -> float:
@@ -89,10 +93,10 @@ class Size(NamedTuple):
         off: w P + 16 A in bf16, 12 A in fp32; with optim.states=8bit 6 A less, and with host w P + 4 A. ZeRO-1: w P +
         4 A + 16 A / N and buffers of 1 GB. ZeRO-2: w P + 20 A / N and buffers of 1 GB. ZeRO-3: (w P + 16 A) / N and
         7 GB, 3 of them gathered layers and 4 at the update, in fp32 twice as much. Small models have smaller buffers:
-        5 A, and 11 P at stage 3. With offload, the host has masters, moments and their gradients, and under ZeRO-3 the
-        weights too.
+        5 A, and 11 P at stage 3. A reference beside the policy takes w P more. With offload, the host has masters,
+        moments and their gradients, and under ZeRO-3 the weights too.
         """
-        weights, trained = self._bytes_per_weight * self.weights, self._trained
+        weights, trained = (2 if self.beside else 1) * self._bytes_per_weight * self.weights, self._trained
         share = trained / self.ranks
         if stage is None:
             masters = 0 if self.precision == "fp32" else 4

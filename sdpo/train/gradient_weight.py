@@ -31,15 +31,16 @@ def of_batch(loss: Callable[[ChosenRejected], torch.Tensor], policy: ChosenRejec
 
 
 def of_pairs(loss: partial, **data_N2: np.ndarray) -> np.ndarray | None:
-    """lambda [N] of some pairs; None if the loss reads no reference or has no beta.
+    """lambda [N] of some pairs; None if the loss reads no reference, has no beta, or reads what is not stored.
 
     `data_N2` holds what a loss may read, each [N, 2], by the names of the loss's parameters.
     """
-    if "reference" not in inputs_of(loss) or "beta" not in loss.keywords:
+    inputs = inputs_of(loss)
+    if "reference" not in inputs or "beta" not in loss.keywords or not set(inputs) <= data_N2.keys():
         return None
     data = {name: ChosenRejected(*torch.from_numpy(values_N2).float().unbind(1)) for name, values_N2 in data_N2.items()}
 
     def loss_of(policy: ChosenRejected) -> torch.Tensor:
-        return loss(*((data | {"policy": policy})[name] for name in inputs_of(loss)))
+        return loss(*((data | {"policy": policy})[name] for name in inputs))
 
     return of_batch(loss_of, data["policy"], loss.keywords["beta"]).numpy()

@@ -19,7 +19,7 @@ from sdpo.errors import UserError
 from sdpo.metrics import under_trl_names
 from sdpo.model.checkpoint import Checkpoint, Saved
 from sdpo.model.engine import Engine
-from sdpo.model.logprobs import naive_logprobs, score
+from sdpo.model.logprobs import Scorer, naive_logprobs, score
 from sdpo.model.memory import explained, fitting_budget, scoring_budget
 from sdpo.model.packing import micro_batches, pack, tokens_of
 from sdpo.train import gradient_weight, throughput
@@ -54,11 +54,19 @@ class TrainingLoop:
     """Trains one step. The engine must have the weights of the step's start, and a new optimiser.
 
     `num_weights` is the number of weights that every token is multiplied with; without it utilisation is not known.
+    `beside` is the reference as a model, for a loss that reads its whole distribution.
     """
 
-    def __init__(self, spec: StepSpec, engine: Engine, num_weights: int | None = None, sampler: Sampler | None = None):
+    def __init__(
+        self,
+        spec: StepSpec,
+        engine: Engine,
+        num_weights: int | None = None,
+        sampler: Sampler | None = None,
+        beside: Scorer | None = None,
+    ):
         self.spec, self.engine, self.config = spec, engine, spec.config
-        self.num_weights, self.sampler = num_weights, sampler
+        self.num_weights, self.sampler, self.beside = num_weights, sampler, beside
         self.chunk, self.plan, self.loss = spec.chunk, spec.plan, spec.loss
         self.span = spec.span or Span(0, len(self.plan))
         self.inputs = inputs_of(self.loss)
@@ -82,7 +90,8 @@ class TrainingLoop:
             reference.restore(saved.tensors, saved.log["windows"])
             entries = saved.log["entries"]
         yield from entries
-        self.budget = fitting_budget(self.engine, [self._rows(i) for i in range(len(self.plan))], self.config.launch)
+        updates = [self._rows(i) for i in range(len(self.plan))]
+        self.budget = fitting_budget(self.engine, updates, self.config.launch, self.beside)
         pending: list[Pending] = []
         began = time.monotonic()
         total, done = (sum(map(len, updates)) for updates in (self.plan, self.plan[: len(entries)]))
@@ -136,38 +145,40 @@ class TrainingLoop:
         stats, logps = torch.zeros(len(STATS), device=self.device), []
         for position, members in enumerate(packs):
             batch = indices[members]
-            policy = self.engine.forward(pack([self.chunk.rows[i] for i in batch]).to(self.device))
-            reference = self._columns(reference_N2, batch)
-            loss_B = self._loss(policy, reference, batch)
+            policy, data = self._read(batch, reference_N2)
+            loss_B = self._loss(policy, data)
             self.engine.backward(loss_B.sum() / len(indices), last=position == len(packs) - 1)
-            stats += self._stats(loss_B.detach(), policy, reference, batch)
+            stats += self._stats(loss_B.detach(), policy, data)
             logps.append(torch.stack(policy, 1).detach())
         return stats, indices[np.concatenate(packs).astype(int)], torch.cat(logps)
 
-    def _loss(self, policy: ChosenRejected, reference: ChosenRejected, batch: np.ndarray) -> torch.Tensor:
-        data = {
-            "policy": lambda: policy,
-            "reference": lambda: reference,
-            "lengths": lambda: self._columns(self.lengths_N2, batch),
-            "ratings": lambda: self._columns(self.chunk.ratings_N2, batch),
-        }
-        return self.loss(*(data[name]() for name in self.inputs))
+    def _read(self, batch: np.ndarray, reference_N2: np.ndarray) -> tuple[ChosenRejected, dict[str, ChosenRejected]]:
+        """The policy's log-probs of a micro-batch, with gradients, and what else a loss may read."""
+        columns = {"reference": reference_N2, "lengths": self.lengths_N2, "ratings": self.chunk.ratings_N2}
+        data = {name: self._columns(values_N2, batch) for name, values_N2 in columns.items()}
+        packed = pack([self.chunk.rows[i] for i in batch]).to(self.device)
+        if self.beside is None:
+            return self.engine.forward(packed), data
+        policy, data["divergence"] = self.engine.forward_beside(packed, self.beside)
+        return policy, data
+
+    def _loss(self, policy: ChosenRejected, data: dict[str, ChosenRejected]) -> torch.Tensor:
+        return self.loss(*((data | {"policy": policy})[name] for name in self.inputs))
 
     def _columns(self, values_N2: np.ndarray, batch: np.ndarray) -> ChosenRejected:
         """The values of a micro-batch, on the device."""
         return ChosenRejected(*torch.as_tensor(values_N2[batch], dtype=torch.float32, device=self.device).unbind(1))
 
     @torch.no_grad()
-    def _stats(
-        self, loss_B: torch.Tensor, policy: ChosenRejected, reference: ChosenRejected, batch: np.ndarray
-    ) -> torch.Tensor:
+    def _stats(self, loss_B: torch.Tensor, policy: ChosenRejected, data: dict[str, ChosenRejected]) -> torch.Tensor:
         """Sums over a micro-batch, in the order of STATS."""
+        reference = data["reference"]
         margin_B = (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
         lambda_B = torch.zeros_like(margin_B)
         if self.beta is not None:
-            lambda_B = gradient_weight.of_batch(lambda copy: self._loss(copy, reference, batch), policy, self.beta)
+            lambda_B = gradient_weight.of_batch(lambda copy: self._loss(copy, data), policy, self.beta)
         correct_B = (margin_B > 0) + 0.5 * (margin_B == 0)
-        kl_B = kl_proxy(policy, reference, self._columns(self.lengths_N2, batch))
+        kl_B = kl_proxy(policy, reference, data["lengths"])
         columns = (loss_B, margin_B, lambda_B, lambda_B**2, correct_B, kl_B, *policy, *reference, margin_B > 0)
         return torch.stack([column.float().sum() for column in columns])
 

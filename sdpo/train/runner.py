@@ -92,6 +92,18 @@ class Runner:
         dtype = hub.DTYPES[self.config.precision]
         return adapters.Loading(self.config.model.trust_remote_code, dtype, self.device)
 
+    def load_beside(self, model: Artifact) -> Scorer:
+        """A frozen scorer with this model, beside the present engine, as that one computes."""
+        self.store.join()
+        if distributed.is_main():
+            verify(model)
+        distributed.barrier()
+        loaded = self._load_as_stored(model).requires_grad_(False).eval()
+        scorer = Scorer(loaded, self.config.launch.attention, longest=None)
+        layers.prepare(loaded, self.config.launch, self.device)
+        hub.cast(scorer, self.device, hub.DTYPES[self.config.precision])
+        return scorer
+
     def load_plain(self, model: Artifact) -> PreTrainedModel:
         """The model in fp32 on the CPU, without an engine; the present engine stays as it is."""
         self.store.join()

@@ -52,6 +52,8 @@ def name_step(spec: StepSpec, runner: Runner) -> NamedStep:
     windows = resolve(spec, runner) if spec.reads_reference else Windows([], None)
     if spec.reads_reference and not windows.listed:
         raise UserError(f"loss={spec.config.loss['name']} reads a reference, which reference=none does not give")
+    if spec.reads_divergence:
+        _check_stays(spec, windows)
     determinants = step_key.determinants(spec, windows.listed)
     return NamedStep(key_of("step", determinants), determinants, windows)
 
@@ -97,6 +99,15 @@ class Outcome(NamedTuple):
     reference_N2: np.ndarray  # for each pair the reference log-probs that the loss read last
 
 
+def _check_stays(spec: StepSpec, windows: Windows) -> None:
+    """Raise UserError unless one model is the reference of the whole step, whose distribution can be read."""
+    if len(windows.listed) > 1 or "bound" in windows.listed[0]:
+        raise UserError(
+            f"loss={spec.config.loss['name']} reads the reference's whole distribution, and "
+            f"reference={spec.config.reference['name']} moves inside the step: use reference=previous or initial"
+        )
+
+
 def _read(model: Artifact) -> Outcome:
     check(model, "train.json", "reference.parquet")
     log = json.loads((model.folder / "train.json").read_text())
@@ -111,7 +122,8 @@ def _train(
     scored_before = runner.scored.copy()
     engine, reference, start_N2 = _prepare(spec, named.windows, runner)
     num_weights = throughput.multiplied(engine.scorer.model)
-    loop, entries = TrainingLoop(spec, engine, num_weights, Sampler(config, runner.tokenizer)), []
+    beside = runner.load_beside(named.windows.first) if spec.reads_divergence and named.windows.first else None
+    loop, entries = TrainingLoop(spec, engine, num_weights, Sampler(config, runner.tokenizer), beside), []
     with CLOCK.counting("updates"):
         for entry in loop.run(reference, start_N2, checkpoint):
             entries.append(entry)

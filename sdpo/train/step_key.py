@@ -66,6 +66,11 @@ class StepSpec:
         return "reference" in inputs_of(self.loss)
 
     @property
+    def reads_divergence(self) -> bool:
+        """Whether the loss reads the reference's whole distribution, so that the reference is in memory, too."""
+        return "divergence" in inputs_of(self.loss)
+
+    @property
     def placebo(self) -> str:
         return self.config.reference.get("placebo", "none") if self.reads_reference else "none"
 

@@ -1,8 +1,9 @@
 """Preference losses: functions of the summed log-probs, lengths and ratings of pairs.
 
 The positional parameters name the data that a loss reads, each a `ChosenRejected` [B]: `policy` and `reference`, summed
-log-probs of the responses in nats; `lengths` of the responses in tokens; `ratings` of a judge. `mixture` alone reads
-`parts`, the values of other losses. If token_weights.py has a function of the loss's name, the sums are weighted. A
+log-probs of the responses in nats; `lengths` of the responses in tokens; `ratings` of a judge; `divergence`, the sums
+of KL(reference || policy) over the tokens of a response, in nats. `mixture` alone reads `parts`, the values of other
+losses. If token_weights.py has a function of the loss's name, the sums are weighted. A
 loss returns one value per pair [B], which does not depend on other pairs, so gradient accumulation changes no result.
 
 In the equations, margin = (logp_w - logp_l) - (ref_w - ref_l) with w the chosen and l the rejected response, log-ratio
@@ -240,6 +241,23 @@ def ld_dpo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, al
     if not 0 <= alpha <= 1:
         raise UserError(f"loss.alpha must be from 0 to 1 for loss=ld_dpo, not {alpha}")
     return dpo(policy, reference, beta=beta)
+
+
+def tdpo1(policy: ChosenRejected, reference: ChosenRejected, divergence: ChosenRejected, *, beta: float) -> Tensor:
+    """-log sigmoid(beta * (margin - (D_l - D_w))) with D the sum of KL(reference || policy) over a response's tokens,
+    Zeng et al. 2404.11999 (TDPO1).
+    """
+    return -F.logsigmoid(beta * (_margin(policy, reference) - (divergence.rejected - divergence.chosen)))
+
+
+def tdpo2(
+    policy: ChosenRejected, reference: ChosenRejected, divergence: ChosenRejected, *, beta: float, alpha: float
+) -> Tensor:
+    """-log sigmoid(beta * (margin - alpha * (D_l - D_w))), where D_w gets no gradient, Zeng et al. 2404.11999
+    (TDPO2): the policy stays near the reference on rejected responses only. D is as in `tdpo1`.
+    """
+    gap_B = divergence.rejected - divergence.chosen.detach()
+    return -F.logsigmoid(beta * (_margin(policy, reference) - alpha * gap_B))
 
 
 def mixture(parts: list[Tensor], *, of: list[dict[str, Any]]) -> Tensor:

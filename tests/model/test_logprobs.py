@@ -10,6 +10,7 @@ from conftest import random_model, rounds_rows_alike
 
 from analysis.benchmark.meter import Meter
 from sdpo.model import head
+from sdpo.model.attention.interface import own_attention
 from sdpo.model.head import Head
 from sdpo.model.logprobs import Scorer, naive_logprobs, score
 from sdpo.model.packing import pack
@@ -96,6 +97,41 @@ def test_sums_with_weights_of_tokens():
     expected, found = gradients(model, expected_B2), gradients(model, found_B2)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "phi"])  # plain; soft cap; scale; bias
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
+def test_divergence_from_a_reference_and_its_gradient(architecture, kept_bytes, monkeypatch):
+    """Sums of KL(reference || policy) over response tokens, from both models' logits; both sums get gradients."""
+    monkeypatch.setitem(head.TILE_BYTES, "cpu", 4 * 300 * 5)
+    monkeypatch.setattr(head, "KEPT_BYTES", kept_bytes)
+    settings, rows = ARCHITECTURES[architecture], ragged()
+    model, other = (louder(random_model(architecture, seed=seed, **settings)) for seed in (0, 1))
+    reference = Scorer(other.requires_grad_(False))
+
+    def by_hand(row, branch):
+        response = row.ids[1 + branch]
+        tokens = torch.from_numpy(np.concatenate([row.prompt, response]).astype(np.int64))[None]
+        with own_attention(model), own_attention(other):
+            logps, others = (of(tokens).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1) for of in (model, other))
+        return (others.exp() * (others - logps)).sum()
+
+    expected_B2 = torch.stack([torch.stack([by_hand(row, branch) for branch in (0, 1)]) for row in rows])
+    expected_B4 = torch.cat([naive(model, rows), expected_B2], 1)
+    logps, divergence = Scorer(model)(pack(rows), reference)
+    found_B4 = torch.stack([*logps, *divergence], 1)
+    torch.testing.assert_close(found_B4, expected_B4, rtol=1e-5, atol=1e-5)
+    found, expected = gradients(model, found_B4), gradients(model, expected_B4)
+    largest = max(grad.norm() for grad in expected.values())
+    for name in expected:
+        assert (found[name] - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-7 * largest, name
+
+
+def test_a_model_does_not_diverge_from_itself():
+    model = louder(random_model())
+    _, divergence = Scorer(model)(pack(ragged()), Scorer(louder(random_model()).requires_grad_(False)))
+    assert not any(sums_B.any() for sums_B in divergence)
+    assert all(gradient.abs().max() < 1e-5 for gradient in gradients(model, torch.stack(divergence, 1)).values())
 
 
 def gradients(model, logps_B2):
@@ -221,7 +257,7 @@ def test_head_memory_does_not_grow_with_vocabulary_times_tokens(kept_bytes, shar
     def peak_bytes(num_tokens):
         ctypes.CDLL(None).malloc_trim(0)  # memory that earlier passes freed must not be used again
         hidden_RH, meter = torch.randn(num_tokens, 32, requires_grad=True), Meter("cpu")
-        project(hidden_RH, torch.arange(num_tokens)).sum().backward()
+        project(hidden_RH, torch.arange(num_tokens))[0].sum().backward()
         return meter.result()["peak_bytes"]
 
     peak_bytes(more // 2)  # the first pass allocates more

@@ -111,7 +111,7 @@ def test_the_budget_is_halved_until_the_heaviest_micro_batch_fits(capsys):
     updates = [rows_of((9, 9, 9)), rows_of(*[(9, 9, 9)] * 14)]
     with memory_left(300):
         budget = memory.fitting_budget(engine, updates, launch)
-        memory._run_once(engine, memory._heaviest(updates, budget))
+        memory._run_once(engine, memory._heaviest(updates, budget), None)
     assert budget in (50, 100, 200)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -147,7 +147,7 @@ def test_without_a_budget_a_gpu_tries_the_largest_packs_first(monkeypatch):
     monkeypatch.setattr(memory.distributed, "device", lambda name: torch.device("cuda"))
     tried = []
 
-    def fits(engine, rows):
+    def fits(engine, rows, beside):
         tried.append(sum(map(tokens_of, rows)))
         return tried[-1] <= 16384
 

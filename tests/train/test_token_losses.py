@@ -1,4 +1,4 @@
-"""Losses that weigh tokens, in whole runs: against DPO, and against log-probs that the test computes token by token."""
+"""Losses that read more than sums of log-probs, in whole runs: against DPO, and against values of single tokens."""
 
 import math
 
@@ -65,9 +65,25 @@ def test_sampo_draws_once_per_pair_and_seed(toy, tmp_path):
         assert [part.sum() for part in row.weights] == [shorter, shorter]
 
 
+@pytest.mark.parametrize("loss", ["tdpo1", "tdpo2"])
+def test_tdpo_begins_every_step_without_divergence(run, loss):
+    folder = run(f"loss={loss}", name=loss)
+    first, second = ([one["loss"] for one in read_lines(folder, "train") if one["update"] == n] for n in (1, 2))
+    assert first == pytest.approx([math.log(2)] * 3, abs=1e-5)
+    assert second != pytest.approx(losses_of(run("loss=dpo", name="dpo"))[1::3], abs=1e-6)
+
+
+def test_tdpo_with_a_reference_that_moves_inside_a_step(run):
+    with pytest.raises(UserError, match="loss=tdpo1 reads the reference's whole .* reference=periodic moves inside"):
+        run("loss=tdpo1", "reference=periodic", "reference.updates=1")
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
+        (["loss=tdpo2", "deepspeed=zero3"], "loss=tdpo2 reads the whole .* beside ZeRO-3's parts"),
+        (["loss=tdpo1", "reference=external", "reference.path=x"], "loss=tdpo1 reads the whole .* over other tokens"),
+        (["loss=tdpo1", "reference.placebo=permute"], "loss=tdpo1 reads the whole .* a placebo does not have"),
         (["loss=mixture", "loss.of=[{name: sampo, weight: 1, beta: 0.1}]"], "loss=mixture cannot have sampo"),
         (["loss=ld_dpo", "reference=external", "reference.path=x"], "loss=ld_dpo weighs tokens, and reference=extern"),
     ],

@@ -30,6 +30,7 @@ DATA = {
     "reference": REFERENCE,
     "lengths": both([2, 4], [4, 2]),
     "ratings": both([5, 4], [3, 3]),
+    "divergence": both([log(3), 1], [log(3) + 4 * log(1.5), 1]),
 }
 HALF = {"beta": 0.5}
 OF = [{"name": "dpo", "weight": 1.0, "beta": 0.1}, {"name": "sft", "weight": 0.2}]
@@ -63,6 +64,8 @@ NLL = (10 - 2 * log(2), 12)  # of the chosen responses, of 2 and 4 tokens
         ),
         ("sampo", HALF, [log(4 / 3), log(2)]),  # on sums that were weighted before
         ("ld_dpo", HALF | {"alpha": 0.3}, [log(4 / 3), log(2)]),
+        ("tdpo1", HALF, [log(7 / 4), log(2)]),  # the divergences take 2 ln 1.5 off ln 3
+        ("tdpo2", HALF | {"alpha": 0.5}, [log(3 / 2), log(2)]),
         ("sft", {}, [NLL[0] / 2, NLL[1] / 4]),
         ("sft", {"over_tokens": "sum"}, NLL),
     ],
@@ -131,6 +134,13 @@ def test_dpo_gradient_is_beta_lambda_and_finite_for_large_margins():
     expected = torch.tensor([-0.5 * 3 / 4, 0], dtype=torch.float64)
     torch.testing.assert_close(policy.chosen.grad, expected)
     torch.testing.assert_close(policy.rejected.grad, -expected)
+
+
+def test_tdpo2_holds_rejected_responses_alone():
+    divergence = ChosenRejected(*(sums_B.clone().requires_grad_() for sums_B in DATA["divergence"]))
+    losses.tdpo2(DATA["policy"], REFERENCE, divergence, beta=0.5, alpha=0.5).sum().backward()
+    assert divergence.chosen.grad is None
+    torch.testing.assert_close(divergence.rejected.grad, torch.tensor([1 / 12, 1 / 8], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", variants(losses))
