@@ -114,6 +114,19 @@ class Data:
 
 
 @dataclass
+class RoundsEndpoint:
+    url: str  # up to and without /chat/completions
+    model_name: str
+    price_in: float  # dollars per million tokens
+    price_out: float
+    max_cost: float  # dollars that may ever be spent on this model, by all runs that share the store
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+    max_tokens: int = at_least(1, 1024)  # of a verdict
+    concurrency: int = at_least(1, 8)  # requests at a time
+    timeout: float = at_least(0.01, 120.0)  # seconds of silence
+
+
+@dataclass
 class Rounds:
     name: str = one_of("given", "on_policy")  # the pairs of a step: the data's own, or the newest model's answers
     answers: int = at_least(2, 4)  # per prompt; the best one is compared with the worst one
@@ -121,10 +134,11 @@ class Rounds:
     max_new_tokens: int = at_least(1, 512)
     batch_size: int = at_least(1, 64)
     share: float = share(1.0)  # of a chunk's prompts that are answered; the other pairs are the given ones
-    judge: str = one_of("reward_model", "gold")  # gold: the laboratory's true reward
+    judge: str = one_of("reward_model", "gold", "endpoint")  # gold: the laboratory's true reward
     path: str | None = None  # of the reward model: a folder or a repository name
     revision: str | None = None
     template: str | None = one_of(*TEMPLATES)  # of the reward model; null: its tokenizer's own
+    endpoint: RoundsEndpoint | None = None  # a language model that compares the answers, each two in both orders
 
 
 @dataclass

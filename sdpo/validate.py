@@ -153,6 +153,8 @@ def _check_rounds(config: Config) -> None:
         return
     if rounds.judge == "reward_model" and not rounds.path:
         raise UserError("rounds.path has no value; set rounds.path=... to a reward model, or use rounds.judge=gold")
+    if (rounds.judge == "endpoint") != (rounds.endpoint is not None):
+        raise UserError("rounds.judge=endpoint and the settings of rounds.endpoint go together: rounds=on_policy_judge")
     if rounds.judge == "gold" and config.data.name != "lab":
         raise UserError("rounds.judge=gold is the laboratory's reward; for other data use rounds.judge=reward_model")
     if any(configuration.for_step(config, t).reference["name"] == "external" for t in (0, *config.steps)):

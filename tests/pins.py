@@ -201,8 +201,8 @@ config.yaml
     optim.lr optim.moments optim.pairs_per_update optim.schedule optim.schedule_over optim.states optim.warmup
     optim.weight_decay plan precision probe probe.answers_every probe.every probe.file probe.max_new_tokens record
     record.every record.mode record.project record.wandb reference reference.name reference.placebo rounds
-    rounds.answers rounds.batch_size rounds.judge rounds.max_new_tokens rounds.name rounds.path rounds.revision
-    rounds.share rounds.temperature rounds.template save_dtype score score.model score.name seed split
+    rounds.answers rounds.batch_size rounds.endpoint rounds.judge rounds.max_new_tokens rounds.name rounds.path
+    rounds.revision rounds.share rounds.temperature rounds.template save_dtype score score.model score.name seed split
     split.disjoint_prompts split.equal split.keep split.level split.measure split.name split.num_chunks split.within
     start steps tune tune.name
 manifest.json

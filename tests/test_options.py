@@ -77,8 +77,10 @@ INSTEAD = {  # settings that replace those of the option's group
     "experiment=real/stories": [*HERE, "hydra.sweeper.params.seed=0"],
     **{f"experiment=real/{name}": [*STUDY, "hydra.sweeper.params.seed=0"] for name in ("core", "full")},
 }
-# The hardness sweeps train these: they define the sources that the arms name. The suites run in tests/evals/.
+# The hardness sweeps train these: they define the sources that the arms name. What needs an endpoint, or the files of
+# other programs, runs in tests of its own.
 ELSEWHERE = ("arm=hardness/easy_then_hard", "arm=hardness/hard_then_easy", "evaluate=[judge]", "evaluate=[results]")
+ELSEWHERE += ("rounds=on_policy_judge",)
 for name in help.options("experiment"):
     if name in ("demo", "controls") or name.startswith("study/"):
         of_sources = OF_HARDNESS if name.startswith("study/hardness") else SMALL

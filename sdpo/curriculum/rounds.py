@@ -7,7 +7,6 @@ Shapes: P prompts, K answers per prompt; columns of N x 2 are the chosen and the
 """
 
 import random
-from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, TypedDict
 
@@ -15,16 +14,15 @@ import numpy as np
 
 from sdpo.config import Config
 from sdpo.console import tell
+from sdpo.curriculum import round_judges
 from sdpo.data.prompt_and_answer import ChatFormat
 from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
-from sdpo.evals import generation, reward_model
+from sdpo.evals import generation
 from sdpo.evals.decoding import Decoding
 from sdpo.evals.generation import LIBRARIES, Answer
-from sdpo.lab import world
 from sdpo.store.artifacts import Artifact, key_of
 from sdpo.train import probes
-from sdpo.train.reference_windows import external
 from sdpo.train.setup import Inputs
 from sdpo.types import Chunk, TokenPair
 
@@ -63,16 +61,13 @@ class Round:
     @cached_property
     def determinants(self) -> dict[str, Any]:
         """Everything that the pairs depend on. It is known before they exist, and even before the model does."""
-        settings, nothing = self.config.rounds, np.zeros(0, dtype=np.int32)
-        judge: dict[str, Any] = {"name": settings.judge}
-        if settings.judge == "reward_model":
-            judge |= {"weights": external(asdict(settings)).key, "template": settings.template}
+        nothing = np.zeros(0, dtype=np.int32)
         return {
             "weights": self.model.key,
             "prompts": content_hash(row._replace(chosen=nothing, rejected=nothing) for row in self.asked.rows),
             "decoding": self._decoding.determinants(),
-            "answers": settings.answers,
-            "judge": judge,
+            "answers": self.config.rounds.answers,
+            "judge": round_judges.determinants(self.config.rounds),
             "template": [self.config.data.template, self.config.data.template_date],
             **self.inputs.runner.numerics.of_own_forward(),
             **LIBRARIES,
@@ -119,10 +114,8 @@ class Round:
     def _judge_answers(self) -> list[Judged | None]:
         """For each prompt two answers; None if all its answers are worth the same."""
         answers_PK = self._sample()
-        rewards_PK = self._rewards(answers_PK)
+        rewards_PK = round_judges.rewards(self.config.rounds, self.asked.pairs, answers_PK, self.inputs.runner)
         judged: list[Judged | None] = []
-        if not np.isfinite(rewards_PK).all():
-            raise UserError(f"rounds.judge={self.config.rounds.judge} gave a reward that is not a finite number")
         for answers, rewards in zip(answers_PK, rewards_PK, strict=True):
             best, worst = int(rewards.argmax()), int(rewards.argmin())
             ends = (float(rewards[best]), float(rewards[worst]))
@@ -143,19 +136,6 @@ class Round:
         repeated = [ids for ids in prompts for _ in range(num)]
         found = generation.generate(generation.load_alone(self.model, runner), chat, repeated, self._decoding)
         return [found[i : i + num] for i in range(0, len(found), num)]
-
-    def _rewards(self, answers_PK: list[list[Answer]]) -> np.ndarray:
-        """The judge's reward of every answer [P, K]."""
-        settings, num = self.config.rounds, self.config.rounds.answers
-        answered = [
-            replace(pair, chosen=answer["text"], rejected=answer["text"])
-            for pair, answers in zip(self.asked.pairs, answers_PK, strict=True)
-            for answer in answers
-        ]
-        if settings.judge == "gold":
-            rewards = [world.gold(pair.prompt[-1]["content"], pair.chosen) for pair in answered]
-            return np.array(rewards).reshape(-1, num)
-        return reward_model.rewards(asdict(settings), answered, self.inputs.runner)[:, 0].reshape(-1, num)
 
 
 def _ids(answer: Answer) -> np.ndarray:

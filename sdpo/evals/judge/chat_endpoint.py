@@ -45,6 +45,11 @@ class Endpoint(NamedTuple):
     temperature: float = 0.0
     top_logprobs: int | None = None  # tokens whose log-probs are asked for at each position of the reply; None: no such
 
+    @classmethod
+    def of(cls, model_name: str, **settings: Any) -> Self:
+        """The endpoint that settings of the configuration describe."""
+        return cls(model=model_name, **settings)
+
     def cost(self, tokens_in: float, tokens_out: float) -> float:
         """The price in dollars."""
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
