@@ -17,6 +17,7 @@ from judge_server import KEY, alpaca_judge, endpoint, serving
 from sdpo.data.prompts import Prompt
 from sdpo.errors import UserError
 from sdpo.evals.judge import chat_endpoint, pairwise
+from sdpo.evals.judge.case import Case
 from sdpo.evals.judge.pairwise import Judgement
 from sdpo.stats import length_controlled
 from sdpo.store.artifacts import Store
@@ -42,6 +43,11 @@ def test_rates_by_hand():
     assert equal == pytest.approx(0.75, abs=0.01)  # answers of equal length: the plain rate, but for the prior
     assert found["judge"]["version"] == f"v1, prompt {pairwise.PROMPT_HASH}"
     assert {measure["value"] for measure in pairwise.rates("judge", [], np.array([])).values()} == {None}
+    prompts = [Prompt(i, ["q"], "asked") for i in range(4)]
+    case = Case(prompts, [["longer"]] * 4, ["short"] * 4, "gpt")
+    against = pairwise.Own().measures(judgements, case)
+    assert against["judge"]["value"] == found["judge"]["value"] and against["judge/longer"]["value"] == 1
+    assert against["judge"]["version"] == f"v1, prompt {pairwise.PROMPT_HASH}, against gpt"
 
 
 def test_the_last_verdict_of_a_reply_counts():
@@ -195,7 +201,12 @@ def test_a_run_is_judged_and_leaves_no_trace_of_the_key(run, tmp_path, monkeypat
         assert measures["judge/alpaca_eval/win_rate"]["value"] == pytest.approx(0.1)
         assert "against gpt" in measures["judge/alpaca_eval/win_rate"]["version"]
     store = Store().root
-    assert list((store / "replies").iterdir()) and list((store / "judgements").iterdir())
+    assert list((store / "replies").iterdir())
+    made = [json.loads(manifest.read_text()) for manifest in (store / "judgements").glob("*/manifest.json")]
+    assert (
+        sorted((one.get("protocol"), one.get("annotator"), one.get("opponent")) for one in made if one.get("opponent"))
+        == [("alpaca_eval 0.6.6", "weighted_alpaca_eval_gpt4_turbo", "gpt")] * 2
+    )
     for place in (folder, store):
         held = [path for path in place.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
         assert not held

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import yaml
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from sdpo.data.prompts import Prompt
 from sdpo.errors import UserError, one_line
@@ -70,7 +69,7 @@ class AlpacaEval:
             return
         try:
             hf_hub_download(DATA_SET, DIFFICULTIES, repo_type="dataset")
-        except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        except OSError as error:  # errors of the Hub's client are some, too
             raise UserError(
                 f"AlpacaEval's length control reads {DIFFICULTIES} of {DATA_SET} on the Hub, which cannot be had "
                 f"({one_line(error)[:200]}): with a connection, run `hf download --repo-type dataset {DATA_SET} "
@@ -101,10 +100,10 @@ class AlpacaEval:
             ]
             rows = pool.annotate_head2head(*outputs, is_ordered=True, chunksize=None)
         return [
-            {
+            self.label
+            | {
                 "generator_1": row["generator_1"],
                 "generator_2": row["generator_2"],
-                "annotator": self.annotator,
                 "preference": _number(row["preference"]),
                 "version": ", ".join(versions),
             }

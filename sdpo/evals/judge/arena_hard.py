@@ -60,7 +60,8 @@ class ArenaHard:
         ]
         replies = ask(endpoint, games, {"judge": endpoint.model} | self.label, store)
         return [
-            {
+            self.label
+            | {
                 "uid": prompt.id,
                 "category": prompt.dataset,
                 "model": MODEL,

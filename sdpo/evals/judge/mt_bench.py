@@ -63,7 +63,8 @@ class MTBench:
         ]
         replies = ask(endpoint, asked, {"judge": endpoint.model} | self.label, store)
         return [
-            {
+            self.label
+            | {
                 "question_id": case.prompts[i].id,
                 "model": MODEL,
                 "turn": turn,
