@@ -146,13 +146,14 @@ def test_alpaca_eval_s_prompts_have_the_package_s_length_control(tmp_path, diffi
     assert measures["judge/alpaca_eval/win_rate"]["value"] == pytest.approx(0.9)
 
 
-def test_the_package_is_imported_without_traces_or_named_if_it_is_missing(monkeypatch):
+def test_the_package_is_imported_without_traces_or_named_if_it_is_missing(monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
     for module in [name for name in sys.modules if name.partition(".")[0] == "alpaca_eval"]:
         monkeypatch.delitem(sys.modules, module)
     alpaca_package.alpaca_eval.cache_clear()
-    level, known = logging.getLogger().level, dict(os.environ)
+    before = (logging.getLogger().level, dict(os.environ), "pkg_resources" in sys.modules)
     assert alpaca_package.alpaca_eval().__version__ == "0.6.6"
-    assert logging.getLogger().level == level and dict(os.environ) == known
+    assert (logging.getLogger().level, dict(os.environ), "pkg_resources" in sys.modules) == before
     alpaca_package.alpaca_eval.cache_clear()
     monkeypatch.setitem(sys.modules, "alpaca_eval", None)
     with pytest.raises(UserError, match=r"needs the package alpaca_eval: pip install 'sdpo\[judge\]'"):
