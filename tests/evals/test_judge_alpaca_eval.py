@@ -151,9 +151,10 @@ def test_the_package_is_imported_without_traces_or_named_if_it_is_missing(monkey
     for module in [name for name in sys.modules if name.partition(".")[0] == "alpaca_eval"]:
         monkeypatch.delitem(sys.modules, module)
     alpaca_package.alpaca_eval.cache_clear()
-    before = (logging.getLogger().level, dict(os.environ), "pkg_resources" in sys.modules)
+    before = (logging.WARNING, os.environ.get(alpaca_package.NO_SECRETS), "pkg_resources" in sys.modules)
     assert alpaca_package.alpaca_eval().__version__ == "0.6.6"
-    assert (logging.getLogger().level, dict(os.environ), "pkg_resources" in sys.modules) == before
+    after = (logging.getLogger().level, os.environ.get(alpaca_package.NO_SECRETS), "pkg_resources" in sys.modules)
+    assert after == before
     alpaca_package.alpaca_eval.cache_clear()
     monkeypatch.setitem(sys.modules, "alpaca_eval", None)
     with pytest.raises(UserError, match=r"needs the package alpaca_eval: pip install 'sdpo\[judge\]'"):
