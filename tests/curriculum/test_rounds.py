@@ -2,8 +2,8 @@
 
 import json
 import math
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import compose, random_model, read_lines
@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sdpo import export
 from sdpo.curriculum import rounds
+from sdpo.data.preferences import Pair
 from sdpo.errors import UserError
 from sdpo.evals import generation
+from sdpo.lab import world
 from sdpo.plan import report
 from sdpo.run.folder import Run
 from sdpo.validate import check
@@ -101,16 +103,19 @@ def test_a_share_of_the_prompts_keeps_its_given_pairs(run, on_policy):
 
 
 def test_the_best_is_compared_with_the_worst_and_a_tie_is_left_out(monkeypatch):
-    """By hand: rewards 1, 3, 2, 3 and 0, 0, 0, 0."""
+    """By hand: rewards 0, 3, 2, 3 and 0, 0, 0, 0."""
     one = rounds.Round.__new__(rounds.Round)
     one.config = compose("rounds=on_policy_lab")
-    given = [[{"text": str(i)} for i in range(4)] for _ in range(2)]
+    pair = Pair("1", "a", ({"role": "user", "content": "?"},), "", "")
+    one.asked, one.inputs = SimpleNamespace(pairs=[pair] * 2), SimpleNamespace(runner=None)
+    given = [[{"text": str(i)} for i in range(4)], [{"text": "0"}] * 4]
+    worth = {"0": 0.0, "1": 3.0, "2": 2.0, "3": 3.0}
     monkeypatch.setattr(one, "_sample", lambda: given, raising=False)
-    monkeypatch.setattr(one, "_rewards", lambda _: np.array([[1.0, 3, 2, 3], [0, 0, 0, 0]]), raising=False)
+    monkeypatch.setattr(world, "gold", lambda _, answer: worth[answer])
     first, second = one._judge_answers()
-    assert (first["best"]["text"], first["worst"]["text"], first["rewards"]) == ("1", "0", (3.0, 1.0))
+    assert (first["best"]["text"], first["worst"]["text"], first["rewards"]) == ("1", "0", (3.0, 0.0))
     assert second is None
-    monkeypatch.setattr(one, "_rewards", lambda _: np.array([[1.0, np.nan, 2, 3], [0, 0, 0, 0]]), raising=False)
+    worth["2"] = math.nan
     with pytest.raises(UserError, match="not a finite number"):
         one._judge_answers()
 
