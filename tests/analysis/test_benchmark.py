@@ -134,7 +134,9 @@ def test_the_whole_benchmark_agrees_with_trl(tmp_path):
     assert result["agreement"]["loss_difference"] < 1e-5
     assert result["agreement"]["gradient_difference"] < 1e-5
     assert result["sides"]["engine"]["padding_share"] == 0
-    assert list(result["sides"]["trl_tuned"]["tried"]) == ["2 pairs", "4 pairs"]
+    tried, phases = (result["sides"]["trl_tuned"][name] for name in ("tried", "phases"))
+    assert list(tried) == ["2 pairs", "4 pairs"]
+    assert all(passes[0] == tried["2 pairs"][phase][0] for phase, passes in phases.items())  # of a process that begins
     assert {len(passes) for side in result["sides"].values() for passes in side["phases"].values()} == {2}
     for side in result["sides"].values():
         assert side["first_loss"] == pytest.approx(np.log(2), abs=1e-6)
