@@ -3,11 +3,13 @@
 import json
 import os
 import select
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import submitit
+from submitit.core.utils import UncompletedJobError
 from submitit.helpers import Checkpointable, DelayedSubmission, as_completed
 from tqdm import tqdm
 
@@ -19,10 +21,10 @@ from sdpo.launch.order import by_first_missing_step
 from sdpo.launch.summary import note_end
 from sdpo.run.folder import Run, write_json
 
-KINDS = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}
-ALIVE = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "COMPLETING")  # states of jobs that execute their run
+CLUSTERS = ("slurm", "local")
 MOST_TIMEOUTS = 100  # times that a job is requeued at its time limit
 LAST_WORDS = 600  # seconds in which the cluster ends or requeues a job whose run has stopped
+AT_SIGNAL = (STOPPED, -signal.SIGTERM, -signal.SIGUSR2)  # negative: before the run could handle it, or after its end
 
 
 class Execution(Checkpointable):
@@ -37,7 +39,7 @@ class Execution(Checkpointable):
         self.process = subprocess.Popen(self.command)
         _wait(self.process)
         code = self.process.wait()
-        if code == STOPPED:
+        if code in AT_SIGNAL:
             time.sleep(LAST_WORDS)  # until the task of node 0 has requeued the job
         if code:
             raise RuntimeError(f"{self.command[-1]} ended with code {code}")
@@ -56,10 +58,11 @@ def execute(todo: list[Run], folder: Path, slurm: Settings, bar: tqdm) -> None:
     jobs = submit([turn.run for turn in by_first_missing_step(todo)], folder, slurm)
     runs = {job.job_id: one for one, job in jobs}
     try:
-        for job in as_completed([job for _, job in jobs], poll_frequency=2):
-            failure = job.exception()
-            last_line = str(failure).strip().splitlines()[-1:] if failure else []
-            note_end(runs[job.job_id], bar, f"the job failed: {' '.join(last_line)}" if failure else None)
+        waiting = [job for _, job in jobs]
+        while waiting:
+            ended = as_completed(waiting, poll_frequency=2)
+            waiting = [job for job in ended if not _note_end(job, runs[job.job_id], bar)]
+            submitit.SlurmJob.watcher.clear()  # which takes a job that is requeued for one that has ended
     except KeyboardInterrupt:
         for _, job in jobs:
             job.cancel()
@@ -73,14 +76,15 @@ def submit(todo: list[Run], folder: Path, slurm: Settings) -> list[tuple[Run, su
     """
     settings, listed = dict(slurm), folder / "jobs.json"
     cluster = settings.pop("cluster", "slurm")
-    if cluster not in KINDS:
-        raise UserError(f"hydra.launcher.slurm.cluster is {cluster!r}; it can be {', '.join(KINDS)}")
+    if cluster not in CLUSTERS:
+        raise UserError(f"hydra.launcher.slurm.cluster is {cluster!r}; it can be {', '.join(CLUSTERS)}")
     known = json.loads(listed.read_text()) if listed.is_file() else {}
-    jobs, new = [], dict[str, list[Run]]()
+    queued = _queued() if known and cluster == "slurm" else set()
+    jobs, new = list[tuple[Run, submitit.Job]](), dict[str, list[Run]]()
     for one in todo:
         id = known.get(one.folder.name)
-        job = KINDS[cluster](folder / "slurm", id, range(one.config.launch.nodes)) if id else None
-        if job and job.state in ALIVE:
+        job = submitit.SlurmJob(folder / "slurm", id, range(one.config.launch.nodes)) if id in queued else None
+        if job and not job.task(0).paths.result_pickle.exists():  # with a result it only waits for its node
             jobs.append((one, job))
         else:
             new.setdefault(json.dumps(resources(one.config.launch)), []).append(one)
@@ -104,6 +108,26 @@ def resources(launch: Launch) -> Settings:
     nodes = {"nodes": launch.nodes, "tasks_per_node": 1, "cpus_per_task": per_node * launch.threads}
     # If one node fails, the others end. A run has five minutes to save a checkpoint before its time limit.
     return nodes | gpus | {"slurm_srun_args": ["--kill-on-bad-exit=1"], "slurm_signal_delay_s": 300}
+
+
+def _note_end(job: submitit.Job, run: Run, bar: tqdm) -> bool:
+    """Count the run of a job that ended. Returns False if the cluster requeues the job, because a node failed."""
+    failure = job.exception()
+    unknown = isinstance(failure, UncompletedJobError)  # the job has left no result
+    if unknown and isinstance(job, submitit.SlurmJob) and job.job_id in _queued():
+        return False
+    why = f"ended as {job.state}" if unknown else "failed"
+    note_end(run, bar, f"job {job.job_id} {why}; {job.task(0).paths.stderr} has the details" if failure else None)
+    return True
+
+
+def _queued() -> set[str]:
+    """The ids of this user's jobs that wait, run or are about to be requeued. Raises UserError if SLURM is silent."""
+    asked = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
+    answer = subprocess.run(asked, capture_output=True, text=True)
+    if answer.returncode:
+        raise UserError(f"{answer.stderr.strip()}; later, the same command waits for the jobs that still run")
+    return set(answer.stdout.split())
 
 
 def _wait(process: subprocess.Popen) -> None:

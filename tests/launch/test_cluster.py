@@ -18,15 +18,15 @@ from sdpo.run.folder import Run
 
 GOLDEN = Path(__file__).parent / "golden"
 SBATCH = 'cp "$1" "$0.$$"; echo "$$" >> "$0.ids"; echo "Submitted batch job $$"'
-SACCT = 'echo "JobID|State|NodeList"; for id in $(cat "$(dirname "$0")/alive"); do echo "$id|RUNNING|a"; done'
+SQUEUE = 'cat "$(dirname "$0")/alive"'
 
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """The folder of stand-ins for srun, sbatch and sacct; the jobs in its file `alive` are running."""
+    """The folder of stand-ins for srun, sbatch and squeue; the jobs in its file `alive` are running."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name, text in {"srun": "", "sbatch": SBATCH, "sacct": SACCT}.items():
+    for name, text in {"srun": "", "sbatch": SBATCH, "squeue": SQUEUE}.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(0o755)
     (folder / "alive").write_text("")
@@ -55,7 +55,6 @@ def test_a_sweep_that_is_started_again_submits_no_run_twice(slurm, tmp_path):
     ids = (slurm / "sbatch.ids").read_text().split()
     assert first == [f"{ids[0]}_0", f"{ids[0]}_1", ids[1]]  # one array for each need
     (slurm / "alive").write_text(f"{first[1]} {first[2]}")
-    submitit.SlurmJob.watcher.clear()
     again = {run.folder.name: job.job_id for run, job in cluster.submit(runs, tmp_path / "sweep", {})}
     ids = (slurm / "sbatch.ids").read_text().split()
     assert len(ids) == 3 and again == {"a": ids[2], "b": first[1], "c": first[2]}
