@@ -83,7 +83,8 @@ def submit(todo: list[Run], folder: Path, slurm: Settings) -> list[tuple[Run, su
     jobs, new = list[tuple[Run, submitit.Job]](), dict[str, list[Run]]()
     for one in todo:
         id = known.get(one.folder.name)
-        job = submitit.SlurmJob(folder / "slurm", id, range(one.config.launch.nodes)) if id in queued else None
+        tasks = range(one.config.launch.nodes)
+        job: submitit.Job | None = submitit.SlurmJob(folder / "slurm", id, tasks) if id in queued else None
         if job and not job.task(0).paths.result_pickle.exists():  # with a result it only waits for its node
             jobs.append((one, job))
         else:
