@@ -193,8 +193,8 @@ config.yaml
     deepspeed.offload deepspeed.stage evaluate evaluate.generate evaluate.generate.batch_size evaluate.generate.file
     evaluate.generate.max_new_tokens evaluate.generate.name evaluate.generate.per_source evaluate.generate.preset
     evaluate.generate.seed evaluate.generate.temperature evaluate.generate.top_p evaluate.preference
-    evaluate.preference.name launch launch.attention launch.checkpoint_minutes launch.compile launch.device
-    launch.kernels launch.memory launch.nodes launch.ranks launch.recompute_activations launch.threads
+    evaluate.preference.name launch launch.any_ranks launch.attention launch.checkpoint_minutes launch.compile
+    launch.device launch.kernels launch.memory launch.nodes launch.ranks launch.recompute_activations launch.threads
     launch.timeout_minutes launch.tokens_per_pack loss loss.beta loss.label_smoothing loss.name model model.device
     model.lab model.lab.heads model.lab.layers model.lab.width model.lr model.name model.parameters model.path
     model.revision model.seed model.sft model.template model.trust_remote_code optim optim.betas optim.clip optim.epochs

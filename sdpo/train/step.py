@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from sdpo.errors import UserError
 from sdpo.metrics import CLOCK
 from sdpo.model.checkpoint import Checkpoint, load_moments, save_moments
 from sdpo.model.engine import Engine
-from sdpo.store.artifacts import Artifact, check, key_of
+from sdpo.store.artifacts import Artifact, Store, check, key_of
 from sdpo.train import logprob_table, step_key, throughput
 from sdpo.train.loop import TrainingLoop
 from sdpo.train.probes import Sampler
@@ -24,6 +25,7 @@ from sdpo.train.runner import Runner
 from sdpo.train.step_key import StepSpec
 from sdpo.train.throughput import Pace, Speed
 
+MOST_RANKS = 1024  # that launch.any_ranks looks for
 Record = Callable[[dict], None]  # takes the log entry of one update
 
 
@@ -55,7 +57,15 @@ def name_step(spec: StepSpec, runner: Runner) -> NamedStep:
     if spec.reads_divergence:
         _check_stays(spec, windows)
     determinants = step_key.determinants(spec, windows.listed)
+    if spec.config.launch.any_ranks:
+        determinants = distributed.broadcast(_as_found(determinants, runner.store))
     return NamedStep(key_of("step", determinants), determinants, windows)
+
+
+def _as_found(determinants: dict, store: Store) -> dict:
+    """What decides the same step as some other number of ranks made it, if the store has it; else as it is given."""
+    others = (determinants | {"ranks": ranks} for ranks in range(1, MOST_RANKS + 1))
+    return next((made for made in chain([determinants], others) if store.holds("step", made)), determinants)
 
 
 def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: None, in_background: bool = False) -> Step:
@@ -65,6 +75,8 @@ def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: Non
     the folder of M_t may not be whole before `runner.store.join()`.
     """
     named = name_step(spec, runner)
+    if (ranks := named.determinants["ranks"]) != spec.config.launch.ranks:
+        tell(f"step {spec.t} is taken from the store as {ranks} ranks made it (launch.any_ranks)")
     _tell_ignored_settings(spec, named.windows)
     checkpoint = Checkpoint(runner.store, named.key, f"step {spec.t}", spec.config.launch.checkpoint_minutes)
     trained: list[Outcome] = []
