@@ -161,7 +161,7 @@ def readme_commands():
     pages = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
     found = re.findall(r"`(python train\.py (?!--help).*?)`|^ +(python train\.py(?!.* --help).*)", text, re.MULTILINE)
-    return [inline or line for inline, line in found]
+    return list(dict.fromkeys(re.sub(r" +#.*", "", inline or line) for inline, line in found))
 
 
 @pytest.mark.parametrize("command", readme_commands())

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import CHECKOUT
 from runs import make_sweep
+from test_conf import composed, hydra_settings
 
 from sdpo.run import model_card
 
@@ -32,7 +33,7 @@ def test_every_command_does_what_it_is_there_for(run, tmp_path, monkeypatch, cap
         make_sweep(tmp_path / "out" / sweep)
     monkeypatch.chdir(tmp_path)
     run_alone = [name for name in commands() if name.startswith("analysis.benchmark")]  # minutes: test_benchmark.py
-    assert len(run_alone) == 1
+    assert len(run_alone) == 2
     for name, (module, *arguments) in commands().items():
         if name not in run_alone:
             monkeypatch.setattr(sys, "argv", [module, *arguments])
@@ -62,10 +63,10 @@ def test_what_w_and_b_does_not_have_is_said(tmp_path, monkeypatch):
             importlib.import_module("analysis.from_wandb").main()
 
 
-def test_the_benchmark_s_command_is_understood(monkeypatch, capsys):
-    (command,) = [words for words in commands().values() if words[0] == "analysis.benchmark"]
+@pytest.mark.parametrize("words", [words for words in commands().values() if words[0] == "analysis.benchmark"])
+def test_a_command_of_the_benchmark_is_understood(words, capsys):
     with pytest.raises(SystemExit, match="0"):
-        importlib.import_module(f"{command[0]}.__main__").main([*command[1:], "--help"])
+        importlib.import_module(f"{words[0]}.__main__").main([*words[1:], "--help"])
     assert "ultrafeedback" in capsys.readouterr().out
 
 
@@ -112,7 +113,7 @@ def dead_links(page):
 
 
 def test_the_result_tables_are_those_that_their_commands_wrote():
-    """Each file of docs/results/ is kept as `python -m analysis.tables out/NAME --format markdown` printed it."""
+    """The table in a file of docs/results/ is as `python -m analysis.tables out/NAME --format markdown` printed it."""
     shown = result_tables(PAGES[0].read_text())
     written = [table for file in (CHECKOUT / "docs/results").glob("*.md") for table in result_tables(file.read_text())]
     assert len(shown) == 2 and [table for table in shown if table not in written] == []
@@ -121,6 +122,40 @@ def test_the_result_tables_are_those_that_their_commands_wrote():
 def result_tables(text):
     """The tables of arms or contrasts in a text, each with all its rows."""
     return re.findall(r"^\| (?:arm|of) \|.*\n(?:\|.*\n?)+", text, re.MULTILINE)
+
+
+def test_numbers_in_prose_are_those_that_a_command_wrote():
+    """The decimals of the README's results and of docs/numbers.md stand in docs/results/ or in LOG.md."""
+    assert decimals("DPO's 0.886 +- .023, at 1.5B 50.2 %") == {".886", ".023", "1.5", "50.2"}
+    sources = [CHECKOUT / "LOG.md", *(CHECKOUT / "docs/results").glob("*.md")]
+    written = set().union(*(decimals(source.read_text()) for source in sources))
+    results = README.split("## Results on the laboratory")[1].split("\n## ")[0]
+    for shown in (results, (CHECKOUT / "docs/numbers.md").read_text()):
+        assert len(decimals(shown)) > 40 and decimals(shown) - written == set()
+
+
+def decimals(text):
+    """The numbers with a decimal point, without leading zeros and signs."""
+    return {number.lstrip("0") for number in re.findall(r"\d*\.\d+", text)}
+
+
+def test_the_demo_is_told_alike_everywhere():
+    """docs/numbers.md repeats the gold reward of docs/results/demo.md."""
+    (table,) = result_tables((CHECKOUT / "docs/results/demo.md").read_text())
+    gold = {row.split(" | ")[0].strip("| "): row.split(" | ")[2] for row in table.splitlines()}
+    cells = [gold[arm] for arm in ("all_at_once", "all_at_once_weak", "easy_to_hard")]
+    assert f" | {' | '.join(cells)} |" in (CHECKOUT / "docs/numbers.md").read_text()
+
+
+def test_the_sweeps_are_described_as_their_files_have_them():
+    results = " ".join(README.split("## Results on the laboratory")[1].split("\n## ")[0].split())
+    demo, controls = composed("experiment=demo"), hydra_settings("experiment=controls")
+    num_pairs = sum(source.num_pairs for source in demo.data.lab.sources.values())
+    assert f"{num_pairs:,} pairs of three sources, {demo.optim.epochs} epochs, beta {demo.loss.beta:g} (" in results
+    assert float(re.search(r"lr (\S+?)\. ", results)[1]) == demo.optim.lr and len(demo.data.lab.sources) == demo.T == 3
+    arms, seeds = controls.sweeper.params.arm.split(","), re.findall(r"\d+", controls.sweeper.params.seed)
+    assert f"with {len(arms)} arms and {seeds[0]} seeds" in results
+    assert "these eight contrasts" in results and len(controls.launcher.contrasts) == 8
 
 
 def test_the_docs_become_a_site_without_a_warning(tmp_path):
