@@ -32,9 +32,9 @@ def loss_curves(train: pd.DataFrame) -> Figure:
     figure, rows = panels(len(groups), sharex=True, sharey=True)
     for axes, (title, arms) in zip(rows, groups.items(), strict=True):
         for arm, style in series_styles(arms).items():
-            style["marker"] = ""
             for t, step in binned[binned["arm"] == arm].groupby("t"):
                 seeds = step.pivot_table(index="overall_update", columns="run", values="loss")
+                style["marker"] = "." if len(seeds) == 1 else ""  # a line of one point would not be seen
                 axes.plot(seeds, **style | {"linewidth": 0.5, "alpha": 0.4})
                 axes.plot(seeds.mean(axis=1), label=("_" if t > 1 else "mean" if title else arm), **style)
         if from_zero:
@@ -191,7 +191,7 @@ def learning_order(trajectory: pd.DataFrame, pairs: pd.DataFrame, num_bins: int 
         axes.grid(visible=False)
         axes.set_yticks([0.5, len(right) - 0.5], ["lowest", "highest"])
     panel_rows[-1].set_xticks(np.arange(len(models)) + 0.5, [_model(name) for name in models])
-    label_outer(panel_rows, "")
+    label_outer(panel_rows, "model")
     figure.colorbar(mesh, ax=panel_rows, label="share ranked correctly (gamma > 0)")
     return figure
 

@@ -52,13 +52,16 @@ def test_the_first_cell_installs_what_is_missing_and_runs_the_laboratory(path, t
     """As in Colab: no checkout around the notebook, nothing installed, no runs. The commands are only noted."""
     notebook, ran = nbformat.read(path, as_version=4), []
     first = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    named = first.replace("OWNER/NAME", "somebody/sdpo")
     monkeypatch.setattr("subprocess.run", lambda command, **rest: ran.append(command[1:]))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("SDPO_RUNS", str(tmp_path / "none"))
-    exec(first, {})
+    with pytest.raises(SystemExit, match="REPOSITORY"):
+        exec(first, {})
+    exec(named, {})
     (install, train) = ran
-    assert install[:3] == ["-m", "pip", "install"] and install[-1].startswith("git+https://")
+    assert install[:3] == ["-m", "pip", "install"] and install[-1] == "git+https://github.com/somebody/sdpo"
     assert train == ["-m", "train", "experiment=demo", f"hydra.sweep.dir={tmp_path / 'none'}"]
 
 
