@@ -72,7 +72,7 @@ def test_a_command_of_the_benchmark_is_understood(words, capsys):
 
 def test_the_tree_of_contributing_names_every_file_of_the_code():
     listed, folders = [], []
-    for line in CONTRIBUTING.split("```")[1].strip().splitlines():
+    for line in CONTRIBUTING.split("```text")[1].split("```")[0].strip().splitlines():
         name, _, phrase = line.strip().partition(" ")
         folders[(len(line) - len(line.lstrip())) // 2 :] = [name]
         if not name.endswith("/"):
