@@ -162,7 +162,9 @@ def test_the_docs_become_a_site_without_a_warning(tmp_path):
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
     made = subprocess.run(build, cwd=CHECKOUT, capture_output=True, text=True)
     assert (made.returncode, made.stdout + made.stderr) == (0, "")
-    assert (tmp_path / "site" / "results" / "demo" / "index.html").is_file()
+    pages = {page.parent.name: page.read_text() for page in (tmp_path / "site").rglob("index.html")}
+    assert {"site", "data", "report", "numbers", "demo", "contributing"} <= pages.keys()
+    assert [name for name, page in pages.items() if re.search(r'<(script|link)[^>]+="(https?:)?//', page)] == []
 
 
 def test_continuous_integration_runs_what_a_submission_must_pass():
