@@ -134,7 +134,8 @@ def memorisation(trajectory: pd.DataFrame) -> Figure:
     rise = ended["gamma"] - ended.groupby(["run", "chunk", "id"])["gamma"].transform("first")
     groups = ["trained on", "still to come", "held out"]
     kind = np.select([ended["held_out"], ended["seen"]], ["held out", "trained on"], "still to come")
-    per_run = ended.assign(rise=rise, kind=kind).groupby(["arm", "seed", "t", "kind"], as_index=False)["rise"].mean()
+    by_run = ended.assign(rise=rise, kind=kind).groupby(["arm", "seed", "t", "kind"], as_index=False, sort=False)
+    per_run = by_run["rise"].mean()
     return _lines_over_models(per_run, "kind", groups, "gamma over S (nats)", "rise")
 
 
