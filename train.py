@@ -23,6 +23,7 @@ from sdpo import distributed, validate
 from sdpo.errors import UserError, disk_as_user_error
 from sdpo.launch import help, unread
 from sdpo.launch import local as launch
+from sdpo.launch.nodes import by_hand
 from sdpo.run.folder import Run
 
 composed: list[tuple[DictConfig, DictConfig]] = []  # the configuration of a single run, and Hydra's own
@@ -64,6 +65,9 @@ def single(run: Run, job: DictConfig, overrides: Sequence[str]) -> None:
         plan.show([run])
         return
     run.prepare()
+    if run.config.launch.nodes > 1:
+        print(f"prepared; start it on every node N: {by_hand(run.folder, run.config.launch.nodes)}")
+        return
     try:
         summary = launch.run(run.config, run.folder)
     except UserError:

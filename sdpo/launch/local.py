@@ -146,7 +146,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--of", type=int, help="number of nodes; without it that of the SLURM job")
     parser.add_argument("--at", default="", help="HOST:PORT on node 0, where the nodes meet")
     given = parser.parse_args(arguments)
-    config, folder = configuration.load(given.config), given.config.parent
+    folder = given.config.parent
+    if not (given.config.is_file() and (folder / "manifest.json").is_file()):
+        raise UserError(f"{folder} is no prepared run: `python train.py launch.nodes=2 ...` or a sweep prepares one")
+    config = configuration.load(given.config)
     if "RANK" in os.environ:
         rank.main(config, folder)
     else:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 from typing import NamedTuple
 
 from sdpo.config import Launch
@@ -43,8 +44,13 @@ def alone(launch: Launch) -> Nodes:
     raise UserError(
         f"launch.nodes={launch.nodes}, but this is no SLURM job of {launch.nodes} nodes: submit the run with "
         "`python train.py -m hydra.launcher.backend=slurm ...`, or start its prepared folder on every node N with "
-        f"`python -m sdpo.launch RUN/config.yaml --node N --of {launch.nodes} --at HOST_OF_NODE_0:PORT`"
+        f"`{by_hand('RUN', launch.nodes)}`"
     )
+
+
+def by_hand(folder: Path | str, of: int) -> str:
+    """The command that executes one node's part of the run of a prepared folder."""
+    return f"python -m sdpo.launch {folder}/config.yaml --node N --of {of} --at HOST_OF_NODE_0:PORT"
 
 
 def of_slurm(launch: Launch) -> Nodes:

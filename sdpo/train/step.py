@@ -76,7 +76,8 @@ def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: Non
     """
     named = name_step(spec, runner)
     if (ranks := named.determinants["ranks"]) != spec.config.launch.ranks:
-        tell(f"step {spec.t} is taken from the store as {ranks} ranks made it (launch.any_ranks)")
+        what = f"step {spec.t}" if spec.t else "S"
+        tell(f"{what} is taken from the store as {ranks} ranks made it (launch.any_ranks)")
     _tell_ignored_settings(spec, named.windows)
     checkpoint = Checkpoint(runner.store, named.key, f"step {spec.t}", spec.config.launch.checkpoint_minutes)
     trained: list[Outcome] = []
