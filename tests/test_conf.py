@@ -37,6 +37,7 @@ SHARED = {
 }  # keys of every variant
 FILLED = {"train": "[x]", "bound": "1", "of": "[{name: dpo, weight: 1, beta: 0.1}]"}  # what has no default, if not x
 FILLED |= dict.fromkeys(("judge.price_in", "judge.price_out", "judge.max_cost"), "1")
+FILLED |= dict.fromkeys(("endpoint.price_in", "endpoint.price_out", "endpoint.max_cost"), "1")
 FILLED |= dict.fromkeys(("reward_bench.pairs", "results.files"), "[x]")
 OPTIONS = [(group, option) for group in help.groups() for option in help.options(group)]
 
@@ -64,12 +65,18 @@ def arms(overrides, sweep=()):
     return BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(parsed), None)[0]
 
 
+def blanks(written, prefix=""):
+    """The keys of a file that have no value."""
+    for key, value in written.items():
+        if value == "???":
+            yield prefix + key
+        elif isinstance(value, dict):
+            yield from blanks(value, f"{prefix}{key}.")
+
+
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] != "experiment"])
 def test_every_option_composes_and_binds(group, option):
-    written = OmegaConf.to_container(OmegaConf.load(CHECKOUT / "conf" / group / f"{option}.yaml"))
-    if group == "evaluate":  # its options stand side by side, each under its name
-        written = {f"{name}.{key}": value for name, settings in written.items() for key, value in settings.items()}
-    blank = [key for key, value in written.items() if value == "???"]
+    blank = list(blanks(OmegaConf.to_container(OmegaConf.load(CHECKOUT / "conf" / group / f"{option}.yaml"))))
     choice = f"{group}=[{option}]" if group == "evaluate" else f"{group}={option}"
     lab = group == "arm" or option.endswith("lab")
     bound(

@@ -7,9 +7,13 @@ from typing import Any
 
 from sdpo.errors import UserError
 
-# Turns, or OpenAI's input, as JSON or as Python writes them.
+# Turns, or OpenAI's input, as JSON or as Python writes them; with another key first, it must be a whole value.
 STRUCTURE = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value|messages)['"]\s*:""")
-CONVERSATIONS = ("prompt", "messages", "conversations", "input", "preferred_output", "non_preferred_output")
+OF_TURNS = ("role", "from", "messages")
+CONVERSATIONS = (
+    *("prompt", "question", "messages", "conversations", "input"),
+    *("preferred_output", "non_preferred_output"),
+)
 # Of apply_chat_template, and of the template's own names: no row can set them.
 RESERVED = frozenset(
     "messages conversation tools documents chat_template add_generation_prompt continue_final_message tokenize padding "
@@ -65,7 +69,19 @@ def template_inputs(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_structure(value: Any) -> bool:
-    return isinstance(value, str) and STRUCTURE.match(value) is not None
+    return isinstance(value, str) and (STRUCTURE.match(value) is not None or _holds_turns(value))
+
+
+def _holds_turns(text: str) -> bool:
+    """Whether a text is, as a whole, an object or a list of objects that have a key of turns."""
+    if not text.lstrip().startswith(("{", "[")) or not any(key in text for key in OF_TURNS):
+        return False
+    try:
+        value = _parse(text, "")
+    except BadRow:
+        return False
+    items = value if isinstance(value, list) else [value]
+    return any(isinstance(item, dict) and any(key in item for key in OF_TURNS) for item in items)
 
 
 def _structure(value: Any, field: str, kind: type) -> Any:

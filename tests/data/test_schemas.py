@@ -86,6 +86,15 @@ def test_conversations_written_as_text_are_read(layout, write):
     assert normalise(row) == normalise(LAYOUTS[layout])
 
 
+def test_conversations_written_as_text_may_begin_with_another_key():
+    row = LAYOUTS["conversation "]
+    heavy = {column: json.dumps([{"weight": 1, **turn} for turn in turns]) for column, turns in row.items()}
+    told = {column: [{"weight": 1, **turn} for turn in turns] for column, turns in row.items()}
+    assert normalise(heavy)[1:4] == normalise(told)[1:4] == ((RULES, ASK), GOOD, BAD)
+    asked = '{"rows": 3, "from": "a"} What is this?'  # text that begins so, but is no value as a whole
+    assert normalise(PLAIN | {"prompt": asked}).prompt[-1]["content"] == asked
+
+
 def test_an_answer_about_a_conversation_is_text():
     answer = json.dumps([said(GOOD)])
     assert normalise(PLAIN | {"chosen": answer}).chosen == answer

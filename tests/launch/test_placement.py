@@ -70,6 +70,7 @@ def test_a_run_needs_its_weights_its_activations_and_a_fixed_amount():
     of 1000 tokens 42 x 1280 x 10 x 1000 bytes, and 2 P at the head."""
     weights = 12 * 1280**2 * 10
     settings = {"model": {"name": "lab"}, "data": {"name": "lab"}, "tune": {"name": "full"}, "precision": "bf16"}
+    settings |= {"loss": {"name": "dpo", "beta": 0.1}}
     chosen = config.from_composed(settings | {"launch": {"tokens_per_pack": 1000}, "optim": {"states": "fp32"}})
     size = Size.of(chosen, weights=weights, reference=0)
     memory = 18 * weights + 1.6 * (42 * 1280 * 10 * 1000 + 2 * weights) + 3e9
