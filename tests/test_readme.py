@@ -24,7 +24,7 @@ CODE = ("sdpo", "analysis", "hydra_plugins")
 def commands():
     found = re.findall(r"`(python -m .*?)`|^ +(python -m .*)", README.replace("\\\n", " "), re.MULTILINE)
     words = [shlex.split(inline or line, comments=True)[2:] for inline, line in found]
-    return {shlex.join(command): command for command in words if "RUN" not in command[1]}  # RUN stands for a folder
+    return {shlex.join(command): command for command in words if "RUN" not in "".join(command)}  # a folder
 
 
 def test_every_command_does_what_it_is_there_for(run, tmp_path, monkeypatch, capsys):

@@ -183,3 +183,8 @@ def test_page_in_a_browser(page, sweep, tmp_path):
             assert axis == ink, "text in figures follows the theme"
             papers.add(paper)
         assert len(papers) == 2
+
+
+def test_seeds_that_changed_nothing_are_named():
+    steps = pd.DataFrame({"arm": list("aabb"), "seed": [0, 1, 0, 1], "t": 1, "last_loss": [0.5, 0.5, 0.5, 0.6]})
+    assert checks.equal_seeds(steps).cases == ["a: 2 equal seeds"]
