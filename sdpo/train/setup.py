@@ -100,7 +100,7 @@ def _encode(config: Config, runner: Runner, preferences: Preferences) -> tuple[l
     """The training pairs, the held-out pairs and each further set of them as tokens, and the data report."""
     sides = {"train": preferences.train, "held_out": preferences.held_out}
     sides |= {f"held_out_sets.{name}": pairs for name, pairs in preferences.held_out_sets.items()}
-    for file in preferences.report["files"]:
+    for file in preferences.report.get("files", ()):  # the laboratory has none
         if file["dropped"]:
             reasons = ", ".join(f"{number} {reason}" for reason, number in file["dropped"].items())
             tell(f"{file['file']}: not all {file['rows']} rows are used ({reasons}); data_report.json names the others")
