@@ -116,13 +116,13 @@ def displacement(measures: pd.DataFrame) -> Warning:
 
 def equal_seeds(steps: pd.DataFrame) -> Warning:
     """Arms whose seeds ended every step with the same loss, to the last bit: the seeds changed nothing."""
-    found = steps.groupby("arm", sort=False).agg(seeds=("seed", "nunique"))
+    seeds = steps.groupby("arm", sort=False)["seed"].nunique()
     differs = steps.groupby(["arm", "t"], sort=False)["last_loss"].nunique().groupby("arm", sort=False).max() > 1
     return Warning(
         "Seeds changed nothing",
         "They redraw the order of pairs and random chunks, and here that made no difference, so these intervals say "
         "nothing. In the laboratory, model.seed=${seed} data.seed=${seed} redraw S and the pairs, too.",
-        [f"{arm}: {n} equal seeds" for arm, n in found["seeds"].items() if n > 1 and not differs[arm]],
+        [f"{arm}: {n} equal seeds" for arm, n in seeds.items() if n > 1 and not differs[arm]],
     )
 
 

@@ -75,8 +75,8 @@ def _by_endpoint(endpoint: Endpoint, pairs: Sequence[Pair], texts_PK: list[list[
         return pairwise.compare(endpoint, prompts, ours, theirs, store)
 
     judged = distributed.broadcast(ask() if distributed.is_main() else None)
-    wins_PK = np.full((len(texts_PK), len(texts_PK[0])), 0.5 * (len(texts_PK[0]) - 1))
-    silent = 0
+    num = len(texts_PK[0]) if texts_PK else 2  # answers to a prompt; with rounds.share=0 no prompt is asked
+    wins_PK, silent = np.full((len(texts_PK), num), 0.5 * (num - 1)), 0
     for (p, i, j), verdict in zip(duels, judged, strict=True):
         stated = [win for win in (verdict.first, verdict.second) if win is not None]
         silent += 2 - len(stated)
@@ -85,7 +85,7 @@ def _by_endpoint(endpoint: Endpoint, pairs: Sequence[Pair], texts_PK: list[list[
         wins_PK[p, j] -= lead
     if silent:
         tell(f"{endpoint.model} stated no verdict in {silent} of {2 * len(duels)} replies, which count as ties")
-    return wins_PK / (len(texts_PK[0]) - 1)
+    return wins_PK / (num - 1)
 
 
 def _question(pair: Pair) -> str:
