@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SHARES = "SDPO_SHARES_GPU"  # environment variable: set if a sweep may start other runs on this run's GPU
 STOPPED = 85  # the exit code of a rank that was asked to stop and has saved what it had
+STOPS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)  # what asks a run to stop
 SHARING = "SDPO_SHARING"  # environment variable: the file with the number of runs that share this run's GPUs
 _stops: list[int] = []  # the signals that asked this process to stop
 # PyTorch then asks the driver whether there is a GPU. Else the question starts CUDA, which forked runs could not use.
@@ -116,9 +117,8 @@ def stops_deferred() -> Iterator[None]:
     A signal that is ignored (as SIGHUP under nohup) stays so; a thread other than the main one cannot defer signals.
     """
     _stops.clear()
-    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
     is_main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in numbers if is_main_thread}
+    before = {number: signal.getsignal(number) for number in STOPS if is_main_thread}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, lambda number, _frame: _stops.append(number))

@@ -20,7 +20,7 @@ from sdpo.distributed import SHARES, SHARING, STOPPED, stop_requested
 from sdpo.launch import local as launch
 from sdpo.launch.order import Turn, by_first_missing_step
 from sdpo.launch.placement import Need, Place, choose, places_for
-from sdpo.launch.rank import follow_parent
+from sdpo.launch.rank import end_undisturbed, follow_parent
 from sdpo.launch.summary import note_end
 from sdpo.run.folder import Run, write_json
 
@@ -134,7 +134,10 @@ def _child(turn: Turn, place: Place, alive: tuple[int, int]) -> None:
     with (one.folder / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    launch.run(one.config, one.folder)
+    try:
+        launch.run(one.config, one.folder)
+    finally:
+        end_undisturbed()  # the parent repeats the signal until this process is gone
 
 
 def _sharing_file(run: Run) -> Path:

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from sdpo.config import Config, Launch
-from sdpo.distributed import STOPPED, device, is_main, rank, set_threads, world_size
+from sdpo.distributed import STOPPED, STOPS, device, is_main, rank, set_threads, world_size
 from sdpo.errors import UserError
 from sdpo.run import folder as run_folder
 
@@ -37,9 +37,20 @@ def main(config: Config, folder: Path) -> None:
 
 def exit_at_signals(even_if_ignored: bool = False) -> None:
     """Let SIGTERM, SIGUSR2 and SIGHUP end this process with code STOPPED; inside a step it first saves a checkpoint."""
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+
+    def leave(*_: object) -> None:
+        end_undisturbed()
+        sys.exit(STOPPED)
+
+    for number in STOPS:
         if even_if_ignored or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda *_: sys.exit(STOPPED))
+            signal.signal(number, leave)
+
+
+def end_undisturbed() -> None:
+    """Let SIGTERM, SIGUSR2 and SIGHUP do nothing from now on: a second one would break the end of this process."""
+    for number in STOPS:
+        signal.signal(number, lambda *_: None)
 
 
 def execute(config: Config, folder: Path) -> None:
