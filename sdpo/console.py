@@ -95,12 +95,14 @@ def step_line(step: Entry) -> str:
     parts = [
         f"step {step['t']}",
         f"{step['num_pairs']} pairs of {', '.join(step['sources'])}",
-        f"loss {number(step['first_loss'])} -> {number(step['last_loss'])}",
+        f"loss {' -> '.join(dict.fromkeys(number(step[which]) for which in ('first_loss', 'last_loss')))}",
         f"gamma_ref {number(step['gamma_ref_mean'])}",
         f"{number(step['tokens_per_second'])} tokens/s",
     ]
     if step["utilisation"]:
         parts[-1] += f" at {step['utilisation']:.0%} of the peak"
+    if step["reused"]:
+        parts[-1] = f"found in the store, trained at {parts[-1]}"
     if (step["runs_on_gpu"] or 1) > 1:
         parts[-1] += f" beside {step['runs_on_gpu'] - 1} other runs on the GPU"
     measures = [name for name in STEP_MEASURES if name in step["eval"]][:1]

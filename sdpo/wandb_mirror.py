@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpo.config import Config
+from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.metrics import OUTCOME, Entry
 
@@ -98,6 +99,8 @@ class WandbMirror:
 
         self._run.finish(exit_code=exit_code)
         wandb.teardown()  # wait for W&B's service, which writes the last records after `finish` has returned
+        if self._run.offline:
+            tell(f"to upload W&B's copy: wandb sync {self._run.settings.sync_dir}")
 
 
 def _replace_mirror(folder: Path) -> str:

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sdpo import config as configuration
+from sdpo.model.engine import has_bf16
 
 CHECKOUT = Path(__file__).parents[1]
 CONF = CHECKOUT / "conf"
@@ -144,6 +145,11 @@ def run(toy, tmp_path, monkeypatch):
         return folder
 
     return train
+
+
+needs_bf16 = pytest.mark.skipif(
+    not has_bf16(torch.device("cpu")), reason="this processor has no bf16 arithmetic: neither avx512_bf16 nor AMX"
+)
 
 
 def rounds_rows_alike():

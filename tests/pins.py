@@ -225,7 +225,8 @@ split.json
     sources.*.shorter.n sources.*.shorter.value warnings
 data_report.json
     dropped dropped_rows files files.dropped files.file files.layouts files.layouts.plain files.pairs files.rows
-    files.sha256 files.side sources sources.held_out sources.held_out.* sources.held_out.*.chosen_chars
+    files.sha256 files.side files.unread_columns sources sources.held_out sources.held_out.*
+    sources.held_out.*.chosen_chars
     sources.held_out.*.chosen_longer sources.held_out.*.duplicates sources.held_out.*.pairs
     sources.held_out.*.prompt_chars sources.held_out.*.prompts sources.held_out.*.rated
     sources.held_out.*.rejected_chars sources.train sources.train.* sources.train.*.chosen_chars

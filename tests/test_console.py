@@ -100,6 +100,7 @@ def test_step_line():
         "tokens_per_second": 4321.5,
         "utilisation": None,
         "runs_on_gpu": None,
+        "reused": False,
         "eval": {"preference/ranking_accuracy": {"value": 0.75, "low": None, "high": 0.8, "n": 9}},
     }
     assert step_line(step) == (
@@ -112,6 +113,8 @@ def test_step_line():
     }
     assert step_line(step | {"eval": step["eval"] | asked}).endswith("0.75 [-, 0.8]  h4 0.5 [0.25, 0.75]")
     assert step_line(step | {"gamma_ref_mean": None, "eval": {}}).endswith("gamma_ref -  4322 tokens/s")
+    found = step_line(step | {"last_loss": 0.6931471, "reused": True, "eval": {}})  # with one update, one loss
+    assert found.endswith("loss 0.6931  gamma_ref -12.25  found in the store, trained at 4322 tokens/s")
     assert step_line(step | {"utilisation": 0.414, "eval": {}}).endswith("4322 tokens/s at 41% of the peak")
     shared = {"runs_on_gpu": 3, "eval": {}}
     assert step_line(step | shared).endswith("4322 tokens/s beside 2 other runs on the GPU")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import compose, random_model, read_lines
+from conftest import compose, needs_bf16, random_model, read_lines
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -256,7 +256,7 @@ def test_two_carried_halves_of_one_schedule_are_one_step(run):
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no bf16 arithmetic")
+@needs_bf16
 def test_bf16_has_fp32_masters_so_that_small_learning_rates_move_weights(run, toy):
     folder = run("split=all_at_once", "precision=bf16", "optim.lr=5e-7")
     first = read_lines(folder, "train")[0]

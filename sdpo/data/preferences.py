@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sdpo import config
 from sdpo.data.cells import BadRow, parse_row
 from sdpo.data.readers import Table, named, read_file, read_hub, repository, sources
-from sdpo.data.schemas import Message, check_id, check_text, normalise, rename
+from sdpo.data.schemas import READ, Message, check_id, check_text, normalise, rename
 from sdpo.errors import UserError
 
 # The names that data.columns can give to the columns of an unknown layout.
@@ -138,6 +138,7 @@ class _Intake:
         self.repeats: Counter[str] = Counter()  # of ids that are made from content
         self.files: list[dict] = []
         self.dropped: list[dict] = []
+        self.unread: set[str] = set()  # columns of the present table with values that nothing reads
 
     def read(self, side: str, names: list[str], reserved: Mapping[str, str] | None = None) -> list[Pair]:
         """The pairs of the named tables; a prompt that is `reserved` (key -> id of its pair) is a bad row."""
@@ -152,6 +153,7 @@ class _Intake:
     def _read_table(self, side: str, table: Table, reserved: Mapping[str, str]) -> list[Pair]:
         pairs, dropped = [], []
         layouts: Counter[str] = Counter()
+        self.unread = set()
         for number, row in table.rows:
             try:
                 pair, layout = self._pair(table, number, row, reserved)
@@ -172,6 +174,7 @@ class _Intake:
                 "rows": len(table.rows),
                 "pairs": len(pairs),
                 "layouts": dict(layouts),
+                "unread_columns": sorted(self.unread),
                 "dropped": _reasons(dropped),
             }
         )
@@ -181,6 +184,7 @@ class _Intake:
         row = parse_row(row)
         if self.settings.columns:
             row = rename(row, self.settings.columns)
+        self.unread |= {str(column) for column in row.keys() - READ if row[column] not in (None, "")}
         normal = normalise(row)
         key = prompt_key(normal.prompt)
         if key in reserved:

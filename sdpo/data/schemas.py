@@ -19,6 +19,13 @@ PROMPT_COLUMNS = {"messages": "messages", "conversations": "sharegpt", "question
 # What a text cannot hold, or what is not written as text here.
 UNSUPPORTED_COLUMNS = ("images", "image", "videos", "audio", "tool_calls", "reasoning_content")
 UNSUPPORTED_IN_TURNS = (*UNSUPPORTED_COLUMNS, "tool_call_id", "function_call", "reasoning", "thinking", "name")
+READ = {  # all columns that a layout or a setting reads or refuses
+    *("id", "source", "chosen", "rejected", "input", "preferred_output", "non_preferred_output"),
+    *("system", "tools", "chat_template_kwargs", "pair_score"),
+    *PROMPT_COLUMNS,
+    *UNSUPPORTED_COLUMNS,
+    *(name for names in RATINGS.values() for name in names),
+}
 TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:|\n\nHuman:", re.DOTALL)  # how Anthropic/hh-rlhf writes prompts
 WORDS_NOT_REPEATED_BY_CHANCE = 5
 

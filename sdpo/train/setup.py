@@ -104,6 +104,9 @@ def _encode(config: Config, runner: Runner, preferences: Preferences) -> tuple[l
         if file["dropped"]:
             reasons = ", ".join(f"{number} {reason}" for reason, number in file["dropped"].items())
             tell(f"{file['file']}: not all {file['rows']} rows are used ({reasons}); data_report.json names the others")
+        if file["unread_columns"]:
+            names = ", ".join(file["unread_columns"])
+            tell(f"{file['file']}: columns that are not read: {names} (data.columns names those that are)")
     tables, reports = [], {}
     for side, pairs in sides.items():
         called = {"train": "training", "held_out": "held-out"}.get(side, side)

@@ -99,9 +99,17 @@ def test_refusals_are_one_sentence_without_the_key(tmp_path, monkeypatch):
         assert KEY not in str(refused.value) and server.keys == {f"Bearer {KEY}"}
         with pytest.raises(UserError, match="does not answer as chat completions do"):
             compare(endpoint(server, concurrency=1), ["odd"], tmp_path)
-    monkeypatch.setattr(chat_endpoint, "RETRIES", 1)
+    began = time.monotonic()
     with pytest.raises(UserError, match="cannot be reached .*refused"):
         compare(endpoint(server), ["gone"], tmp_path)
+    assert time.monotonic() - began < 2  # without the retries of one that was there, which take minutes
+
+
+def test_a_judge_that_goes_away_is_waited_for_and_then_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_endpoint, "RETRIES", 1)
+    with serving(gone=["cut", "cut"]) as server, pytest.raises(UserError, match="cannot be reached"):
+        compare(endpoint(server, concurrency=1), ["gone"], tmp_path)
+    assert server.requests.total() >= 2  # and the other order, which was under way
 
 
 def test_spending_stops_at_its_bound_and_goes_on_from_there(tmp_path, capsys):

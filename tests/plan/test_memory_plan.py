@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import compose, random_model
+from conftest import compose, needs_bf16, random_model
 from processes import on_two_ranks
 
 from sdpo.config import Deepspeed, Optim
 from sdpo.errors import UserError
-from sdpo.model.engine import has_bf16, open_engine
+from sdpo.model.engine import open_engine
 from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import pack
 from sdpo.plan import report
@@ -175,7 +175,7 @@ FP32 += [(3, "fp32", False, "fp32")]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="this processor has no bf16")
+@needs_bf16
 @pytest.mark.parametrize("known", [*BF16, *FP32], ids=str)
 def test_the_formulas_are_what_engines_take(known):
     """The difference of two sizes is free of what a process takes whatever its model; a CPU is its own host."""

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from conftest import byte_tokenizer, compose, random_model
+from conftest import byte_tokenizer, compose, needs_bf16, random_model
 
 from sdpo import distributed, stepwise
-from sdpo.model.engine import has_bf16
 from sdpo.store.artifacts import Store
 from sdpo.train import setup
 from sdpo.train.runner import Runner
@@ -79,7 +78,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="this processor has no bf16 arithmetic")
+@needs_bf16
 def test_loading_and_saving_take_little_host_memory_beside_the_engine(toy, model, tmp_path):
     path, size = model
     overrides = ["model=local", f"model.path={path}", "data=local", f"data.train=[{toy / 'a.jsonl'}]"]

@@ -4,15 +4,14 @@ import math
 
 import pytest
 import torch
-from conftest import read_lines
+from conftest import needs_bf16, read_lines
 from torch.nn import functional
 
 from sdpo.errors import UserError
-from sdpo.model.engine import has_bf16
 from sdpo.train.runner import Runner
 
 BF16 = ["split=all_at_once", "reference=previous", "precision=bf16", "evaluate=[]"]
-pytestmark = pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="this processor has no bf16 arithmetic")
+pytestmark = needs_bf16
 
 
 def round_otherwise(monkeypatch, when=lambda num_rows: True):

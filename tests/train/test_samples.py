@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import read_lines
+from conftest import needs_bf16, read_lines
 from test_wandb_mirror import mirrored
 
 from sdpo import config
@@ -25,9 +25,10 @@ def asked(tmp_path):
 
 
 QUICK = ["split=by_source", "evaluate=[]"]  # three steps of three updates
+BF16 = ["precision=bf16", "launch.attention=plain"]
 
 
-@pytest.mark.parametrize("more", [[], ["tune=lora"], ["precision=bf16", "launch.attention=plain"]])
+@pytest.mark.parametrize("more", [[], ["tune=lora"], pytest.param(BF16, marks=needs_bf16)])
 def test_samples_change_no_bit_and_are_the_policy_s_greedy_answers(run, asked, monkeypatch, tmp_path, more):
     plain = run(*QUICK, *more, name="plain")
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "another"))

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 import torch
-from conftest import read_lines
+from conftest import needs_bf16, read_lines
 from datasets import Dataset
 from test_wandb_mirror import mirrored
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,6 +79,7 @@ def test_an_update_s_kl_proxy_is_the_mean_over_its_pairs_and_null_without_a_refe
     assert {entry["kl_proxy"] for entry in read_lines(alone, "train")} == {None}
 
 
+@needs_bf16  # utilisation is told of bf16 only
 def test_every_update_s_line_has_its_speed_and_the_memory_in_use(run, monkeypatch):
     """On a device with a peak of 1 GFLOP/s; each weight that is multiplied costs 6 operations per token.
 

@@ -99,6 +99,7 @@ def _ask_for(missing: dict[str, Conversation], endpoint: Endpoint, ledger: "Ledg
         ThreadPoolExecutor(endpoint.concurrency) as workers,
         progress(len(missing), "judge", "replies") as bar,
     ):
+        _refuse_unreachable(endpoint, pool)
         asked = [
             workers.submit(ledger.add, key, endpoint.estimate(turns), partial(_reply, endpoint, turns, pool))
             for key, turns in missing.items()
@@ -128,6 +129,19 @@ def _connections(endpoint: Endpoint) -> urllib3.PoolManager:
     url = urllib3.util.parse_url(endpoint.url)
     proxy = None if proxy_bypass(url.host or "") else getproxies().get(url.scheme or "")
     return urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+
+
+def _refuse_unreachable(endpoint: Endpoint, pool: urllib3.PoolManager) -> None:
+    """Raise UserError if nobody answers at the address; any answer will do. Else retries would hide it for minutes."""
+    try:
+        pool.request("GET", f"{endpoint.url.rstrip('/')}/models", retries=False)
+    except HTTPError as error:
+        raise _unreachable(endpoint, error) from None
+
+
+def _unreachable(endpoint: Endpoint, error: HTTPError) -> UserError:
+    reason = one_line(getattr(error, "reason", None) or error)
+    return UserError(f"{endpoint.url} cannot be reached ({reason}); start again to ask for what is missing")
 
 
 class Ledger:
@@ -233,10 +247,7 @@ def _post(endpoint: Endpoint, turns: Conversation, pool: urllib3.PoolManager) ->
             "POST", f"{endpoint.url.rstrip('/')}/chat/completions", json=_request(endpoint, turns), headers=headers
         )
     except HTTPError as error:
-        reason = one_line(getattr(error, "reason", None) or error)
-        raise UserError(
-            f"{endpoint.url} cannot be reached ({reason}); start again to ask for what is missing"
-        ) from None
+        raise _unreachable(endpoint, error) from None
     if response.status != 200:
         said = response.data.decode(errors="replace")
         said = " ".join((said.replace(key, "***") if key else said).split())[:200]
