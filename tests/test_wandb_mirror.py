@@ -162,7 +162,9 @@ with Recorder(folder, WandbMirror(folder, config, "", {{}})) as recorder:
 def test_no_input_is_needed_and_no_other_run_is_joined(tmp_path):
     another = {"WANDB_RUN_ID": "another", "WANDB_RESUME": "must", "WANDB_SWEEP_ID": "theirs"}
     child = record_in_a_child(tmp_path, "offline", WANDB_MODE="online", WANDB_PROJECT="another", **another)
-    assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
+    (copy,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert (child.returncode, child.stdout) == (0, "")
+    assert child.stderr == f"to upload W&B's copy: wandb sync {copy}\n"
     start, _, exit_code = mirrored(tmp_path)
     assert (start.project, start.sweep_id, start.resume, exit_code) == ("sdpo", "", False, 0)
     assert start.run_id != "another"
