@@ -160,7 +160,7 @@ class Deepspeed:
 class Launch:
     ranks: int = at_least(1, 1)  # on all nodes together
     nodes: int = at_least(1, 1)
-    any_ranks: bool = False  # take finished steps from the store whatever the number of ranks that made them
+    any_ranks: bool = False  # take steps, finished or begun, whatever the number of ranks that made them
     memory: float | None = None  # GB of each GPU, for plans and states=auto; null: the card's, or 80 if there is none
     threads: int = at_least(1, 1)  # per rank
     device: str = one_of("auto", "cpu", "cuda")

@@ -74,8 +74,6 @@ def check(config: Config) -> None:
         _check_divergence(step, "divergence" in inputs_of(bind(losses, step.loss)))
         bind(references, {key: value for key, value in step.reference.items() if key != "placebo"})
         bind(placebo, {"name": step.reference.get("placebo", "none")})
-        if step.optim.moments == "carry" and config.launch.any_ranks:
-            raise UserError("optim.moments=carry reads moments as as many ranks wrote them: use launch.any_ranks=false")
         if step.optim.moments == "carry" and step.start == "initial":
             raise UserError("optim.moments=carry has nothing to carry if a step starts from S: use start=previous")
         for key in ("moments", "schedule_over", "states"):

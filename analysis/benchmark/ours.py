@@ -13,7 +13,7 @@ from analysis.benchmark.work import BETA, LORA, LR, PASSES, Work
 from sdpo import distributed
 from sdpo.config import Config
 from sdpo.model import hub, layers
-from sdpo.model.checkpoint import Checkpoint
+from sdpo.model.checkpoints.checkpoint import Checkpoint
 from sdpo.model.engine import Engine, open_engine
 from sdpo.model.logprobs import Scorer, score
 from sdpo.model.memory import scoring_budget

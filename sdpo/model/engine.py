@@ -39,16 +39,16 @@ class Plain:
     """Plain PyTorch: every rank holds the whole model; gradients are summed over ranks once per update.
 
     `module` runs forward passes: the scorer, or DeepSpeed's wrapper of it. `stage` is the ZeRO stage. `part` says which
-    part of the masters this rank has; ranks with the same number have the same part. `sums` have the gradients of the
-    present update: the masters, or tensors on the device that stand for them. If all parameters are frozen there is no
-    `optimizer`, so that memory holds only the weights, and `trains` is False.
+    part of the masters this rank has, of `num_parts`; ranks with the same number have the same part. `sums` have the
+    gradients of the present update: the masters, or tensors on the device that stand for them. If all parameters are
+    frozen there is no `optimizer`, so that memory holds only the weights, and `trains` is False.
     """
 
     def __init__(self, scorer: Scorer, optim: config.Optim, precision: str, device: torch.device):
         self.scorer = scorer
         self.module: nn.Module = scorer
         self.stage: int | None = None
-        self.part = 0
+        self.part, self.num_parts = 0, 1
         self.params = trained_parameters(scorer)
         self.trains, self.states = bool(self.params), optim.states
         self.masters: dict[str, torch.Tensor] = dict(self.params)

@@ -82,7 +82,7 @@ class Zero:
             optimizer=adamw(list(trained.values()), optim) if trained else None,
             config=deepspeed_config,
         )
-        self.scorer, self.part = scorer, distributed.rank()
+        self.scorer, self.part, self.num_parts = scorer, distributed.rank(), distributed.world_size()
         self.trains, self.states = bool(trained), optim.states
         if trained:
             self.zero, self.optimizer = wrapped, wrapped.optimizer
@@ -165,6 +165,13 @@ class Zero:
         if self.stage == 3:  # its optimiser has parameters only during a step
             return self.zero.fp32_partitioned_groups_flat
         return [part for group in self.optimizer.param_groups for part in group["params"]]
+
+    @property
+    def numels(self) -> list[int]:
+        """The sizes of what the ranks divide, in the order of `parts`; see sdpo.model.checkpoints.redivision."""
+        if self.stage != 3:
+            return [sum(param.numel() for param in trained_parameters(self.scorer).values())]
+        return [param.ds_numel for group in self.zero.fp16_groups for param in group]
 
     @torch.no_grad()
     def round_to(self, dtype: torch.dtype) -> None:

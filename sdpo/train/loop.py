@@ -17,7 +17,7 @@ from sdpo.console import progress, tell
 from sdpo.data.tokenize import response_lengths
 from sdpo.errors import UserError
 from sdpo.metrics import under_trl_names
-from sdpo.model.checkpoint import Checkpoint, Saved
+from sdpo.model.checkpoints.checkpoint import Checkpoint, Saved
 from sdpo.model.engine import Engine
 from sdpo.model.logprobs import Scorer, naive_logprobs, score
 from sdpo.model.memory import explained, fitting_budget, scoring_budget
@@ -75,6 +75,7 @@ class TrainingLoop:
         self.device = distributed.device(self.config.launch.device)
         self.lengths_N2 = response_lengths(self.chunk.rows).astype(np.float32)
         self.budget = scoring_budget(self.config.launch)
+        self.ranks: list[list[int]] = [[0, distributed.world_size()]]  # updates before, and the ranks from there on
 
     def run(self, reference: ReferenceLogprobs, start_N2: np.ndarray, checkpoint: Checkpoint) -> Iterator[dict]:
         """Do all updates and yield one log entry per update, in groups of `record.every`.
@@ -89,6 +90,7 @@ class TrainingLoop:
         if saved := checkpoint.restore(self.engine):
             reference.restore(saved.tensors, saved.log["windows"])
             entries = saved.log["entries"]
+            self._go_on(len(entries), saved.log.get("ranks", self.ranks))
         yield from entries
         updates = [self._rows(i) for i in range(len(self.plan))]
         self.budget = fitting_budget(self.engine, updates, self.config.launch, self.beside)
@@ -111,13 +113,20 @@ class TrainingLoop:
                 asked = distributed.gather((distributed.stop_requested(), checkpoint.due()))
                 must_stop = any(stop for stop, _ in asked)
                 if must_stop or asked[0][1]:  # rank 0's clock decides
-                    log = {"entries": entries, "windows": reference.report}
+                    log = {"entries": entries, "windows": reference.report, "ranks": self.ranks}
                     checkpoint.save(self.engine, Saved(reference.state(), log))
                 if must_stop:
                     checkpoint.join()
                     tell(f"asked to stop: update {number + 1} is saved, and the same command goes on from there")
                     raise SystemExit(distributed.STOPPED)
                 pending, began = [], time.monotonic()
+
+    def _go_on(self, done: int, ranks: list[list[int]]) -> None:
+        """Remember how many ranks did the updates so far, and tell if there are now more or fewer of them."""
+        (_, before), (_, now) = ranks[-1], self.ranks[-1]
+        self.ranks = ranks if before == now else [*ranks, [done, now]]
+        if before != now:
+            tell(f"goes on from update {done}, which {before} ranks saved, with {now}: the last digits will differ")
 
     def _take_update(self, number: int, reference: ReferenceLogprobs, start_N2: np.ndarray) -> Pending:
         torch.manual_seed(self.config.seed * 1_000_003 + number)  # for dropout; the same after a resume

@@ -1,7 +1,7 @@
 """One sDPO step as an artifact: found by its key, or trained and stored."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from sdpo import distributed
 from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.metrics import CLOCK
-from sdpo.model.checkpoint import Checkpoint, load_moments, save_moments
+from sdpo.model.checkpoints.checkpoint import Checkpoint, load_moments, save_moments
 from sdpo.model.engine import Engine
 from sdpo.store.artifacts import Artifact, Store, check, key_of
 from sdpo.train import logprob_table, step_key, throughput
@@ -26,6 +26,7 @@ from sdpo.train.step_key import StepSpec
 from sdpo.train.throughput import Pace, Speed
 
 MOST_RANKS = 1024  # that launch.any_ranks looks for
+ANY = "any"  # the number of ranks in the key of a step that one number may begin and another one go on with
 Record = Callable[[dict], None]  # takes the log entry of one update
 
 
@@ -63,9 +64,15 @@ def name_step(spec: StepSpec, runner: Runner) -> NamedStep:
 
 
 def _as_found(determinants: dict, store: Store) -> dict:
-    """What decides the same step as some other number of ranks made it, if the store has it; else as it is given."""
-    others = (determinants | {"ranks": ranks} for ranks in range(1, MOST_RANKS + 1))
-    return next((made for made in chain([determinants], others) if store.holds("step", made)), determinants)
+    """What decides the same step as the store has it, made by any number of ranks, or by some of each."""
+    own = determinants | {"ranks": ANY}
+    all_ways = chain([determinants, own], _by_each_number(determinants))
+    return next((made for made in all_ways if store.holds("step", made)), own)
+
+
+def _by_each_number(determinants: dict) -> Iterator[dict]:
+    """What decides the same step as each number of ranks makes it."""
+    return (determinants | {"ranks": ranks} for ranks in range(1, MOST_RANKS + 1))
 
 
 def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: None, in_background: bool = False) -> Step:
@@ -75,11 +82,14 @@ def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: Non
     the folder of M_t may not be whole before `runner.store.join()`.
     """
     named = name_step(spec, runner)
-    if (ranks := named.determinants["ranks"]) != spec.config.launch.ranks:
+    if (ranks := named.determinants["ranks"]) not in (ANY, spec.config.launch.ranks):
         what = f"step {spec.t}" if spec.t else "S"
         tell(f"{what} is taken from the store as {ranks} ranks made it (launch.any_ranks)")
     _tell_ignored_settings(spec, named.windows)
-    checkpoint = Checkpoint(runner.store, named.key, f"step {spec.t}", spec.config.launch.checkpoint_minutes)
+    others = _by_each_number(named.determinants) if ranks == ANY else ()
+    other_keys = (key_of("step", other) for other in others)
+    minutes = spec.config.launch.checkpoint_minutes
+    checkpoint = Checkpoint(runner.store, named.key, f"step {spec.t}", minutes, other_keys)
     trained: list[Outcome] = []
 
     with ExitStack() as until_stored:
@@ -148,6 +158,7 @@ def _train(
     trained = Pace(*(sum(entry[name] for entry in entries) for name in ("tokens", "seconds")))
     speed = throughput.speed(config, num_weights, trained, Pace(*(runner.scored - scored_before).tolist()))
     log = {"entries": entries, "windows": reference.report, "speed": speed._asdict()}
+    log |= {"ranks": loop.ranks} if len(loop.ranks) > 1 else {}
     if distributed.is_main():
         logprob_table.write(folder / "reference.parquet", chunk.rows, reference.logps_N2)
         reference.probes.write(folder / "probes.parquet", chunk.rows, spec.plan)

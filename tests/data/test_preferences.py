@@ -36,12 +36,6 @@ def load(*train, **settings):
     return preferences.load(config.Data(name="local", train=list(train), **settings))
 
 
-def test_columns_that_nothing_reads_are_named(tmp_path):
-    extra = {"system_prompt": "Be brief.", "model": "", "notes": None, "source": "us", "score_chosen": 1}
-    _, _, report, _ = load(write(tmp_path / "a.jsonl", [*ROWS, ROWS[0] | {"chosen": "Hm."} | extra]))
-    assert report["files"][0]["unread_columns"] == ["system_prompt"]
-
-
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
 def test_formats_agree(tmp_path, suffix):
     name = write(tmp_path / f"easy.train.{suffix}", ROWS)

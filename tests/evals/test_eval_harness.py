@@ -57,7 +57,11 @@ def command_line(model, data, task, place, *options):
     )
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", model, "--device", "cpu"]
     command += ["--tasks", f"local_{task}", "--include_path", str(place), "--log_samples", "--output_path", str(place)]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache")}
+    env = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(place / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }  # as ours
     subprocess.run([*command, *map(str, options)], env=env, check=True, capture_output=True)
     (results,), (samples,) = place.glob("**/results_*.json"), place.glob("**/samples_*.jsonl")
     lines = [json.loads(line) for line in samples.read_text().splitlines()]

@@ -1,8 +1,10 @@
 """A parent that is told to stop tells its ranks and runs, which save every update and end with code 85."""
 
+import json
 import os
 import signal
 
+import numpy as np
 import pytest
 from processes import alive, children, wait_until
 from test_kills import command, final_bytes, start, uninterrupted, updates_kept  # noqa: F401
@@ -32,6 +34,28 @@ def test_a_parent_that_is_told_to_stop_loses_no_update(command, uninterrupted, t
     again = start(rarely, stage, tmp_path)
     assert (again.communicate()[1], again.returncode) == ("", 0)
     assert final_bytes(tmp_path) == uninterrupted(stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["off", "zero1", "zero2", "zero3"])
+def test_one_rank_goes_on_from_where_two_were_stopped(command, tmp_path, stage):  # noqa: F811
+    def losses(folder):
+        lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if line["kind"] == "train"]
+
+    alone = [*command, "launch.ranks=1", "launch.any_ranks=true"]
+    two = start(command, stage, tmp_path)
+    wait_until(lambda: trained(tmp_path) > 6)
+    two.send_signal(signal.SIGTERM)
+    two.communicate()
+    kept = updates_kept(tmp_path)
+    one = start(alone, stage, tmp_path)
+    assert f"goes on from update {kept}, which 2 ranks saved, with 1" in one.communicate()[1]
+    whole = start(alone, stage, tmp_path / "whole")
+    assert (whole.communicate()[0], one.returncode, whole.returncode) == (None, 0, 0)
+    np.testing.assert_allclose(losses(tmp_path), losses(tmp_path / "whole"), atol=1e-4)
+    log = json.loads((tmp_path / "run" / "steps" / "1" / "train.json").read_text())
+    assert log["ranks"] == [[0, 2], [kept, 1]]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import compose, random_model
-from processes import on_two_ranks
+from processes import on_ranks
 
 from sdpo import validate
 from sdpo.config import Deepspeed, Optim, load, to_yaml
@@ -92,7 +92,7 @@ def two_updates(rank, world, stage, given, results):
 
 
 def both(stage, given):
-    found = on_two_ranks(two_updates, stage, given)
+    found = on_ranks(2, two_updates, stage, given)
     assert found[0] == found[1]
     return found[0]
 

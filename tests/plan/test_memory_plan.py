@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import compose, needs_bf16, random_model
-from processes import on_two_ranks
+from processes import on_ranks
 
 from sdpo.config import Deepspeed, Optim
 from sdpo.errors import UserError
@@ -165,7 +165,7 @@ def train_a_little(rank, world, layers, known, results):
 
 def peak(layers, known):
     """The larger peak of two ranks, in bytes, and the number of weights."""
-    return max(on_two_ranks(train_a_little, layers, known))
+    return max(on_ranks(2, train_a_little, layers, known))
 
 
 BF16 = [(None, "bf16", False, "fp32"), (None, "bf16", False, "host"), (2, "bf16", False, "fp32")]

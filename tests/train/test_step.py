@@ -35,15 +35,6 @@ def test_s_is_loaded_once_and_no_m_t_at_all(run, toy, monkeypatch):
     assert loaded == [toy / "model"]
 
 
-def test_finished_steps_of_another_number_of_ranks_are_taken_on_request(run, capsys):
-    two = run("launch.ranks=2", name="two")  # the key has the setting; in this process one rank makes it
-    one = run("launch.any_ranks=true", name="one")
-    assert keys(one) == keys(two)
-    assert "step 1 is taken from the store as 2 ranks made it (launch.any_ranks)" in capsys.readouterr().err
-    assert {step["reused"] for step in json.loads((one / "manifest.json").read_text())["steps"]} == {True}
-    assert not set(keys(run(name="own"))[1:]) & set(keys(two))
-
-
 @pytest.mark.parametrize("save_dtype", ["fp32", "bf16"])
 def test_weights_that_stay_in_memory_are_those_of_the_file(run, monkeypatch, tmp_path, save_dtype):
     """A run that loads every start from its file ends in the same bytes, log-probs and losses."""

@@ -6,6 +6,7 @@ which is derived from the seed and the number of the update.
 
 import json
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,10 @@ from sdpo import distributed
 from sdpo.console import tell
 from sdpo.errors import UserError
 from sdpo.metrics import CLOCK
+from sdpo.model.checkpoints import redivision
 from sdpo.model.engine import Engine
 from sdpo.model.parameters import moments_of, set_moments
+from sdpo.model.zero import Zero
 from sdpo.store.artifacts import Store, differing
 from sdpo.store.publishing import remove, remove_abandoned
 
@@ -36,10 +39,12 @@ class Checkpoint:
     """The checkpoints of one step: the newest one and the one before. `name` is shown in the progress bar.
 
     Between two of them pass `minutes`, or 20 times the seconds that the last one took; with 0 every update has one.
+    If there is none, those of the same step under `other_keys` will do; they are left where they are.
     """
 
-    def __init__(self, store: Store, key: str, name: str, minutes: float):
+    def __init__(self, store: Store, key: str, name: str, minutes: float, other_keys: Iterable[str] = ()):
         self.store, self.folder, self.name = store, store.folder("partial", key), name
+        self.others = [store.folder("partial", other) for other in other_keys]
         self.seconds = self.wanted = 60 * minutes
         self.last_save = time.monotonic()
 
@@ -48,7 +53,7 @@ class Checkpoint:
 
         Raises UserError if files of every checkpoint have changed.
         """
-        found = distributed.broadcast(self._found())
+        found = distributed.broadcast(self._found() or self._found_elsewhere())
         for position, folder in enumerate(found):
             if wrong := differing(folder):
                 tell(f"{self.name}: {folder / wrong[0]} has changed since it was written; not going on from there")
@@ -104,7 +109,16 @@ class Checkpoint:
 
     def _found(self) -> list[Path]:
         """The whole checkpoints, newest first."""
-        return sorted((path.parent for path in self.folder.glob("[0-9]*/manifest.json")), reverse=True)
+        return _whole(self.folder)
+
+    def _found_elsewhere(self) -> list[Path]:
+        """The whole checkpoints of the step under other keys, those with the most updates first."""
+        found = [folder for other in self.others if other.is_dir() for folder in _whole(other)]
+        return sorted(found, key=lambda folder: folder.name, reverse=True)
+
+
+def _whole(folder: Path) -> list[Path]:
+    return sorted((path.parent for path in folder.glob("[0-9]*/manifest.json")), reverse=True)
 
 
 def _load(engine: Engine, folder: Path) -> Saved | None:
@@ -159,4 +173,9 @@ def _write(tensors: dict[str, torch.Tensor], engine: Engine, path: Path) -> None
 
 
 def _read(engine: Engine, path: Path) -> dict[str, torch.Tensor]:
-    return load_file(f"{path}-{engine.part}.safetensors")
+    """This rank's part of what `_write` wrote, on this number of ranks or another one."""
+    num_parts = len(list(path.parent.glob(f"{path.name}-*.safetensors")))
+    if num_parts == engine.num_parts or not num_parts:  # none: another process has removed them
+        return load_file(f"{path}-{engine.part}.safetensors")
+    assert isinstance(engine, Zero), "Plain divides nothing"
+    return redivision.read([Path(f"{path}-{part}.safetensors") for part in range(num_parts)], engine)

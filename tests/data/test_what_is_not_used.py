@@ -1,0 +1,26 @@
+"""What a file has and a run does not use is told, file by file: rows with their reasons, and columns."""
+
+import json
+
+from toys import prepare
+
+
+def test_rows_that_are_left_out_are_told(toy, tmp_path, capsys):
+    given = (toy / "a.jsonl").read_text().splitlines()[:12]
+    bad = tmp_path / "odd.jsonl"
+    bad.write_text("\n".join([*given, '{"prompt": "x", "chosen": "y"}', "not JSON"]))
+    prepare(toy, tmp_path / "store", f"data.train=[{bad}]", "data.on_bad_row=skip")
+    said = capsys.readouterr().err
+    assert f"{bad}: not all 14 rows are used (1 missing_column, 1 invalid_json); data_report.json names the oth" in said
+    assert "columns" not in said
+
+
+def test_columns_that_nothing_reads_are_named(toy, tmp_path, capsys):
+    rows = [json.loads(line) for line in (toy / "a.jsonl").read_text().splitlines()[:12]]
+    rows[3] |= {"system_prompt": "Be brief.", "model": "", "notes": None, "source": "us", "score_chosen": 1}
+    file = tmp_path / "more.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    _, inputs = prepare(toy, tmp_path / "store", f"data.train=[{file}]")
+    assert inputs.report["files"][0]["unread_columns"] == ["system_prompt"]
+    said = capsys.readouterr().err
+    assert f"{file}: columns that are not read: system_prompt (data.columns names those that are)\n" in said
