@@ -60,7 +60,13 @@ def _latex(rows: list[list[str]], title: str, notes: list[str]) -> str:
     tabular = [begin, r"\toprule", head, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"]
     fitted = [r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%", *tabular, "}"]
     below = [rf"\par\smallskip\raggedright\footnotesize {_tex(note)}" for note in notes]
-    return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{_tex(title)}}}", *fitted, *below, r"\end{table}"])
+    named = [rf"\caption{{{_tex(title)}}}", rf"\label{{tab:{_label(title)}}}"]
+    return "\n".join([r"\begin{table}", r"\centering", *named, *fitted, *below, r"\end{table}"])
+
+
+def _label(title: str) -> str:
+    """A name for \\ref: the title's first words, as far as its first mark, without capitals."""
+    return "-".join(re.findall(r"[a-z0-9]+", re.split("[:,(]", title)[0].lower()))
 
 
 def _tex(text: str) -> str:

@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import submitit
@@ -74,8 +75,7 @@ def submit(todo: list[Run], folder: Path, slurm: Settings) -> list[tuple[Run, su
 
     `slurm` are submitit's parameters; what they leave open follows from `launch`.
     """
-    settings, listed = dict(slurm), folder / "jobs.json"
-    cluster = settings.pop("cluster", "slurm")
+    cluster, listed = slurm.get("cluster", "slurm"), folder / "jobs.json"
     if cluster not in CLUSTERS:
         raise UserError(f"hydra.launcher.slurm.cluster is {cluster!r}; it can be {', '.join(CLUSTERS)}")
     known = json.loads(listed.read_text()) if listed.is_file() else {}
@@ -88,18 +88,31 @@ def submit(todo: list[Run], folder: Path, slurm: Settings) -> list[tuple[Run, su
         if job and not job.task(0).paths.result_pickle.exists():  # with a result it only waits for its node
             jobs.append((one, job))
         else:
-            new.setdefault(json.dumps(resources(one.config.launch)), []).append(one)
+            new.setdefault(json.dumps(_parameters(one.config.launch, folder, slurm)), []).append(one)
     os.environ["PYTHONPATH"] = launch.python_path()  # with which a job finds this package
     try:
         executor = submitit.AutoExecutor(folder / "slurm", cluster, slurm_max_num_timeout=MOST_TIMEOUTS)
-        for needs, runs in new.items():
-            executor.update_parameters(**{"name": folder.name, **json.loads(needs), **settings})
+        for parameters, runs in new.items():
+            executor.update_parameters(**json.loads(parameters))
             with executor.batch():
                 jobs += [(one, executor.submit(Execution(one.folder))) for one in runs]
     except (NameError, RuntimeError, ValueError) as error:  # what submitit raises for unknown parameters
         raise UserError(f"hydra.launcher.slurm: {error}") from error
     write_json(listed, known | {one.folder.name: job.job_id for one, job in jobs})
     return jobs
+
+
+def announce(todo: list[Run], folder: Path, slurm: Settings) -> str:
+    """What each job of a sweep would be submitted with, as text."""
+    each = (_parameters(one.config.launch, folder, slurm) for one in todo)
+    jobs = Counter(", ".join(f"{name}={value}" for name, value in asked.items()) for asked in each)
+    return "\n".join(f"{number} jobs, one for each run, with {asked}" for asked, number in jobs.items())
+
+
+def _parameters(launch: Launch, folder: Path, slurm: Settings) -> Settings:
+    """The parameters of submitit for a run: those given, and for the rest what follows from its ranks."""
+    given = {name: value for name, value in slurm.items() if name != "cluster"}
+    return {"name": folder.name, **resources(launch), **given}
 
 
 def resources(launch: Launch) -> Settings:

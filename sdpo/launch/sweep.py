@@ -43,6 +43,10 @@ def run(sweep: Sweep) -> bool:
         from sdpo.plan import report
 
         report.show(sweep.runs)
+        if sweep.backend == "slurm":
+            from sdpo.launch import cluster
+
+            print(cluster.announce(todo, sweep.folder, sweep.slurm))
         return False
     _prepare(sweep, todo)
     try:

@@ -136,6 +136,10 @@ def _assumptions(foreseen: list[Foreseen], everything: Steps) -> Iterator[str]:
     if total > 0:
         hours = number(flops.gpu_hours(total) / flops.GPUS)
         yield f"{hours} hours on {MACHINE}; (6 E + 2) N operations per token; scoring and evaluation cost extra"
+    if total > 0 and any(one.run.config.precision == "fp32" for one in foreseen):
+        yield "that peak is of bf16; a GPU takes several times as long for precision=fp32"
+    if any(one.run.config.data.name == "lab" and one.run.config.model.name != "lab" for one in foreseen):
+        yield "the pairs are the laboratory's, on which only its own model can be trained; data=local names yours"
     if math.isnan(total):
         yield "a model's size is not known: set model.parameters, and reference.parameters if the reference is external"
     reasons = Counter(step.unknown for one in foreseen for step in one.steps[-1:] if step.unknown)
@@ -148,8 +152,13 @@ def _needs(foreseen: list[Foreseen]) -> Iterator[str]:
     """What runs with missing steps need of GPUs, nodes and disk; nothing on CPUs and for models of unknown size."""
     open_runs = [one for one in foreseen if any(not step.model.reused for step in one.steps)]
     on_gpus = [one for one in open_runs if one.run.config.launch.device != "cpu" and not math.isnan(one.size.weights)]
-    for size, stage, limit, is_auto in dict.fromkeys(map(_demand, on_gpus)):
-        yield from memory.lines(size, stage, limit, is_auto)
+    demands: dict[tuple, list[str]] = {}
+    for one in on_gpus:
+        demands.setdefault(_demand(one), []).append(one.run.arm)
+    for demand, arms in demands.items():
+        if len(demands) > 1:
+            yield f"{', '.join(dict.fromkeys(arms))}:"
+        yield from memory.lines(*demand)
     made = {step.model.key: one.size.step_on_disk for one in on_gpus for step in one.steps if not step.model.reused}
     if made:
         yield f"the steps to train take {number(sum(made.values()) / needs.GB)} GB of disk"

@@ -170,6 +170,8 @@ def test_formats(sweep):
     assert r"a\_b|c & $-$1.5 $\pm$ 0.1 \\" in table_format.render(table, "Title", [], "latex")
     models = pd.DataFrame({"reference": ["0.4 M_0 + 0.6 M_12", "M_t"], "of": ["VLLM_0", ""]})
     assert r"0.4 $M_{0}$ + 0.6 $M_{12}$ & VLLM\_0 \\" in table_format.render(models, "Title", [], "latex")
+    labelled = table_format.render(table, "Arms in order: mean and 95 %", [], "latex")
+    assert "\\caption{Arms in order: mean and 95 \\%}\n\\label{tab:arms-in-order}\n" in labelled
     lines = table_format.render(table, "Title", [], "text").splitlines()
     assert len({len(line) for line in lines[1:]}) == 1
 

@@ -49,6 +49,15 @@ def test_a_job_asks_for_the_nodes_gpus_and_cores_of_its_run(slurm, tmp_path, nod
     assert text == (GOLDEN / f"{nodes}_nodes.sh").read_text()
 
 
+def test_a_plan_tells_what_jobs_would_ask_for(tmp_path):
+    runs = [asked(tmp_path, name, ranks=ranks, threads=2) for name, ranks in [("a", 8), ("b", 8), ("c", 4)]]
+    told = cluster.announce(runs, tmp_path / "sweep", {"cluster": "slurm", "timeout_min": 60, "cpus_per_task": 3})
+    common = "name=sweep, nodes=1, tasks_per_node=1, cpus_per_task=3, gpus_per_node={}, "
+    common += "slurm_srun_args=['--kill-on-bad-exit=1'], slurm_signal_delay_s=300, timeout_min=60"
+    each = "{} jobs, one for each run, with " + common
+    assert told.splitlines() == [each.format(2, 8), each.format(1, 4)]
+
+
 def test_a_sweep_that_is_started_again_submits_no_run_twice(slurm, tmp_path):
     runs = [asked(tmp_path, name, ranks=ranks) for name, ranks in [("a", 1), ("b", 1), ("c", 2)]]
     first = [job.job_id for _, job in cluster.submit(runs, tmp_path / "sweep", {})]

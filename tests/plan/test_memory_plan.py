@@ -129,7 +129,14 @@ def test_a_run_that_does_not_fit_is_refused_with_what_does(tmp_path, monkeypatch
     capsys.readouterr()
     report.show(asked(tmp_path, "model.parameters=10.7e9"))
     assert "optim.states=auto is host here: training needs 195 GB of a GPU of 80 GB" in capsys.readouterr().out
-    report.show(asked(tmp_path, "model.parameters=8e9", "launch.ranks=8", "deepspeed=zero2"))
+    eight, one = (asked(tmp_path, "model.parameters=8e9", f"launch.ranks={n}", "deepspeed=zero2") for n in (8, 4))
+    report.show([*eight, one[0]._replace(arm="half")])
+    said = capsys.readouterr().out
+    assert "\nbig:\n8e+09 weights, 8 ranks" in said and "\nhalf:\n8e+09 weights, 4 ranks" in said
+    assert "the pairs are the laboratory's, on which only its own model can be trained" in said
+    assert "that peak is of bf16" not in said
+    report.show(asked(tmp_path, "model.parameters=1e9", "precision=fp32"))
+    assert "that peak is of bf16; a GPU takes several times as long for precision=fp32" in capsys.readouterr().out
 
 
 def used(name):
