@@ -38,6 +38,7 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 .venv/ready: requirements.txt
+	@echo "installing into .venv: minutes, and 3 GB or more"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@

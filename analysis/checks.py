@@ -62,7 +62,8 @@ def inert_reference(steps: pd.DataFrame) -> Warning:
     return Warning(
         "The reference was inert",
         "Leverage is the mean absolute change of a pair's gradient weight if the reference were S. It stayed below "
-        f"{INERT}: these arms cannot show what a moving reference does. A larger beta or more training would raise it.",
+        f"{INERT}: these arms cannot show what a moving reference does. If the last losses are near ln 2, a larger "
+        "beta or more training would raise it; if they are near 0, the pairs are learnt and weigh nothing: train less.",
         [f"{arm}: leverage {value:.4f}" for arm, value in leverage.items() if value < INERT],
     )
 

@@ -193,7 +193,7 @@ def learning_order(trajectory: pd.DataFrame, pairs: pd.DataFrame, num_bins: int 
         axes.set_yticks([0.5, len(right) - 0.5], ["lowest", "highest"])
     panel_rows[-1].set_xticks(np.arange(len(models)) + 0.5, [_model(name) for name in models])
     label_outer(panel_rows, "model")
-    figure.colorbar(mesh, ax=panel_rows, label="share ranked correctly (gamma > 0)")
+    figure.colorbar(mesh, ax=panel_rows, label="share with gamma > 0")
     return figure
 
 

@@ -11,6 +11,7 @@ from sdpo import distributed
 from sdpo.metrics import Entry
 
 SECONDS_BETWEEN_LINES = 30  # at least, of progress without a terminal
+SECONDS_WITHOUT_NEWS = 120  # after which a line says that nothing has ended
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 STEP_MEASURES = ("lab/gold", "preference/reward_accuracy_initial", "preference/ranking_accuracy")  # best one first
 
@@ -53,10 +54,19 @@ class Progress(tqdm):
         """Count `n` more units, and print a line if it is time for one."""
         if self._prints_lines:
             self.n += n or 0  # tqdm counts only if it draws a bar
-            if time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-                self._printed = time.monotonic()
-                print(self._line(self._printed - self._began), file=self._stream, flush=True)
+            self._print_after(SECONDS_BETWEEN_LINES)
         return super().update(n)
+
+    def wait(self) -> None:
+        """Show that time passes while no unit ends; called about every second."""
+        self.refresh()
+        if self._prints_lines:
+            self._print_after(SECONDS_WITHOUT_NEWS)
+
+    def _print_after(self, seconds: float) -> None:
+        if time.monotonic() - self._printed >= seconds:
+            self._printed = time.monotonic()
+            print(self._line(self._printed - self._began), file=self._stream, flush=True)
 
     def show(self, note: str) -> None:
         """Show `note`, such as "loss 0.61", beside the rates from the next update on."""

@@ -32,8 +32,24 @@ def export(run: Path, t: int, out: Path, merge: bool = False) -> Path:
         raise UserError(f"{out} is not empty; remove it or name another folder with --out")
     left_out = shutil.ignore_patterns(*BOOKKEEPING, *(["adapter"] if merge else []))
     shutil.copytree(model.folder, out, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    (out / "README.md").write_text(model_card.render(files, t), encoding="utf-8")
+    base = _name_base(out / "adapter" / "adapter_config.json", files)
+    (out / "README.md").write_text(model_card.render(files, t, base), encoding="utf-8")
     return out
+
+
+def _name_base(settings: Path, files: model_card.RunFiles) -> str:
+    """Write the name of an adapter's base into peft's settings instead of its key, and return it; "" without adapter.
+
+    It is S's repository on the Hub, else "S", or the "M_t" that the adapter goes on top of.
+    """
+    if not settings.is_file():
+        return ""
+    content, manifest = json.loads(settings.read_text()), files.manifest
+    names = {manifest["model_key"]: model_card.repository(files) or "S"}
+    names |= {step["key"]: f"M_{step['t']}" for step in manifest["steps"]}
+    content["base_model_name_or_path"] = names.get(content["base_model_name_or_path"], "S, rounded to 4 bits")
+    settings.write_text(json.dumps(content, indent=2))
+    return content["base_model_name_or_path"]
 
 
 def export_pairs(run: Path, t: int, file: Path) -> Path:
@@ -110,17 +126,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Export what the command line names, and print where it is."""
     parser = argparse.ArgumentParser("python -m sdpo.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--step", type=int, required=True, metavar="t", help="number of the step, from 1")
+    parser.add_argument("--step", type=int, metavar="t", help="number of the step, from 1; default: the last one")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default: RUN/export/M_t")
     parser.add_argument("--merge", action="store_true", help="LoRA: only the merged weights, without the adapter")
     parser.add_argument("--push", metavar="NAME", help="then upload the folder to this repository of the Hub")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="instead write the step's pairs as a parquet file")
     options = parser.parse_args(arguments)
+    t = options.step or len(model_card.read(options.run).manifest["steps"])
     if options.pairs:
-        print(export_pairs(options.run, options.step, options.pairs))
+        print(export_pairs(options.run, t, options.pairs))
         return
-    folder = options.out or options.run / "export" / f"M_{options.step}"
-    print(export(options.run, options.step, folder, options.merge))
+    folder = options.out or options.run / "export" / f"M_{t}"
+    print(export(options.run, t, folder, options.merge))
     if options.push:
         print(push(folder, options.push))
 

@@ -10,6 +10,22 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sdpo.errors import UserError
 
+OF_TRL = {  # what TRL's settings are called here
+    "learning_rate": "optim.lr",
+    "lr_scheduler_type": "optim.schedule",
+    "warmup_ratio": "optim.warmup",
+    "num_train_epochs": "optim.epochs",
+    "max_grad_norm": "optim.clip",
+    "per_device_train_batch_size": "optim.pairs_per_update",
+    "gradient_accumulation_steps": "optim.pairs_per_update",
+    "gradient_checkpointing": "launch.recompute_activations",
+    "max_length": "data.max_tokens",
+    "truncation_mode": "data.on_long",
+    "loss_type": "loss",
+    "ref_model": "reference",
+    "report_to": "record",
+}
+
 
 def one_of(*choices: Any, default: Any = NO_DEFAULT) -> Any:
     """A field that takes one of `choices`; its default is `default`, else the first of them."""
@@ -52,6 +68,8 @@ def sentence(error: OmegaConfBaseException, root: str = "the configuration") -> 
         similar = _inner_keys(error.parent_node, error.full_key) if parent == root else []
         keys = ", ".join(error.parent_node) or "none"
         exists = f"did you mean {' or '.join(similar)}?" if similar else f"{parent} has {keys}"
+        if ours := OF_TRL.get(str(error.full_key).rpartition(".")[2]):
+            exists = f"what TRL calls so is {ours} here (docs/trl.md has all its settings)"
         return f"unknown key {error.full_key}; {exists}"
     if "is not a ListConfig" in str(error):
         return f"{error.full_key} is a list; write '{error.full_key}=[...]'"

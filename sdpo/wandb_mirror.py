@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdpo.config import Config
 from sdpo.console import tell
-from sdpo.errors import UserError
+from sdpo.errors import UserError, one_line
 from sdpo.metrics import OUTCOME, Entry
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ class WandbMirror:
         import wandb  # here, because the import takes a second and most runs do not need it
 
         online = config.record.mode == "online"
-        if online and not wandb.login(prompt=False):
-            raise UserError(
-                "record.mode=online finds no W&B credentials: set WANDB_API_KEY or run `wandb login` "
-                "(and leave WANDB_MODE unset), or keep record.mode=offline and upload later with `wandb sync`"
-            )
         try:
+            if online and not wandb.login(prompt=False):
+                raise UserError(
+                    "record.mode=online finds no W&B credentials: set WANDB_API_KEY or run `wandb login` "
+                    "(and leave WANDB_MODE unset), or keep record.mode=offline and upload later with `wandb sync`"
+                )
             self._run = wandb.init(
                 project=config.record.project,
                 dir=folder,
@@ -47,7 +47,7 @@ class WandbMirror:
                 settings=_silent(wandb.Settings),
             )
         except wandb.Error as error:
-            raise UserError(f"W&B does not start: {error}; record.mode=offline needs no network") from error
+            raise UserError(f"W&B does not start: {one_line(error)}; record.mode=offline needs no network") from error
         self._updates: dict[int, int] = {}  # step -> number of its updates so far
         self._samples: list[tuple] = []
         self._answers: dict[tuple, dict[str, str]] = {}  # (prompt id, turn) -> a row of the table of answers

@@ -123,3 +123,17 @@ def test_step_line():
 
 def test_columns_are_as_wide_as_their_widest_cell():
     assert columns([("arm", "n"), ("stepwise", "10")]) == ["arm       n", "stepwise  10"]
+
+
+def test_a_line_says_that_nothing_has_ended(watched):
+    stream = io.StringIO()
+    clock = watched(stream)
+    with progress(9, "demo", "runs") as bar:
+        bar.show("each run tells more in its log.txt")
+        clock.now += 119
+        bar.wait()
+        assert stream.getvalue() == ""
+        clock.now += 1
+        bar.wait()
+        bar.wait()
+    assert stream.getvalue() == "demo: 0 of 9 runs, 0 runs/s, each run tells more in its log.txt, ? left\n"

@@ -31,8 +31,9 @@ def finished(tmp_path_factory, model):
         model.save_pretrained(folder, max_shard_size="40KB")
         byte_tokenizer().save_pretrained(folder)
         (folder / "adapter").mkdir()
-        for name in ("train.json", "reference.parquet", "moments-0.safetensors", "adapter/adapter_config.json"):
+        for name in ("train.json", "reference.parquet", "moments-0.safetensors"):
             (folder / name).write_text("{}")
+        (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a" * 64}))
 
     root = tmp_path_factory.mktemp("out")
     step = Store(root / "store").make("step", {"of": "a test"}, build)
@@ -77,6 +78,14 @@ def test_the_folder_loads_and_holds_nothing_of_the_store(finished, model, tmp_pa
     names = {path.name for path in folder.iterdir()}
     assert not {"manifest.json", "train.json", "reference.parquet", "moments-0.safetensors"} & names
     assert "adapter" in names and not (export.export(finished, 2, tmp_path / "merged", merge=True) / "adapter").exists()
+
+
+def test_an_adapter_and_the_card_name_the_model_that_it_goes_on_top_of(finished, tmp_path):
+    folder = export.export(finished, 2, tmp_path / "M_2")
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "M_1"
+    assert "it goes on top of M_1, and on top of any other model" in (folder / "README.md").read_text()
+    merged = export.export(finished, 2, tmp_path / "merged", merge=True)
+    assert "adapter" not in (merged / "README.md").read_text()
 
 
 def test_the_card_has_lineage_scores_and_settings_but_no_paths(finished, tmp_path):

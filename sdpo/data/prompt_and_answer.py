@@ -45,6 +45,11 @@ class ChatFormat:
         """The ids at which the model is to stop: the stop token and EOS."""
         return [id for id in dict.fromkeys((self.stop, self.tokenizer.eos_token_id)) if id is not None]
 
+    @property
+    def replaced_ending(self) -> str:
+        """What the template writes behind an answer, if none of it is a token, so that EOS ends the answer instead."""
+        return "" if self.stop_text else self.writer.ending.strip()
+
     def prompt(self, turns: Iterable[Message]) -> str:
         """A conversation in which the assistant is to speak next. Raises UserError if the template fails."""
         return self.writer.write(self.writer.harmless(tuple(turns))[0], invite=True)

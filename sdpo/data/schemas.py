@@ -216,7 +216,7 @@ def _turns(value: Any, field: str) -> Turns:
         if role != "system" or content:
             turns.append(Message(role=ROLES[role], content=check_text(content, f"{field}[{number}].content")))
     if not turns:
-        raise BadRow("bad_conversation", field, "holds no messages")
+        raise BadRow("empty" if isinstance(value, list) else "bad_conversation", field, "holds no messages")
     return tuple(turns)
 
 

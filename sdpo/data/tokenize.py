@@ -69,6 +69,8 @@ def encode(
                 rows[pair.id] = kept
                 _receipt(kept, chat, tally)
     whole = sum(counts.values(), Counter())
+    if whole["long"] and settings.on_long == "error":
+        raise UserError(_explain_long(rows, max_tokens))
     if pairs and not rows:
         raise UserError(_explain_none_left(whole, side, max_tokens))
     report = {
@@ -78,10 +80,19 @@ def encode(
         "stop": tokenizer.convert_ids_to_tokens(chat.stop),
         "max_tokens": max_tokens,
         "on_long": settings.on_long,
-        "notes": [f"{whole[name]} {sentence}" for name, sentence in NOTES.items() if whole[name]],
+        "notes": [f"{whole[name]} {sentence}" for name, sentence in NOTES.items() if whole[name]] + _of_ending(chat),
         "sources": {source: _summary(tally) for source, tally in counts.items()},
     }
     return rows, report
+
+
+def _of_ending(chat: ChatFormat) -> list[str]:
+    if not chat.replaced_ending:
+        return []
+    stop = chat.tokenizer.convert_ids_to_tokens(chat.stop)
+    return [
+        f"the template ends answers with {chat.replaced_ending!r}, which is no token here: {stop} ends them instead"
+    ]
 
 
 def prompt_ids(chat: ChatFormat, conversations: list[Turns]) -> list[Ids]:
@@ -172,17 +183,27 @@ def _explain_none_left(counts: Counter[str], side: str, max_tokens: int) -> str:
     return f"no {side} pair of {counts['pairs']} is left after tokenisation ({', '.join(reasons)}); {advice}"
 
 
+def _explain_long(rows: dict[str, TokenPair], max_tokens: int) -> str:
+    lengths = {id: length for id, row in rows.items() if (length := _num_tokens(row)) > max_tokens}
+    first, length = next(iter(lengths.items()))
+    return (
+        f"pair {first} has {length} tokens, more than data.max_tokens={max_tokens} (too long: {len(lengths)} of "
+        f"{len(rows)} pairs, the longest of {max(lengths.values())} tokens); raise it or set data.on_long to one of "
+        "drop, truncate_prompt, truncate_response"
+    )
+
+
 def _num_tokens(row: TokenPair) -> int:
     return len(row.prompt) + max(len(row.chosen), len(row.rejected))
 
 
 def _shorten(row: TokenPair, max_tokens: int, on_long: str, *, num_bos: int) -> TokenPair | None:
-    """The row cut to the limit; None if it is to be dropped, or if nothing of a prompt or response would be left."""
+    """The row cut to the limit; None if it is to be dropped, or if nothing of a prompt or response would be left.
+
+    If long rows are an error, the row as it is.
+    """
     if on_long == "error":
-        raise UserError(
-            f"pair {row.id} has {_num_tokens(row)} tokens, more than data.max_tokens={max_tokens}; "
-            "raise it or set data.on_long to one of drop, truncate_prompt, truncate_response"
-        )
+        return row
     room = max_tokens - max(len(row.chosen), len(row.rejected)) - num_bos
     if on_long == "truncate_prompt" and room > 0:
         return row._replace(prompt=np.concatenate([row.prompt[:num_bos], row.prompt[-room:]]))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sdpo.console import Progress
 from sdpo.distributed import SHARES, SHARING, STOPPED, stop_requested
 from sdpo.launch import local as launch
 from sdpo.launch.order import Turn, by_first_missing_step
@@ -35,7 +36,7 @@ class Started:
     most: int = 0  # runs at the place at a time so far, this one included
 
 
-def execute(todo: list[Run], n: int | str, bar: tqdm) -> None:
+def execute(todo: list[Run], n: int | str, bar: Progress) -> None:
     """Execute the runs, `n` at a time (`auto`: as many as cores, or the memory of the GPUs, allow).
 
     A run that ran out of memory beside others is done again alone, after all others. An interrupt kills all children.
@@ -57,7 +58,7 @@ def execute(todo: list[Run], n: int | str, bar: tqdm) -> None:
                     waiting.insert(0, Turn(one.turn.run, Need(alone=True)))
                 else:
                     note_end(one.turn.run, bar, _exit_sentence(one.child.exitcode))
-            bar.refresh()
+            bar.wait()
             if stop_requested():
                 waiting.clear()
                 for one in running:

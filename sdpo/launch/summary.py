@@ -30,7 +30,7 @@ def summary_table(runs: list[Run], todo: set[Path]) -> str:
     ended = [run for run in runs if run.folder not in todo or run.finished]
     summaries = {run.folder: _summary(run, run.folder in todo) for run in ended}
     rows = [_row(arm, members, summaries) for arm, members in arms.items()]
-    lines = columns([("arm", "seeds", "headline", "seconds", "steps trained", "reused"), *rows])
+    lines = columns([("arm", "seeds", "headline", "seconds, sum", "steps trained", "reused"), *rows])
     lines += [f"failed: {run.folder.name}: {run.error}" for run in runs if run.error]
     trained, reused = (sum(s[key] for s in summaries.values()) for key in ("trained_steps", "reused_steps"))
     lines.append(f"{len(summaries)} of {len(runs)} runs finished; {trained} steps trained, {reused} reused")

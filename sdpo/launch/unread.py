@@ -1,27 +1,49 @@
-"""Settings of a command that nothing would read. They are refused: two equal runs would look like two results."""
+"""Settings that nothing would read, or that would make an arm's name false. They are refused.
+
+Two equal runs would look like two results, or a result would have another one's name.
+"""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from sdpo.errors import UserError
+from sdpo.launch.help import CONF
 
 OF_SWEEPS = ("hydra.launcher.", "hydra.sweep.", "hydra.sweeper.")
 OF_SINGLE_RUNS = ("hydra.run.",)
 
 
 def refuse(runs: Mapping[str, tuple[DictConfig, Sequence[str]]]) -> None:
-    """Raise UserError if these runs do not read a setting that their overrides give; the runs are arm -> (what Hydra
-    composed, overrides).
+    """Raise UserError if these runs do not read a setting that their overrides give, or are not what their arm says.
 
-    In a sweep some arms may ignore a setting that others read, but not one that is swept.
+    The runs are arm -> (what Hydra composed, overrides). In a sweep some arms may ignore a setting that others read,
+    but not one that is swept.
     """
+    for _, overrides in runs.values():
+        _refuse_false_name(overrides)
     for key, (reads, instead) in READERS.items():
         given = {arm: value for arm, (_, overrides) in runs.items() if (value := _value(key, overrides)) is not None}
         unread = [arm for arm in given if not reads(runs[arm][0])]
         if unread and (len(unread) == len(given) or len(set(given.values())) > 1):
             who = f"the arm {unread[0]!r}" if len(runs) > 1 else "this run"
             raise UserError(f"{who} does not read {key}={given[unread[0]]}: {instead}")
+
+
+def _refuse_false_name(overrides: Sequence[str]) -> None:
+    """Raise UserError if an override replaces an axis that the arm itself sets: its name would be false."""
+    if not (chosen := _value("arm", overrides)) or not (file := CONF / "arm" / f"{chosen}.yaml").is_file():
+        return
+    defaults = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file), resolve=False)).get("defaults", [])
+    for name, value in chain.from_iterable(entry.items() for entry in defaults if isinstance(entry, dict)):
+        axis = name.removeprefix("override /")
+        if (given := _value(axis, overrides)) not in (None, value):
+            raise UserError(
+                f"arm={chosen} is {axis}={value}, so with {axis}={given} its name would be false: write its axes "
+                f"without the arm (`python train.py --help arm` lists them), or make an arm of your own"
+            )
 
 
 def _value(key: str, overrides: Sequence[str]) -> str | None:

@@ -127,7 +127,7 @@ def _count(steps: Steps, owners: dict[str, list[str]]) -> str:
     exist, missing = _split_by_existence(steps)
     shared = sum(len(owners[step.model.key]) > 1 for step in missing)
     by_several = f" ({shared} shared by several arms)" if shared else ""
-    return f"{len(exist)} of {len(steps)} steps exist; {len(missing)} will be trained{by_several}"
+    return f"{len(exist)} of {len(steps)} steps of the arms exist; {len(missing)} will be trained{by_several}"
 
 
 def _assumptions(foreseen: list[Foreseen], everything: Steps) -> Iterator[str]:

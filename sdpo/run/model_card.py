@@ -34,19 +34,28 @@ def read(run: Path) -> RunFiles:
     return RunFiles(manifest, summary, config, report)
 
 
-def render(files: RunFiles, t: int) -> str:
-    """The README.md of M_t. It names files without their folders, so it reveals nothing about the machine."""
+def repository(files: RunFiles) -> str | None:
+    """The repository of S on the Hub; None for a folder and for the laboratory's model."""
+    base = files.config["model"]
+    return base["path"] if base["name"] == "hub" and not Path(base["path"]).is_absolute() else None
+
+
+def render(files: RunFiles, t: int, adapter_base: str = "") -> str:
+    """The README.md of M_t. It names files without their folders, so it reveals nothing about the machine.
+
+    `adapter_base` is the model that the adapter beside M_t goes on top of, if there is one.
+    """
     manifest, summary, config, report = files
     data, is_hub = config["data"], config["data"]["name"] == "hub"
     header = {"library_name": "transformers", "tags": ["dpo", "sdpo", "preference-optimization"]}
-    base = config["model"]
-    if base["name"] == "hub" and not Path(base["path"]).is_absolute():
-        header["base_model"] = base["path"]
+    if base := repository(files):
+        header["base_model"] = base
     header |= {"datasets": sorted({name.split(":")[0] for name in data["train"]})} if is_hub and data["train"] else {}
     before, after = summary["initial"]["eval"], summary["steps"][t - 1]["eval"]
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         t=t,
+        adapter_base=adapter_base,
         manifest=manifest,
         config=config,
         header=OmegaConf.to_yaml(header),

@@ -103,7 +103,7 @@ def _encode(config: Config, runner: Runner, preferences: Preferences) -> tuple[l
     for file in preferences.report.get("files", ()):  # the laboratory has none
         if file["dropped"]:
             reasons = ", ".join(f"{number} {reason}" for reason, number in file["dropped"].items())
-            tell(f"{file['file']}: not all {file['rows']} rows are used ({reasons}); data_report.json names the others")
+            tell(f"{file['file']}: not all {file['rows']} rows are used ({reasons}); data_report.json names the rest")
         if file["unread_columns"]:
             names = ", ".join(file["unread_columns"])
             tell(f"{file['file']}: columns that are not read: {names} (data.columns names those that are)")

@@ -155,7 +155,7 @@ FLAWS = [
     (PLAIN | {"score_chosen": "high"}, "bad_rating", "score_chosen"),
     (PLAIN | {"pair_score": "hard"}, "bad_rating", "pair_score"),
     (PLAIN | {"chosen_rating": float("nan")}, "bad_rating", "chosen_rating"),
-    (PLAIN | {"prompt": []}, "bad_conversation", "prompt"),
+    (PLAIN | {"prompt": []}, "empty", "prompt"),
     (PLAIN | {"prompt": [ASK, said("So.")]}, "bad_conversation", "prompt"),
     ({**LAYOUTS["messages"], "messages": [{"role": "user", "content": 3}]}, "not_text", "messages[0].content"),
     ({**LAYOUTS["messages"], "messages": [{"role": "user"}]}, "missing_column", "messages[0].content"),

@@ -11,7 +11,9 @@ def test_rows_that_are_left_out_are_told(toy, tmp_path, capsys):
     bad.write_text("\n".join([*given, '{"prompt": "x", "chosen": "y"}', "not JSON"]))
     prepare(toy, tmp_path / "store", f"data.train=[{bad}]", "data.on_bad_row=skip")
     said = capsys.readouterr().err
-    assert f"{bad}: not all 14 rows are used (1 missing_column, 1 invalid_json); data_report.json names the oth" in said
+    assert (
+        f"{bad}: not all 14 rows are used (1 missing_column, 1 invalid_json); data_report.json names the rest" in said
+    )
     assert "columns" not in said
 
 

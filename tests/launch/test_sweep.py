@@ -51,7 +51,7 @@ def test_the_table_counts_seeds_steps_and_failures(tmp_path):
     # Two seeds at .5 and .75: t(.975, 1) = 12.706, standard error .125, so .625 +- 1.588. a0 was finished before.
     table = summary_table(asked_for, {tmp_path / name for name in ("a1", "b0", "b1")})
     assert [line.split() for line in table.splitlines()] == [
-        ["arm", "seeds", "headline", "seconds", "steps", "trained", "reused"],
+        ["arm", "seeds", "headline", "seconds,", "sum", "steps", "trained", "reused"],
         ["a", "2/2", "lab/gold", "0.625", "[-0.9633,", "2.213]", "4", "1", "3"],
         ["b", "1/2", "lab/gold", "0.25", "2", "2", "0"],
         ["failed:", "b1:", "no", "way"],

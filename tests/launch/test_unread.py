@@ -1,4 +1,4 @@
-"""What no run of a command reads is refused; what some arms read may be given to all."""
+"""What no run reads is refused, and what an arm's name denies; what some arms read may be given to all."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -22,6 +22,13 @@ def test_t_is_refused_where_it_makes_equal_runs():
         UserError, match="the arm 'p T=3' does not read T=3"
     ):  # two rows with different names, but one result
         unread.refuse({f"{arm} T={t}": (one, [f"T={t}"]) for arm, one in (("e", reader), ("p", other)) for t in (3, 4)})
+
+
+def test_an_arm_is_refused_whose_name_would_be_false():
+    arm = "arm=baseline/easy_to_hard"
+    unread.refuse({"easy_to_hard": (job(reads_t=True), [arm, "reference=previous", "loss=ipo"])})
+    with pytest.raises(UserError, match="easy_to_hard is reference=previous, so with reference=initial its"):
+        unread.refuse({"easy_to_hard": (job(reads_t=True), [arm, "reference=initial"])})
 
 
 @pytest.mark.parametrize("split", [{"name": "easy_to_hard"}, {"name": "random", "num_chunks": 2, "keep": 0.5}])

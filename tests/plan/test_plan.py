@@ -70,12 +70,12 @@ def last_words(runs):
 def test_what_is_planned_is_what_is_trained(asked):
     runs = [*asked("moving", "split=random", seeds=2), *asked("fixed", "split=random", "reference=initial", seeds=2)]
     # For each seed one first step of both arms, and a second step of each.
-    assert last_words(runs)[0] == "0 of 6 steps exist; 6 will be trained (2 shared by several arms)"
+    assert last_words(runs)[0] == "0 of 6 steps of the arms exist; 6 will be trained (2 shared by several arms)"
     planned = [keys(run) for run in runs]
     assert train(runs[0]) == planned[0]
-    assert last_words(runs)[0] == "2 of 6 steps exist; 4 will be trained (1 shared by several arms)"
+    assert last_words(runs)[0] == "2 of 6 steps of the arms exist; 4 will be trained (1 shared by several arms)"
     assert [train(run) for run in runs[1:]] == planned[1:]
-    assert last_words(runs) == ["6 of 6 steps exist; 0 will be trained"]
+    assert last_words(runs) == ["6 of 6 steps of the arms exist; 0 will be trained"]
 
 
 def test_what_scores_decide_is_known_once_they_exist(asked, tmp_path):
@@ -113,7 +113,7 @@ def test_models_that_scores_need_are_planned_apart(asked):
 def test_the_first_step_is_one_whatever_moves_later(asked):
     names = ["previous", "initial", "average", "periodic"]
     runs = [run for name in names for run in asked(name, "split=all_at_once", f"reference={name}")]
-    assert last_words(runs)[0] == "0 of 1 steps exist; 1 will be trained (1 shared by several arms)"
+    assert last_words(runs)[0] == "0 of 1 steps of the arms exist; 1 will be trained (1 shared by several arms)"
 
 
 def test_placeholders_are_shared_like_real_pairs_without_a_download(asked, monkeypatch):
@@ -157,7 +157,7 @@ def test_the_laboratory_is_planned_before_anything_of_it_exists(monkeypatch, tmp
     names = [key for run in runs for key in train(run)]
     assert [names.index(name) for name in names] == planned[0]
     assert json.loads((runs[0].folder / "manifest.json").read_text())["model_key"] == initial.model.key
-    assert last_words(runs) == ["5 of 5 steps exist; 0 will be trained"]
+    assert last_words(runs) == ["5 of 5 steps of the arms exist; 0 will be trained"]
 
 
 def test_a_data_set_that_is_not_here_has_the_size_that_the_settings_give_it(asked):
