@@ -127,7 +127,7 @@ def test_the_settings_say_what_the_paper_s_figure_3_shows():
     settings = compose("experiment=paper/sdpo", *PATH)
     assert len(updates(60800, settings.optim, 0)) == 1902  # logged every 10, and 1900 is the last
     tokens = sum(size.pairs * size.tokens for size in settings.data.nominal.values())
-    hours = flops.gpu_hours(20 * settings.model.parameters * tokens) / flops.GPUS
+    hours = flops.gpu_hours(20 * settings.model.parameters * tokens) / 8
     assert (tokens, round(hours, 2)) == (50_726_718, 3.03)
 
 

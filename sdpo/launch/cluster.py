@@ -7,6 +7,8 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import submitit
@@ -90,20 +92,31 @@ def submit(todo: list[Run], folder: Path, slurm: Settings) -> list[tuple[Run, su
         else:
             new.setdefault(json.dumps(_parameters(one.config.launch, folder, slurm)), []).append(one)
     os.environ["PYTHONPATH"] = launch.python_path()  # with which a job finds this package
-    try:
+    with _refusals():
         executor = submitit.AutoExecutor(folder / "slurm", cluster, slurm_max_num_timeout=MOST_TIMEOUTS)
         for parameters, runs in new.items():
             executor.update_parameters(**json.loads(parameters))
             with executor.batch():
                 jobs += [(one, executor.submit(Execution(one.folder))) for one in runs]
-    except (NameError, RuntimeError, ValueError) as error:  # what submitit raises for unknown parameters
-        raise UserError(f"hydra.launcher.slurm: {error}") from error
     write_json(listed, known | {one.folder.name: job.job_id for one, job in jobs})
     return jobs
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what submitit raises for unknown parameters into a UserError."""
+    try:
+        yield
+    except (NameError, RuntimeError, ValueError) as error:
+        raise UserError(f"hydra.launcher.slurm: {error}") from error
+
+
 def announce(todo: list[Run], folder: Path, slurm: Settings) -> str:
-    """What each job of a sweep would be submitted with, as text."""
+    """What each job of a sweep would be submitted with, as text. Raises UserError as `submit` does."""
+    for one in todo:
+        with _refusals():
+            dry = submitit.AutoExecutor(folder / "slurm", "debug")
+            dry.update_parameters(**_parameters(one.config.launch, folder, slurm))
     each = (_parameters(one.config.launch, folder, slurm) for one in todo)
     jobs = Counter(", ".join(f"{name}={value}" for name, value in asked.items()) for asked in each)
     return "\n".join(f"{number} jobs, one for each run, with {asked}" for asked, number in jobs.items())

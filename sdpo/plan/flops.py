@@ -22,7 +22,7 @@ from sdpo.train.reference_windows import Windows
 from sdpo.train.step_key import StepSpec
 from sdpo.train.throughput import PEAKS, operations_per_weight
 
-GPU, GPUS = "A100-80", 8
+GPU = "A100-80"
 PEAK = PEAKS["A100"]
 UTILISATION = 0.4  # assumed share of the peak that training reaches
 

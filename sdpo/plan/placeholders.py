@@ -73,16 +73,17 @@ def _pairs_with_tokens(config: Config) -> list[tuple[Pair, int]]:
     if all(readers.is_here(name, config.data.revisions) for name in readers.on_hub(config.data)):
         return [(pair, 1 + _length(pair) // CHARACTERS) for pair in preferences.load(config.data).train]
     sources = dict.fromkeys(readers.sources(config.data, config.data.train))
+    if missing := sources.keys() - config.data.nominal.keys():
+        sizes = ", ".join(f"{source}: {{pairs: 60000, tokens: 700}}" for source in sources if source in missing)
+        raise UserError(
+            f"{', '.join(sorted(missing))}: not on this machine; give the plan the sizes, in tokens per pair, as in "
+            f"'+data.nominal={{{sizes}}}'"
+        )
     return [pair for source in sources for pair in _nominal(source, config.data)]
 
 
 def _nominal(source: str, settings: Data) -> list[tuple[Pair, int]]:
     """As many training pairs as data.nominal says that a source has, less the held-out share."""
-    if source not in settings.nominal:
-        raise UserError(
-            f"{source} is not on this machine: give the plan its size, as in "
-            f"'+data.nominal={{{source}: {{pairs: 60000, tokens: 700}}}}' (tokens per pair)"
-        )
     size = settings.nominal[source]
     held_out = 0 if settings.held_out else settings.held_out_share
     return _invented(source, round(size.pairs * (1 - held_out)), size.tokens)

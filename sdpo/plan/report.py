@@ -20,7 +20,7 @@ from sdpo.run.folder import Run
 from sdpo.store.artifacts import ReadOnly
 
 HEAD = ("arm", "runs", "steps", "exist", "that took", "to train", "tokens", "FLOPs", "GPU-hours")
-MACHINE = f"{flops.GPUS} {flops.GPU} at {flops.UTILISATION:.0%} of {flops.PEAK / 1e12:.0f} TFLOP/s"
+MACHINE = f"{flops.GPU} at {flops.UTILISATION:.0%} of {flops.PEAK / 1e12:.0f} TFLOP/s in bf16"
 
 Steps = dict[str, Planned]  # by key
 
@@ -134,10 +134,11 @@ def _assumptions(foreseen: list[Foreseen], everything: Steps) -> Iterator[str]:
     """The assumptions behind the numbers, one per line."""
     total = sum(step.flops for step in _split_by_existence(everything)[1])
     if total > 0:
-        hours = number(flops.gpu_hours(total) / flops.GPUS)
-        yield f"{hours} hours on {MACHINE}; (6 E + 2) N operations per token; scoring and evaluation cost extra"
+        hours, longest = number(flops.gpu_hours(total)), max(foreseen, key=_hours)
+        yield f"{hours} GPU-hours of an {MACHINE}: (6 E + 2) N operations per token in E epochs; evaluation costs extra"
+        yield f"the longest run takes {number(_hours(longest))} hours, on {longest.run.config.launch.ranks} GPUs"
     if total > 0 and any(one.run.config.precision == "fp32" for one in foreseen):
-        yield "that peak is of bf16; a GPU takes several times as long for precision=fp32"
+        yield "with precision=fp32 a GPU takes several times as long"
     if any(one.run.config.data.name == "lab" and one.run.config.model.name != "lab" for one in foreseen):
         yield "the pairs are the laboratory's, on which only its own model can be trained; data=local names yours"
     if math.isnan(total):
@@ -146,6 +147,12 @@ def _assumptions(foreseen: list[Foreseen], everything: Steps) -> Iterator[str]:
     for reason, num in reasons.items():
         yield f"the chunks of {num} of {len(foreseen)} runs are not known yet, because {reason}:"
         yield "their sizes are taken from the settings, and chunks that turn out equal will be trained on once"
+
+
+def _hours(one: Foreseen) -> float:
+    """Hours of a run, on each of its GPUs, if it trains all its missing steps itself."""
+    missing = _split_by_existence(distinct([*one.initial, *one.for_scores, *one.steps]))[1]
+    return flops.gpu_hours(sum(step.flops for step in missing)) / one.run.config.launch.ranks
 
 
 def _needs(foreseen: list[Foreseen]) -> Iterator[str]:
@@ -161,7 +168,9 @@ def _needs(foreseen: list[Foreseen]) -> Iterator[str]:
         yield from memory.lines(*demand)
     made = {step.model.key: one.size.step_on_disk for one in on_gpus for step in one.steps if not step.model.reused}
     if made:
-        yield f"the steps to train take {number(sum(made.values()) / needs.GB)} GB of disk"
+        more = max(one.size.checkpoint for one in on_gpus) / needs.GB
+        total = number(sum(made.values()) / needs.GB)
+        yield f"the steps to train take {total} GB of disk, and each run up to {more:.3g} GB more while it trains"
 
 
 def _demand(one: Foreseen) -> tuple[needs.Size, int | None, float, bool]:

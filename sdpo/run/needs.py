@@ -66,7 +66,7 @@ class Size(NamedTuple):
             offload=config.deepspeed.offload,
             states=config.optim.states,
             pair=2 * config.data.max_tokens,
-            pack=launch.tokens_per_pack or TRAINED["cpu"],
+            pack=launch.tokens_per_pack or TRAINED["cpu" if launch.device == "cpu" else "cuda"],
             recompute=launch.recompute_activations,
             beside="divergence" in inputs_of(bind(losses, config.loss)),
         )

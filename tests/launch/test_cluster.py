@@ -56,6 +56,8 @@ def test_a_plan_tells_what_jobs_would_ask_for(tmp_path):
     common += "slurm_srun_args=['--kill-on-bad-exit=1'], slurm_signal_delay_s=300, timeout_min=60"
     each = "{} jobs, one for each run, with " + common
     assert told.splitlines() == [each.format(2, 8), each.format(1, 4)]
+    with pytest.raises(UserError, match="hydra.launcher.slurm: Unknown argument 'acount'"):
+        cluster.announce(runs, tmp_path / "sweep", {"slurm_acount": "abc"})
 
 
 def test_a_sweep_that_is_started_again_submits_no_run_twice(slurm, tmp_path):

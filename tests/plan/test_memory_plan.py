@@ -134,9 +134,9 @@ def test_a_run_that_does_not_fit_is_refused_with_what_does(tmp_path, monkeypatch
     said = capsys.readouterr().out
     assert "\nbig:\n8e+09 weights, 8 ranks" in said and "\nhalf:\n8e+09 weights, 4 ranks" in said
     assert "the pairs are the laboratory's, on which only its own model can be trained" in said
-    assert "that peak is of bf16" not in said
+    assert "precision=fp32" not in said
     report.show(asked(tmp_path, "model.parameters=1e9", "precision=fp32"))
-    assert "that peak is of bf16; a GPU takes several times as long for precision=fp32" in capsys.readouterr().out
+    assert "with precision=fp32 a GPU takes several times as long" in capsys.readouterr().out
 
 
 def used(name):

@@ -163,7 +163,10 @@ def test_the_laboratory_is_planned_before_anything_of_it_exists(monkeypatch, tmp
 def test_a_data_set_that_is_not_here_has_the_size_that_the_settings_give_it(asked):
     hub = ["data=hub", "data.train=[me/one,me/one/other:test]", "data.held_out_share=0.25", *NOWHERE]
     sizes = "+data.nominal={one: {pairs: 100, tokens: 7}, one-other: {pairs: 40, tokens: 5}}"
-    with pytest.raises(UserError, match="one is not on this machine: give the plan its size, as in .*{one: {pairs:"):
+    with pytest.raises(
+        UserError,
+        match="one, one-other: not on this machine; give the plan the sizes, .*{one: {pairs: .*, one-other: {",
+    ):
         report.foresee(asked("a", *hub))
     (foreseen,) = report.foresee(asked("a", *hub, sizes))
     assert [(step.num_pairs, step.tokens) for step in foreseen.steps] == [(75, 525), (30, 150)]

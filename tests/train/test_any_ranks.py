@@ -54,6 +54,7 @@ def test_a_step_that_was_begun_goes_on_and_has_a_key_of_its_own(run, taken):
         run(*STEPS, "launch.ranks=2", name="begun")
     mixed = run(*STEPS, "launch.any_ranks=true", name="mixed")
     assert taken == [0, 1, 2, 0, 1, 2, 0, 1, 2]
+    assert not list((mixed.parent / "store" / "partial").iterdir())
     whole = run(*STEPS, name="whole")
     one, other = ([entry["loss"] for entry in read_lines(folder, "train")] for folder in (whole, mixed))
     assert one == other and not set(keys(mixed)) & set(keys(whole))

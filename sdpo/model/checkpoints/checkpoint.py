@@ -39,7 +39,7 @@ class Checkpoint:
     """The checkpoints of one step: the newest one and the one before. `name` is shown in the progress bar.
 
     Between two of them pass `minutes`, or 20 times the seconds that the last one took; with 0 every update has one.
-    If there is none, those of the same step under `other_keys` will do; they are left where they are.
+    If there is none, those of the same step under `other_keys` will do.
     """
 
     def __init__(self, store: Store, key: str, name: str, minutes: float, other_keys: Iterable[str] = ()):
@@ -95,12 +95,13 @@ class Checkpoint:
         self.store.join()
 
     def clear(self) -> None:
-        """Remove the checkpoints of a finished step, but not what another process is just writing."""
-        self._remove(self._found())
-        if distributed.is_main():
-            remove_abandoned(self.folder)
-            with suppress(OSError):  # there is no such folder, or another process is writing in it
-                self.folder.rmdir()
+        """Remove all checkpoints of a finished step, but not what another process is just writing."""
+        for folder in (self.folder, *self.others) if distributed.is_main() else ():
+            if folder.is_dir():
+                self._remove(_whole(folder))
+                remove_abandoned(folder)
+                with suppress(OSError):  # another process is writing in it
+                    folder.rmdir()
 
     def _remove(self, folders: list[Path]) -> None:
         if distributed.is_main():
