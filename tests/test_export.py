@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import huggingface_hub
 import pytest
@@ -169,3 +170,13 @@ def test_changed_pairs_and_several_references_are_refused(run, toy, tmp_path):
     (folder / "config.yaml").write_text(text.replace("on_long: error", "on_long: truncate_response"))
     with pytest.raises(UserError, match="the pairs of .* have changed since step 1 was trained"):
         export.export_pairs(folder, 1, tmp_path / "pairs.parquet")
+
+
+def test_a_run_that_was_started_again_and_failed_is_not_exported(finished, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(finished, again, symlinks=True)
+    manifest = json.loads((again / "manifest.json").read_text())
+    del manifest["steps"]  # it is written when a run ends
+    (again / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="was started again and has not finished"):
+        export.export(again, 2, tmp_path / "M_2")

@@ -34,7 +34,7 @@ DEFAULTS = {
         "precision": "fp32",
         "pairs": 32,
         "pairs_per_update": 8,
-        "trl_batches": "8",
+        "trl_batches": "1,2,8",
         "packs": "1536",
         "repeats": 2,
         "limit": 3600.0,

@@ -1,5 +1,7 @@
 """CPU seconds, wall seconds and peak memory of the phases of a process."""
 
+import ctypes
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +32,8 @@ class Meter:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # else what an earlier measurement freed counts as in use
             Path("/proc/self/clear_refs").write_text("5")  # on Linux this resets the peak of resident memory
         self.start = self._peak()
         self.mark()

@@ -30,6 +30,8 @@ def read(run: Path) -> RunFiles:
     manifest, summary, report = (
         json.loads((run / f"{name}.json").read_text()) for name in ("manifest", "summary", "data_report")
     )
+    if "steps" not in manifest:
+        raise UserError(f"{run} was started again and has not finished; the same command goes on from there")
     config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
     return RunFiles(manifest, summary, config, report)
 
