@@ -164,7 +164,10 @@ def test_a_run_that_fails_is_named_and_it_alone_is_done_again(multirun, toy, tmp
     assert third.returncode == 1 and "declares other contrasts, and some of its runs are finished" in error
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+KILLED = pytest.param(signal.SIGKILL, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, KILLED, signal.SIGTERM])
 def test_an_ended_sweep_leaves_no_run_behind(multirun, tmp_path, ending):
     parent = multirun("seed=0,1,2", "optim.epochs=100000", "hydra.launcher.n=2")
     metrics = (tmp_path / "sweep").glob
