@@ -100,9 +100,12 @@ def test_pre_dpo_has_the_beta_and_the_learning_rate_that_its_table_4_prints():
 
 
 OTHERS = [name for name in help.options("experiment") if name.startswith("published/")]
+LARGE = ("published/refdpo_other", "published/refdpo_own", "published/sampo_hh", "published/sampo_tldr")  # 40 s each
 
 
-@pytest.mark.parametrize("experiment", OTHERS)
+@pytest.mark.parametrize(
+    "experiment", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in OTHERS]
+)
 def test_published_runs_are_planned_offline(foreseen, experiment):
     asked = "path: ???" in (CHECKOUT / "conf" / "experiment" / f"{experiment}.yaml").read_text()
     base = re.sub("_simpo", "", experiment).endswith("_base") or experiment == "published/base"
