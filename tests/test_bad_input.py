@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import CHECKOUT, random_model
 
+from sdpo.fields import OF_TRL
+
 TRAIN = CHECKOUT / "train.py"
 GOOD = {"prompt": "What is 1 + 1?", "chosen": "2", "rejected": "3"}
 MORE = [GOOD | {"prompt": f"What is {n} + {n}?", "chosen": str(2 * n)} for n in (2, 3, 4)]
@@ -179,3 +181,9 @@ print("torch" in sys.modules)"""
     run = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     sentence, has_torch = run.stdout.splitlines()
     assert sentence.startswith(said) and has_torch == "False"
+
+
+def test_what_trl_s_settings_are_called_here_is_on_its_page():
+    page = (CHECKOUT / "docs" / "trl.md").read_text()
+    for theirs, ours in OF_TRL.items():
+        assert any(f"`{theirs}" in line and f"`{ours}" in line for line in page.splitlines()), theirs
