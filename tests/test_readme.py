@@ -33,7 +33,7 @@ def test_every_command_does_what_it_is_there_for(run, tmp_path, monkeypatch, cap
         make_sweep(tmp_path / "out" / sweep)
     monkeypatch.chdir(tmp_path)
     run_alone = [name for name in commands() if name.startswith("analysis.benchmark")]  # minutes: test_benchmark.py
-    assert len(run_alone) == 3
+    assert len(run_alone) == 4
     for name, (module, *arguments) in commands().items():
         if name not in run_alone:
             monkeypatch.setattr(sys, "argv", [module, *arguments])
