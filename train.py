@@ -64,13 +64,14 @@ def single(run: Run, job: DictConfig, overrides: Sequence[str]) -> None:
 
         plan.show([run])
         return
-    if run.config.launch.nodes > 1 and run.finished:
-        print(f"finished; its report: python -m analysis.report {run.folder}")
-        return
-    run.prepare()
     if run.config.launch.nodes > 1:
+        if run.finished:
+            print(f"finished; its report: python -m analysis.report {run.folder}")
+            return
+        run.prepare()
         print(f"prepared; start it on every node N: {by_hand(run.folder, run.config.launch.nodes)}")
         return
+    run.prepare()
     try:
         summary = launch.run(run.config, run.folder)
     except UserError:

@@ -138,7 +138,7 @@ class _Intake:
         self.repeats: Counter[str] = Counter()  # of ids that are made from content
         self.files: list[dict] = []
         self.dropped: list[dict] = []
-        self.unread: set[str] = set()  # columns of the present table with values that nothing reads
+        self.unread: dict[str, set[str]] = defaultdict(set)  # file -> its columns with values that nothing reads
 
     def read(self, side: str, names: list[str], reserved: Mapping[str, str] | None = None) -> list[Pair]:
         """The pairs of the named tables; a prompt that is `reserved` (key -> id of its pair) is a bad row."""
@@ -153,7 +153,6 @@ class _Intake:
     def _read_table(self, side: str, table: Table, reserved: Mapping[str, str]) -> list[Pair]:
         pairs, dropped = [], []
         layouts: Counter[str] = Counter()
-        self.unread = set()
         for number, row in table.rows:
             try:
                 pair, layout = self._pair(table, number, row, reserved)
@@ -174,7 +173,7 @@ class _Intake:
                 "rows": len(table.rows),
                 "pairs": len(pairs),
                 "layouts": dict(layouts),
-                "unread_columns": sorted(self.unread),
+                "unread_columns": sorted(self.unread[table.name]),
                 "dropped": _reasons(dropped),
             }
         )
@@ -184,7 +183,7 @@ class _Intake:
         row = parse_row(row)
         if self.settings.columns:
             row = rename(row, self.settings.columns)
-        self.unread |= {str(column) for column in row.keys() - READ if row[column] not in (None, "")}
+        self.unread[table.name] |= {str(column) for column in row.keys() - READ if row[column] not in (None, "")}
         normal = normalise(row)
         key = prompt_key(normal.prompt)
         if key in reserved:

@@ -53,6 +53,7 @@ def encode(
     """
     chat, max_tokens = ChatFormat(tokenizer, settings.template, settings.template_date), settings.max_tokens
     rows: dict[str, TokenPair] = {}
+    long: dict[str, int] = {}  # id of a pair over the limit -> its tokens
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for start in range(0, len(pairs), BATCH):
         written = list(_write(pairs[start : start + BATCH], chat, settings.on_bad_row, counts))
@@ -61,6 +62,7 @@ def encode(
             kept: TokenPair | None = row
             if _num_tokens(row) > max_tokens:
                 tally["long"] += 1
+                long[pair.id] = _num_tokens(row)
                 kept = _shorten(row, max_tokens, settings.on_long, num_bos=int(chat.bos in row.prompt[:1]))
                 tally["truncated" if kept else "dropped_long"] += 1
             if kept and (flaw := _flaw(kept, demonstration=not pair.rejected)):
@@ -69,8 +71,8 @@ def encode(
                 rows[pair.id] = kept
                 _receipt(kept, chat, tally)
     whole = sum(counts.values(), Counter())
-    if whole["long"] and settings.on_long == "error":
-        raise UserError(_explain_long(rows, max_tokens))
+    if long and settings.on_long == "error":
+        raise UserError(_explain_long(long, len(pairs), max_tokens))
     if pairs and not rows:
         raise UserError(_explain_none_left(whole, side, max_tokens))
     report = {
@@ -183,12 +185,11 @@ def _explain_none_left(counts: Counter[str], side: str, max_tokens: int) -> str:
     return f"no {side} pair of {counts['pairs']} is left after tokenisation ({', '.join(reasons)}); {advice}"
 
 
-def _explain_long(rows: dict[str, TokenPair], max_tokens: int) -> str:
-    lengths = {id: length for id, row in rows.items() if (length := _num_tokens(row)) > max_tokens}
+def _explain_long(lengths: dict[str, int], num_pairs: int, max_tokens: int) -> str:
     first, length = next(iter(lengths.items()))
     return (
         f"pair {first} has {length} tokens, more than data.max_tokens={max_tokens} (too long: {len(lengths)} of "
-        f"{len(rows)} pairs, the longest of {max(lengths.values())} tokens); raise it or set data.on_long to one of "
+        f"{num_pairs} pairs, the longest of {max(lengths.values())} tokens); raise it or set data.on_long to one of "
         "drop, truncate_prompt, truncate_response"
     )
 
@@ -198,12 +199,7 @@ def _num_tokens(row: TokenPair) -> int:
 
 
 def _shorten(row: TokenPair, max_tokens: int, on_long: str, *, num_bos: int) -> TokenPair | None:
-    """The row cut to the limit; None if it is to be dropped, or if nothing of a prompt or response would be left.
-
-    If long rows are an error, the row as it is.
-    """
-    if on_long == "error":
-        return row
+    """The row cut to the limit; None if it is to be dropped, or if nothing of a prompt or response would be left."""
     room = max_tokens - max(len(row.chosen), len(row.rejected)) - num_bos
     if on_long == "truncate_prompt" and room > 0:
         return row._replace(prompt=np.concatenate([row.prompt[:num_bos], row.prompt[-room:]]))

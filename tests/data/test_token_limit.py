@@ -14,6 +14,11 @@ def test_limit_is_inclusive(tokenizer):
         one(tokenizer, max_tokens=14, **LONG)
 
 
+def test_a_pair_that_is_too_long_is_an_error_even_if_its_responses_are_the_same(tokenizer):
+    with pytest.raises(UserError, match=r"pair 1 has 15 tokens, more .*\(too long: 1 of 1 pairs"):
+        one(tokenizer, max_tokens=14, chosen="Not at all", **LONG)
+
+
 def test_drop(tokenizer):
     pairs = [pair("1"), pair("2", source="t"), pair("3", source="t", **LONG)]
     rows, report = tokens(pairs, tokenizer, max_tokens=14, on_long="drop")

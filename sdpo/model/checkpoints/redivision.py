@@ -56,7 +56,7 @@ def _own_stream(streams: list[list[Piece]], numels: list[int], length: int) -> t
     ours = _sizes(numels, distributed.world_size(), length)
     for numel, old, new in zip(numels, theirs, ours, strict=True):
         begin, end = min(rank * new, numel), min((rank + 1) * new, numel)
-        cuts = range(begin // old, -(-end // old))  # the writers that have some of it
+        cuts = range(begin // old, -(-end // old)) if begin < end else ()  # the writers that have some of it
         found = [_read(streams[r], at + max(begin - r * old, 0), at + min(end - r * old, old)) for r in cuts]
         shares.append(pad(torch.cat(found or [torch.empty(0)]), (0, new - (end - begin))))
         at += old
