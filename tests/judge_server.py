@@ -97,6 +97,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "halved":
             self.respond(200, raw, raw[: len(raw) // 2])
             return self.connection.close()
+        if fault == "busy":
+            return self.respond(503, b"", retry_after=60)
         if isinstance(fault, int):
             return self.respond(fault, b'{"error": {"message": "no, ' + KEY.encode() + b'"}}')
         if fault in ("prose", "empty"):
@@ -105,10 +107,10 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.answered[key] += 1
 
-    def respond(self, status, whole, sent=None):
+    def respond(self, status, whole, sent=None, retry_after=0):
         self.send_response(status)
         self.send_header("Content-Length", str(len(whole)))
-        self.send_header("Retry-After", "0")
+        self.send_header("Retry-After", str(retry_after))
         self.end_headers()
         self.wfile.write(whole if sent is None else sent)
         self.wfile.flush()

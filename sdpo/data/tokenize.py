@@ -37,7 +37,11 @@ LENGTHS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
 
 
 def encode(
-    pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, settings: Data, side: str = "training"
+    pairs: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Data,
+    side: str = "training",
+    limit: str = "data.max_tokens",
 ) -> tuple[dict[str, TokenPair], dict[str, Any]]:
     """Token ids by pair id, in the order of `pairs` less the dropped ones, and a report of counts per source.
 
@@ -46,7 +50,8 @@ def encode(
     boundary mismatch, which is counted), the response is tokenised alone. `max_tokens` bounds prompt + chosen and
     prompt + rejected. Truncation keeps the end of a prompt behind its BOS, or the beginning of a response, which
     then has no stop token: its text goes on. A pair is dropped and counted if a cut leaves nothing of a part, if the
-    responses are equal, or with `on_bad_row="skip"` if the template cannot write it. An error calls the pairs `side`.
+    responses are equal, or with `on_bad_row="skip"` if the template cannot write it. An error calls the pairs `side`,
+    and `max_tokens` by the name of its option, `limit`.
 
     Raises UserError for a template that is missing or fails, for a pair that the template cannot write, and for a
     pair over the limit if `on_long="error"`.
@@ -72,9 +77,9 @@ def encode(
                 _receipt(kept, chat, tally)
     whole = sum(counts.values(), Counter())
     if long and settings.on_long == "error":
-        raise UserError(_explain_long(long, len(pairs), max_tokens))
+        raise UserError(_explain_long(long, len(pairs), f"{limit}={max_tokens}"))
     if pairs and not rows:
-        raise UserError(_explain_none_left(whole, side, max_tokens))
+        raise UserError(_explain_none_left(whole, side, f"{limit}={max_tokens}"))
     report = {
         "template": settings.template or "tokenizer",
         "template_date": settings.template_date,
@@ -177,20 +182,18 @@ def _with_bos(prompt: Ids, chat: ChatFormat) -> Ids:
     return [chat.bos, *prompt] if chat.adds_bos and prompt[:1] != [chat.bos] else prompt
 
 
-def _explain_none_left(counts: Counter[str], side: str, max_tokens: int) -> str:
+def _explain_none_left(counts: Counter[str], side: str, limit: str) -> str:
     reasons = [f"{n} {name.removeprefix('dropped_')}" for name, n in counts.items() if n and name.startswith("dropped")]
-    advice = (
-        f"raise data.max_tokens={max_tokens}" if counts["dropped_long"] else "repair the rows, or set data.template"
-    )
+    advice = f"raise {limit}" if counts["dropped_long"] else "repair the rows, or set data.template"
     return f"no {side} pair of {counts['pairs']} is left after tokenisation ({', '.join(reasons)}); {advice}"
 
 
-def _explain_long(lengths: dict[str, int], num_pairs: int, max_tokens: int) -> str:
+def _explain_long(lengths: dict[str, int], num_pairs: int, limit: str) -> str:
     first, length = next(iter(lengths.items()))
+    shorter = " or set data.on_long to one of drop, truncate_prompt, truncate_response"
     return (
-        f"pair {first} has {length} tokens, more than data.max_tokens={max_tokens} (too long: {len(lengths)} of "
-        f"{num_pairs} pairs, the longest of {max(lengths.values())} tokens); raise it or set data.on_long to one of "
-        "drop, truncate_prompt, truncate_response"
+        f"pair {first} has {length} tokens, more than {limit} (too long: {len(lengths)} of {num_pairs} pairs, the "
+        f"longest of {max(lengths.values())} tokens); raise it{shorter if limit.startswith('data.') else ''}"
     )
 
 

@@ -98,7 +98,7 @@ def read_pairs(names: list[str], columns: dict[str, str] | None, max_tokens: int
         on_long="error",
     )
     pairs = preferences.load(settings).train
-    rows, _ = encode(pairs, runner.tokenizer, settings, "evaluation")
+    rows, _ = encode(pairs, runner.tokenizer, settings, "evaluation", limit="evaluate.reward_bench.max_tokens")
     if lost := [pair.id for pair in pairs if pair.id not in rows]:
         raise UserError(f"{', '.join(names)}: the responses of pair {lost[0]} are the same tokens; remove the pair")
     return PairTable.join(pairs, rows)

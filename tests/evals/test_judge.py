@@ -187,6 +187,18 @@ def test_after_a_kill_nothing_is_asked_twice(tmp_path):
     assert len([json.loads(line) for line in ledger.read_text().splitlines()]) == 8
 
 
+def test_a_stop_does_not_wait_for_the_next_request(tmp_path):
+    with serving(q0=["busy"]) as server:
+        command = [sys.executable, "-c", KILLED, server.url, str(tmp_path)]
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, stderr=subprocess.PIPE)
+        while server.requests["q0", "good", "poor"] == 0:
+            time.sleep(0.01)
+        time.sleep(0.5)  # the reply, which asks for a pause of a minute, is there
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode and said.rstrip().endswith(b"KeyboardInterrupt") and server.requests.total() == 1
+
+
 def test_a_run_is_judged_and_leaves_no_trace_of_the_key(run, tmp_path, monkeypatch, capfd):
     """By our protocol against S, and by AlpacaEval's against a file, whose answers are the good ones."""
     monkeypatch.setenv("JUDGE_KEY", KEY)

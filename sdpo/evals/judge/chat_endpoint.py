@@ -94,8 +94,9 @@ def ask(endpoint: Endpoint, conversations: list[Conversation], about: dict[str, 
 
 def _ask_for(missing: dict[str, Conversation], endpoint: Endpoint, ledger: "Ledger") -> None:
     """Add the replies to the ledger. After an error nothing more is asked, and what is under way is still kept."""
+    ending = threading.Event()
     with (
-        _connections(endpoint) as pool,
+        _connections(endpoint, ending) as pool,
         ThreadPoolExecutor(endpoint.concurrency) as workers,
         progress(len(missing), "judge", "replies") as bar,
     ):
@@ -109,14 +110,32 @@ def _ask_for(missing: dict[str, Conversation], endpoint: Endpoint, ledger: "Ledg
                 future.result()
                 bar.advance(1)
         except BaseException:
+            ending.set()
             workers.shutdown(cancel_futures=True)
             raise
 
 
-def _connections(endpoint: Endpoint) -> urllib3.PoolManager:
-    """Connections that repeat requests, through the proxy that the environment names, if any."""
-    retries = urllib3.Retry(
+class _Retry(urllib3.Retry):
+    """Repeats of a request, whose pauses end with an error when `ending` is set."""
+
+    def __init__(self, *settings: Any, ending: threading.Event, **named: Any):
+        super().__init__(*settings, **named)
+        self._ending = ending
+
+    def new(self, **changed: Any) -> Self:
+        return super().new(ending=self._ending, **changed)
+
+    def sleep(self, response: urllib3.BaseHTTPResponse | None = None) -> None:
+        pause = (response and self.get_retry_after(response)) or self.get_backoff_time()
+        if self._ending.wait(pause):
+            raise HTTPError("no request is repeated any more")
+
+
+def _connections(endpoint: Endpoint, ending: threading.Event) -> urllib3.PoolManager:
+    """Connections that repeat requests until `ending`, through the proxy that the environment names, if any."""
+    retries = _Retry(
         RETRIES,
+        ending=ending,
         status_forcelist=BUSY,
         allowed_methods=None,
         backoff_factor=0.5,
