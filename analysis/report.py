@@ -40,9 +40,8 @@ def write_report(folder: Path | str) -> Path:
 def _content(folder: Path) -> dict:
     """The content of the template; if no run of a sweep finished, only its failures."""
     runs = collect.runs(folder)
-    arms, seeds = _count(runs["arm"].nunique(), "arm"), _count(runs["seed"].nunique(), "seed")
-    content = {"name": folder.resolve().name, "size": f"{arms}, {seeds}", "choices": _choices(runs)}
-    content["opening"] = f"{runs['done'].sum()} of {_count(len(runs), 'run')} finished{_shared(runs)}"
+    content = {"name": folder.resolve().name, "size": tables.size(runs), "choices": _choices(runs)}
+    content["opening"] = f"{runs['done'].sum()} of {tables.count(len(runs), 'run')} finished{_shared(runs)}"
     if not runs["done"].any():
         return content | {"warnings": [checks.unfinished(runs)]}
     measures, steps, references = collect.measures(folder), collect.steps(folder), collect.references(folder)
@@ -176,10 +175,6 @@ def _spent(folders: Iterable[Path]) -> str:
     summaries = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in folders]
     parts = pd.DataFrame([summary["spent"] for summary in summaries if "spent" in summary]).mean()
     return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items())
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def main() -> None:

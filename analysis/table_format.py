@@ -40,15 +40,22 @@ def document(tables: list[str], form: str) -> str:
     return "\n\n".join(needs * (form == "latex") + tables)
 
 
+def _are_words(rows: list[list[str]]) -> list[bool]:
+    """Whether each column holds words, which stand on the left, and not numbers. The first row is the head."""
+    columns = zip(*rows[1:], strict=True)
+    return [any(cell and not re.match(r"[<\s-]*\d", cell) for cell in column) for column in columns]
+
+
 def _text(rows: list[list[str]], title: str, notes: list[str]) -> str:
-    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [str.ljust if words else str.rjust for words in _are_words(rows)]
+    lines = ["  ".join(align(*cell) for align, *cell in zip(aligned, row, widths, strict=True)) for row in rows]
     rule = "-" * len(lines[0])
     return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, *(f"* {note}" for note in notes)])
 
 
 def _markdown(rows: list[list[str]], title: str, notes: list[str]) -> str:
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    rule = ["---" if words else "---:" for words in _are_words(rows)]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (rows[0], rule, *rows[1:])]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([f"**{title}**", "", *lines, *(["", *(f"- {note}" for note in notes)] if notes else [])])
@@ -56,7 +63,7 @@ def _markdown(rows: list[list[str]], title: str, notes: list[str]) -> str:
 
 def _latex(rows: list[list[str]], title: str, notes: list[str]) -> str:
     head, *lines = [" & ".join(map(_tex, row)) + r" \\" for row in rows]
-    begin = rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}"
+    begin = rf"\begin{{tabular}}{{{''.join('l' if words else 'r' for words in _are_words(rows))}}}"
     tabular = [begin, r"\toprule", head, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"]
     fitted = [r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%", *tabular, "}"]
     below = [rf"\par\smallskip\raggedright\footnotesize {_tex(note)}" for note in notes]

@@ -156,6 +156,20 @@ def headline_name(runs: pd.DataFrame) -> str | None:
     return names[0] if len(names) else None
 
 
+def size(runs: pd.DataFrame) -> str:
+    """How many arms and seeds there are, and whether seeds share S: intervals over seeds cover only what differs."""
+    starts, seeds = runs["model_key"].nunique(), runs["seed"].nunique()
+    counted = [count(runs["arm"].nunique(), "arm"), count(seeds, "seed")]
+    if starts and seeds > 1:
+        counted.append("all from one S" if starts == 1 else f"from {starts} different S")
+    return ", ".join(counted)
+
+
+def count(number: int, what: str) -> str:
+    """`1 arm`, `2 arms`."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def show(table: pd.DataFrame) -> pd.DataFrame:
     """The table with rounded strings as cells."""
     return pd.DataFrame({name: [_string(value, DIGITS.get(name, 3)) for value in table[name]] for name in table})
@@ -221,6 +235,7 @@ def _leverage(steps: pd.DataFrame) -> float:
 def _render_tables(paths: list[Path], form: str) -> list[str]:
     """The tables of runs and sweeps that have rows, in one of table_format.FORMATS."""
     of_seeds = "mean and 95 % Student t interval over seeds (one seed: its own interval, over prompts or pairs)"
+    of_seeds += f"; {size(collect.runs(*paths))}"
     tables = {
         f"Arms: {of_seeds}": arms(*paths),
         f"Medians, and seeds that left S (KL above {LEFT_S:g} nats)": medians(*paths),

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from sdpo import config as configuration
 from sdpo.config import Config
+from sdpo.console import step_line
 from sdpo.distributed import STOPPED, stop_requested, stops_deferred
 from sdpo.errors import UserError
 from sdpo.launch import rank
@@ -153,4 +154,7 @@ def main(arguments: list[str]) -> None:
     if "RANK" in os.environ:
         rank.main(config, folder)
     else:
-        run(config, folder, Nodes(given.node, given.of, given.at) if given.of else of_slurm(config.launch))
+        nodes = Nodes(given.node, given.of, given.at) if given.of else of_slurm(config.launch)
+        summary = run(config, folder, nodes)
+        for step in summary["steps"] if nodes.node == 0 else []:
+            print(step_line(step))

@@ -34,7 +34,7 @@ def test_page_holds_everything_and_asks_for_nothing(page):
     assert not re.search(r"<script|<link(?! rel=\"icon\" href=\"data:)|src=|@import|url\((?!#)", html)
     assert "python train.py experiment=synthetic" in html
     shared = "model=lab, data=lab, score=gamma, loss=dpo, tune=full"
-    assert f"<p>Stepwise DPO, 2 arms, 3 seeds: 6 of 6 runs finished, all with {shared}.</p>" in html
+    assert f"<p>Stepwise DPO, 2 arms, 3 seeds, all from one S: 6 of 6 runs finished, all with {shared}.</p>" in html
     for heading in ("Verdicts", "Reasons for doubt", "What was run", "Run it again"):
         assert f"<h2>{heading}</h2>" in html
 

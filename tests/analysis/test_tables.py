@@ -174,6 +174,15 @@ def test_formats(sweep):
     assert "\\caption{Arms in order: mean and 95 \\%}\n\\label{tab:arms-in-order}\n" in labelled
     lines = table_format.render(table, "Title", [], "text").splitlines()
     assert len({len(line) for line in lines[1:]}) == 1
+    heads = (r"\begin{tabular}{lr}", r"\begin{tabular}{ll}")  # numbers stand on the right, words on the left
+    assert all(head in table_format.render(t, "T", [], "latex") for head, t in zip(heads, (table, models), strict=True))
+
+
+def test_the_size_says_whether_seeds_share_s(sweep):
+    runs = collect.runs(sweep)
+    assert tables.size(runs) == "2 arms, 6 seeds, all from one S"
+    assert tables.size(runs.assign(model_key=runs["seed"])) == "2 arms, 6 seeds, from 6 different S"
+    assert tables.size(runs[:1]) == "1 arm, 1 seed"
 
 
 @pytest.fixture
