@@ -48,8 +48,8 @@ def _are_words(rows: list[list[str]]) -> list[bool]:
 
 def _text(rows: list[list[str]], title: str, notes: list[str]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [str.ljust if words else str.rjust for words in _are_words(rows)]
-    lines = ["  ".join(align(*cell) for align, *cell in zip(aligned, row, widths, strict=True)) for row in rows]
+    formats = [f"{'<' if words else '>'}{width}" for words, width in zip(_are_words(rows), widths, strict=True)]
+    lines = ["  ".join(map(format, row, formats)) for row in rows]
     rule = "-" * len(lines[0])
     return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, *(f"* {note}" for note in notes)])
 
