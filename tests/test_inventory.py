@@ -32,10 +32,12 @@ def keys_of(folder):
 
 def test_what_no_run_needs_is_listed_and_then_removed(finished, tmp_path):
     folder, store = finished
-    whole, kept = inventory.list_entries(store), keys_of(folder)
+    whole, kept = inventory.list_entries(store, []), keys_of(folder)
     assert len(steps_of(store)) == 5 and all(key[:16] in whole for key in kept)
     said = inventory.prune(store, [tmp_path / "run"], "all", abandon=False, remove=False)
-    assert "can be removed: add --yes" in said and inventory.list_entries(store) == whole
+    assert "can be removed: add --yes" in said and inventory.list_entries(store, []) == whole
+    named = {line.split()[1] for line in inventory.list_entries(store, [folder]).splitlines() if line.endswith(" run")}
+    assert {key[:16] for key in kept} <= named and not named & {key[:16] for key in steps_of(store) - set(kept)}
     inventory.prune(store, [tmp_path / "run"], "all", abandon=False, remove=True)
     assert steps_of(store) == set(kept)
     # Nothing that the run's models were measured with is lost.

@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from argparse import ArgumentParser
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,15 +83,27 @@ def find_runs(folders: list[Path]) -> list[Path]:
     return runs
 
 
-def list_entries(store: Store) -> str:
-    """A line per artifact, and a sum per kind."""
-    stored = entries(store)
-    rows = [(e.kind, e.key[:16], _text(e.size), " ".join(sorted(key[:16] for key in e.parents))) for e in stored]
-    lines = columns([("kind", "key", "size", "made from"), *rows]) if rows else []
+def list_entries(store: Store, folders: list[Path]) -> str:
+    """A line per artifact, which names the runs in `folders` that hold it, and a sum per kind."""
+    stored, users = entries(store), _users(find_runs(folders) if folders else [])
+    rows = [
+        (e.kind, e.key[:16], _text(e.size), " ".join(sorted(key[:16] for key in e.parents)), " ".join(users[e.key]))
+        for e in stored
+    ]
+    lines = columns([("kind", "key", "size", "made from", "runs" if folders else ""), *rows]) if rows else []
     sums = Counter[str]()
     for one in [*stored, *leftovers(store)]:
         sums[one.kind] += one.size
     return "\n".join(lines + [f"{kind}: {_text(size)}" for kind, size in sums.items()])
+
+
+def _users(runs: list[Path]) -> dict[str, list[str]]:
+    """Key -> the names of the runs whose manifests hold it."""
+    users = defaultdict(list)
+    for run in runs:
+        for key in set(KEY.findall((run / "manifest.json").read_text())):
+            users[key].append(run.name)
+    return users
 
 
 def verify(store: Store) -> str:
@@ -146,7 +158,8 @@ def main() -> None:
     """Do what the command asks for."""
     parser = ArgumentParser("python -m sdpo.store", description="What the store (SDPO_STORE) holds.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="every artifact, its size and what it was made from")
+    listing = commands.add_parser("list", help="every artifact, its size, what it was made from, whose it is")
+    listing.add_argument("runs", nargs="*", type=Path, help="folders with the runs to name")
     commands.add_parser("verify", help="read every file and compare it with the hash that was stored")
     pruning = commands.add_parser("prune", help="list or remove what no run needs")
     pruning.add_argument("runs", nargs="+", type=Path, help="folders that hold all runs which use the store")
@@ -155,7 +168,7 @@ def main() -> None:
     pruning.add_argument("--yes", action="store_true", help="remove it; without this it is only listed")
     given = parser.parse_args()
     if given.command == "list":
-        print(list_entries(Store()))
+        print(list_entries(Store(), given.runs))
     elif given.command == "verify":
         print(verify(Store()))
     else:
