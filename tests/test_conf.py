@@ -86,10 +86,13 @@ def test_every_option_composes_and_binds(group, option):
     )
 
 
+@pytest.mark.parametrize(
+    "which", [slice(0, 1), pytest.param(slice(1, None), marks=pytest.mark.slow)], ids=["first", "rest"]
+)
 @pytest.mark.parametrize("experiment", help.options("experiment"))
-def test_every_run_of_every_experiment_composes_and_binds(experiment):
+def test_the_runs_of_every_experiment_compose_and_bind(experiment, which):
     asked = arms([f"experiment={experiment}"])
-    for run in asked:
+    for run in asked[which]:
         settings = composed(*run)
         if settings.model.name != "lab" and not settings.model.path:
             settings.model.path = "x"  # what only the user knows

@@ -188,6 +188,7 @@ def test_after_a_kill_nothing_is_asked_twice(tmp_path):
 
 
 def test_a_stop_does_not_wait_for_the_next_request(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of `nohup ... &` would ignore Ctrl-C
     with serving(q0=["busy"]) as server:
         command = [sys.executable, "-c", KILLED, server.url, str(tmp_path)]
         process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, stderr=subprocess.PIPE)

@@ -69,7 +69,7 @@ def test_two_nodes_train_to_the_bytes_of_one(prepared, start, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_node_ends_the_other_within_ten_seconds(prepared, start, killed):
-    folder, at = prepared("run", "optim.epochs=100000", "evaluate=[]"), meeting()
+    folder, at = prepared("run", "optim.epochs=3000", "evaluate=[]"), meeting()
     nodes = [start(folder, "--node", str(node), "--of", "2", "--at", at) for node in range(2)]
     wait_until(lambda: (folder / "metrics.jsonl").exists() and '"train"' in (folder / "metrics.jsonl").read_text())
     ranks = subprocess.run(["ps", "-o", "pid=", "--ppid", str(nodes[killed].pid)], capture_output=True, text=True)

@@ -60,7 +60,7 @@ def test_one_rank_goes_on_from_where_two_were_stopped(command, tmp_path, stage):
 
 @pytest.mark.slow
 def test_a_rank_that_freezes_ends_the_run_with_the_sentence_of_the_other(command, tmp_path):  # noqa: F811
-    parent = start([*command, "launch.timeout_minutes=0.2", "optim.epochs=100000"], "off", tmp_path)
+    parent = start([*command, "launch.timeout_minutes=0.2", "optim.epochs=3000"], "off", tmp_path)
     wait_until(lambda: trained(tmp_path) > 3)
     (agent,) = children(parent.pid)
     ranks = children(agent)

@@ -54,10 +54,10 @@ def alone(toy, tmp_path_factory):
     return train(toy, tmp_path_factory.mktemp("alone") / "run")
 
 
-SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("zero1", "zero2")]
+SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("off", "zero1", "zero2")]
 
 
-@pytest.mark.parametrize("stage", ["off", "zero3", *SLOW])
+@pytest.mark.parametrize("stage", ["zero3", *SLOW])
 def test_two_ranks_at_every_stage_give_the_curve_and_weights_of_one(alone, toy, tmp_path, stage):
     """Among others pitfall T3 (see test_pitfalls.py): M_1 has its own log-probs, even divided over ranks."""
     together = train(toy, tmp_path / "run", "launch.ranks=2", f"deepspeed={stage}")
