@@ -12,7 +12,7 @@ from sdpo.metrics import Entry
 
 SECONDS_BETWEEN_LINES = 30  # at least, of progress without a terminal
 SECONDS_WITHOUT_NEWS = 120  # after which a line says that nothing has ended
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 STEP_MEASURES = ("lab/gold", "preference/reward_accuracy_initial", "preference/ranking_accuracy")  # best one first
 
 
@@ -73,14 +73,19 @@ class Progress(tqdm):
         self._note = note
 
     def _line(self, seconds: float) -> str:
-        rate = (self.n - self._done) / seconds
-        left = tqdm.format_interval((self.total - self.n) / rate) if rate else "?"
+        done = self.n - self._done
+        left = tqdm.format_interval((self.total - self.n) * seconds / done) if done else "?"
         count = f"{self._description}: {self.n} of {self.total} {self._unit}"
-        return ", ".join([count, f"{number(rate)} {self._unit}/s", *self._facts(seconds), f"{left} left"])
+        return ", ".join([count, *self._facts(seconds), f"{left} left"])
 
     def _facts(self, seconds: float) -> list[str]:
-        rate = [f"{self._tokens / seconds:,.0f} tokens/s"] if self._tokens and seconds else []
-        return rate + [self._note] * bool(self._note)
+        done, facts = self.n - self._done, []
+        if done and seconds:
+            slow = done / seconds < 0.1
+            facts = [f"{seconds / done:.0f} s each" if slow else f"{number(done / seconds)} {self._unit}/s"]
+        if self._tokens and seconds:
+            facts.append(f"{self._tokens / seconds:,.0f} tokens/s")
+        return facts + [self._note] * bool(self._note)
 
     @property
     def format_dict(self) -> dict[str, Any]:
