@@ -35,6 +35,7 @@ def test_page_holds_everything_and_asks_for_nothing(page):
     assert "python train.py experiment=synthetic" in html
     shared = "model=lab, data=lab, score=gamma, loss=dpo, tune=full"
     assert f"<p>Stepwise DPO, 2 arms, 3 seeds, all from one S: 6 of 6 runs finished, all with {shared}.</p>" in html
+    assert "2 arms, 3 seeds, all from one S. M_t is" in html  # above the figures
     for heading in ("Verdicts", "Reasons for doubt", "What was run", "Run it again"):
         assert f"<h2>{heading}</h2>" in html
 
