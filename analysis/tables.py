@@ -40,7 +40,7 @@ STEP_COLUMNS = {
     "reference_leverage": "leverage",
 }
 DIGITS = {
-    "seconds": 1,
+    "training (s)": 1,
     "seeds there": 0,
     "KL to S (nats)": 2,
     "median (nats)": 2,
@@ -53,8 +53,11 @@ DIGITS = {
 
 
 def arms(*paths: Path | str) -> pd.DataFrame:
-    """One row for S, then one per arm: seeds, headline and other measures, gain over S, seconds, reused steps."""
+    """One row for S, then one per arm: seeds, headline and other measures, gain over S, seconds of training, reused
+    steps. The seconds are those of all updates that made a run's models, whichever run made them.
+    """
     runs, measures = collect.runs(*paths), collect.measures(*paths)
+    training = collect.train(*paths).groupby("run")["seconds"].sum()
     headline = headline_name(runs)
     names = {name: COMPANIONS.get(name, name) for name in (headline, *COMPANIONS) if name}
     gains = collect.by_arm(_gains(measures[measures["measure"] == headline]), []).set_index("arm")
@@ -66,7 +69,7 @@ def arms(*paths: Path | str) -> pd.DataFrame:
         rows.append(
             {"arm": arm, "seeds": f"{group['done'].sum()} of {len(group)}"}
             | cells
-            | {"gain over S": _cell(gains, arm), "seconds": group["seconds"].mean()}
+            | {"gain over S": _cell(gains, arm), "training (s)": group["run"].map(training).mean()}
             | {"steps reused": f"{group['reused_steps'].sum():.0f} of {steps:.0f}"}
         )
     return pd.DataFrame(rows).dropna(axis=1, how="all")

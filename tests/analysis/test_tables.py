@@ -33,6 +33,7 @@ def test_arms(sweep):
     assert gold.high - gold.value == pytest.approx(2.570582 * 0.01 * 3.5**0.5 / 6**0.5, abs=1e-7)
     assert table.loc["S", "gold reward"].value == pytest.approx(0.69)
     assert table.loc["stepwise", "gain over S"].value == pytest.approx(0.845 - 0.69)
+    assert table["training (s)"].tolist()[1:] == pytest.approx([1.2, 2.4])  # 12 updates a step, 0.1 s each
     assert table["steps reused"].tolist()[1:] == ["5 of 6", "5 of 12"]
 
 
