@@ -57,7 +57,8 @@ def arms(*paths: Path | str) -> pd.DataFrame:
     steps. The seconds are those of all updates that made a run's models, whichever run made them.
     """
     runs, measures = collect.runs(*paths), collect.measures(*paths)
-    training = collect.train(*paths).groupby("run")["seconds"].sum()
+    updates = collect.train(*paths).reindex(columns=["run", "seconds"])  # old runs lack seconds
+    training = updates.groupby("run")["seconds"].sum(min_count=1)
     headline = headline_name(runs)
     names = {name: COMPANIONS.get(name, name) for name in (headline, *COMPANIONS) if name}
     gains = collect.by_arm(_gains(measures[measures["measure"] == headline]), []).set_index("arm")
