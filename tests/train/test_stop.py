@@ -22,9 +22,10 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGHUP"])
-def test_a_signal_in_an_update_loses_no_update(run, monkeypatch, tmp_path, capsys, name):
+def test_a_signal_in_an_update_loses_no_update(run, monkeypatch, tmp_path, capsys, request, name):
     number, update, done = getattr(signal, name), engine.Plain.update, []
-    signal.signal(number, signal.SIG_DFL)  # a child of `nohup` would ignore SIGHUP
+    before = signal.signal(number, signal.SIG_DFL)  # a child of `nohup` would ignore SIGHUP
+    request.addfinalizer(lambda: signal.signal(number, before))
 
     def signalled(self, lr):
         done.append(lr)
