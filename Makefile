@@ -21,8 +21,10 @@ real: .venv/ready
 test: lint
 	$(PYTEST) -m "not slow"
 
+# Each of the tests of other processors occupies every core by itself.
 test-all: lint
-	$(PYTEST)
+	$(PYTEST) --ignore tests/test_processors.py
+	$(BIN)/python -m pytest tests/test_processors.py
 
 # On a machine with a GPU, in three minutes. BIN=FOLDER names the programs of another environment than .venv.
 test-gpu:

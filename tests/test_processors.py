@@ -18,6 +18,7 @@ OTHERS = {
 NUMERIC = ["test_equivalence.py", "test_pins.py", "test_tabular.py", "test_pitfalls.py", "test_faults.py"]
 NUMERIC += [f"model/test_{name}.py" for name in ("logprobs", "attention", "packing", "adapters")]
 NUMERIC += ["variants", "train", "curriculum"]
+PYTEST = "-m pytest -p no:cacheprovider --numprocesses logical --maxprocesses 8 --dist loadfile".split()
 SAY_WHICH = "import torch; print(torch.backends.cpu.get_cpu_capability().lower())"
 
 
@@ -40,8 +41,7 @@ def settings_of(processor):
 @pytest.mark.parametrize("processor", OTHERS)
 def test_the_numeric_tests_hold(processor):
     environment = settings_of(processor)
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *(f"tests/{name}" for name in NUMERIC)]
-    ended = run(environment, *command)
+    ended = run(environment, *PYTEST, "-m", "not slow", *(f"tests/{name}" for name in NUMERIC))
     assert ended.returncode == 0, ended.stdout[-5000:]
 
 
