@@ -4,8 +4,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,16 @@ STOPPED = 85  # the exit code of a rank that was asked to stop and has saved wha
 STOPS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)  # what asks a run to stop
 SHARING = "SDPO_SHARING"  # environment variable: the file with the number of runs that share this run's GPUs
 _stops: list[int] = []  # the signals that asked this process to stop
+_background: list[Any] = []  # the process group of threads, if it was joined
 # PyTorch then asks the driver whether there is a GPU. Else the question starts CUDA, which forked runs could not use.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
+class _OfThread(threading.local):
+    group: Any = None  # the process group in which this thread exchanges values; None: the default one
+
+
+_of_thread = _OfThread()
 
 
 def rank() -> int:
@@ -60,12 +69,21 @@ def shares_device() -> bool:
     return SHARES in os.environ
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if world_size() > 1:
-        import torch.distributed as dist
+def join_background_group(timeout: timedelta) -> None:
+    """Join a second process group, in which threads exchange values while the main threads do so in the first."""
+    import torch.distributed as dist
 
-        dist.barrier()
+    _background[:] = [dist.new_group(backend="gloo", timeout=timeout)]
+
+
+def go_to_background() -> None:
+    """Let this thread exchange values with those threads of the other ranks that are in the background, too."""
+    (_of_thread.group,) = _background or [None]
+
+
+def barrier() -> None:
+    """Wait for all ranks. PyTorch's own barrier allocates on the GPU, and threads must not call it (PyTorch 2.11)."""
+    gather(None)
 
 
 def broadcast(value: Any) -> Any:
@@ -75,7 +93,7 @@ def broadcast(value: Any) -> Any:
     import torch.distributed as dist
 
     box = [value]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=_of_thread.group)
     return box[0]
 
 
@@ -86,8 +104,22 @@ def gather(value: Any) -> list:
     import torch.distributed as dist
 
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, _of_thread.group)
     return values
+
+
+def gather_results(work: Callable[[], Any]) -> list:
+    """Return what `work` returns on every rank, in the order of ranks. An error of one rank is raised on all."""
+    value = failure = None
+    try:
+        value = work()
+    except Exception as error:
+        failure = error
+    found = gather((value, failure))
+    for raised in (failure, *(error for _, error in found)):
+        if raised:
+            raise raised
+    return [value for value, _ in found]
 
 
 def gather_numbered(share: dict[int, Any]) -> list:

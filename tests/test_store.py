@@ -126,6 +126,32 @@ def test_what_goes_wrong_in_the_thread_is_raised_at_the_end_of_the_store(tmp_pat
     store.join()  # once
 
 
+def test_a_signal_that_ends_the_wait_for_an_artifact_does_not_lose_it(tmp_path, held_up, monkeypatch):
+    def leave(*_):
+        held_up.set()
+        raise SystemExit
+
+    before = signal.signal(signal.SIGALRM, leave)
+    try:
+        with pytest.raises(SystemExit), Store(tmp_path) as store:
+            artifact = store.make("step", {}, build_text("one"), then=lambda: None)
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            store.join()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    check(artifact)
+
+
+def test_what_a_thread_completes_is_not_taken_for_abandoned(tmp_path, held_up, monkeypatch):
+    """Without locks a run that has a step twice makes it twice, and does not touch what its own thread is hashing."""
+    monkeypatch.setattr(fcntl, "flock", lambda file, operation: None)
+    with Store(tmp_path) as store:
+        artifact = store.make("step", {}, build_text("one"), then=lambda: None)
+        assert not store.make("step", {}, lambda folder: held_up.set() or build_text("two")(folder)).reused
+    check(artifact)
+    assert (artifact.folder / "text").read_text() in ("one", "two")
+
+
 def test_values_are_computed_once(tmp_path):
     store = Store(tmp_path)
     assert store.make_json("score", {}, lambda: {"a": 0.5}) == {"a": 0.5}

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from sdpo.config import Config, Launch
-from sdpo.distributed import STOPPED, STOPS, device, is_main, rank, set_threads, world_size
+from sdpo.distributed import STOPPED, STOPS, device, is_main, join_background_group, rank, set_threads, world_size
 from sdpo.errors import UserError
 from sdpo.run import folder as run_folder
 
@@ -112,7 +112,7 @@ def _join_process_group(launch: Launch, with_deepspeed: bool) -> None:
     import torch.distributed as dist
 
     on = device(launch.device)
-    is_gpu = on.type == "cuda"
+    is_gpu, timeout = on.type == "cuda", timedelta(minutes=launch.timeout_minutes)
     if is_gpu:
         torch.cuda.set_device(on)
     os.environ.setdefault("LOCAL_RANK", "0")  # torchrun sets it; DeepSpeed reads it for a single rank, too
@@ -122,8 +122,9 @@ def _join_process_group(launch: Launch, with_deepspeed: bool) -> None:
         rank=rank(),
         world_size=world_size(),
         device_id=on if is_gpu else None,
-        timeout=timedelta(minutes=launch.timeout_minutes),
+        timeout=timeout,
     )
+    join_background_group(timeout)
 
 
 def follow_parent(descriptor: int) -> None:

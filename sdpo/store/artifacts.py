@@ -80,8 +80,8 @@ class Store:
     ) -> Artifact:
         """Return the artifact with these determinants; if it does not exist, every rank runs `build(folder)` first.
 
-        If several processes want the same artifact, one makes it and the others wait. With `then`, a single rank
-        completes a new artifact in a thread, while it goes on: it is hashed, synced, renamed, and `then` is called.
+        If several processes want the same artifact, one makes it and the others wait. With `then`, a thread of every
+        rank completes a new artifact, while the rank goes on: it is hashed, synced, renamed, and `then` is called.
         Before `join` its folder may not exist.
         """
         key = key_of(kind, determinants)
@@ -111,24 +111,19 @@ class Store:
         with held or ExitStack() as until_whole:
             folder = until_whole.enter_context(new_folder(final))
             build(folder)
-
-            def finish() -> None:
-                complete(folder, final, manifest)
-                if then:
-                    then()
-
-            if then and distributed.world_size() == 1:
-                self.join()
-                self._completing = _in_thread(finish, until_whole.pop_all())
-            else:
-                finish()
+            if not then:
+                return complete(folder, final, manifest)
+            self.join()
+            self._completing = _in_thread(lambda: complete(folder, final, manifest), then, until_whole.pop_all())
 
     def join(self) -> None:
         """Wait until the artifact that a thread completes is whole. Raises what the thread raised."""
+        if not self._completing:
+            return
+        with CLOCK.counting("wait"):
+            self._completing.exception()  # if a signal ends this wait, the end of the store waits once more
         completing, self._completing = self._completing, None
-        if completing:
-            with CLOCK.counting("wait"):
-                completing.result()
+        completing.result()
 
     def make_json(self, kind: str, determinants: dict, compute: Callable[[], Any]) -> Any:
         """Return a JSON value that is stored as an artifact; if it does not exist, every rank computes it first.
@@ -236,12 +231,14 @@ def check(artifact: Artifact, *names: str) -> None:
         )
 
 
-def _in_thread(work: Callable[[], None], held: ExitStack) -> Future[None]:
-    """Let a thread work, and release in the end what it held."""
+def _in_thread(work: Callable[[], None], then: Callable[[], None], held: ExitStack) -> Future[None]:
+    """Let a thread do one thing and then another, and release in the end what it held."""
 
     def run() -> None:
+        distributed.go_to_background()
         with held:
             work()
+            then()
 
     pool = ThreadPoolExecutor(1)
     future = pool.submit(run)

@@ -13,13 +13,16 @@ from uuid import uuid4
 from sdpo import distributed
 from sdpo.errors import UserError
 from sdpo.metrics import CLOCK
-from sdpo.store.hashing import hash_files, read_weights, remember
+from sdpo.store.hashing import WeightsFile, hash_files, read_weights, remember
+
+_own: set[Path] = set()  # the folders that this process is writing
 
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """A new folder beside `final`, which all ranks share; at its end it is removed, unless it was renamed."""
     temporary = distributed.broadcast(_temporary(final))
+    _own.add(temporary)
     if distributed.is_main():
         remove_abandoned(final.parent, final.name)
         temporary.mkdir(parents=True)
@@ -29,6 +32,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     finally:
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
+        _own.discard(temporary)
 
 
 def _temporary(final: Path) -> Path:
@@ -39,7 +43,7 @@ def _temporary(final: Path) -> Path:
 def remove_abandoned(folder: Path, name: str = "*") -> None:
     """Remove what ended processes of this machine left in `folder` of what would have been called `name`."""
     for abandoned in folder.glob(f"tmp-{name}-*-{socket.gethostname()}"):
-        if not _is_alive(int(abandoned.name.split("-")[2])):
+        if abandoned not in _own and not _is_alive(int(abandoned.name.split("-")[2])):
             shutil.rmtree(abandoned, ignore_errors=True)  # another process may be removing it
 
 
@@ -56,23 +60,29 @@ def complete(temporary: Path, final: Path, manifest: dict) -> None:
     distributed.barrier()
     manifest = manifest | {"files": _settle(temporary)}
     distributed.barrier()  # every rank has looked at the files under their first names
-    if distributed.is_main():
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        _sync([temporary / "manifest.json", *filter(Path.is_dir, temporary.rglob("*")), temporary])
-        _rename(temporary, final)
-        _sync([final.parent])
-    distributed.barrier()
+    distributed.gather_results(lambda: _name(temporary, final, manifest) if distributed.is_main() else None)
+
+
+def _name(temporary: Path, final: Path, manifest: dict) -> None:
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    _sync([temporary / "manifest.json", *filter(Path.is_dir, temporary.rglob("*")), temporary])
+    _rename(temporary, final)
+    _sync([final.parent])
 
 
 def _settle(folder: Path) -> dict[str, str]:
     """Put the files of a folder on the disk, readable for the group; returns their hashes. The ranks share the work."""
     found = sorted(filter(Path.is_file, folder.rglob("*"))) if distributed.is_main() else None
     mine = distributed.broadcast(found)[distributed.rank() :: distributed.world_size()]
-    for path in mine:
-        path.chmod(folder.stat().st_mode & 0o666)  # some libraries write files that only their owner can read
-    _sync(mine)
-    weights = {path: read_weights(path) for path in mine if path.suffix == ".safetensors"}
-    shared = distributed.gather((hash_files(folder, mine), weights))
+
+    def settle_mine() -> tuple[dict[str, str], dict[Path, WeightsFile]]:
+        for path in mine:
+            path.chmod(folder.stat().st_mode & 0o666)  # some libraries write files that only their owner can read
+        _sync(mine)
+        weights = {path: read_weights(path) for path in mine if path.suffix == ".safetensors"}
+        return hash_files(folder, mine), weights
+
+    shared = distributed.gather_results(settle_mine)
     for path, hashes in ((path, hashes) for _, part in shared for path, hashes in part.items()):
         remember(path, hashes)
     return {name: digest for part, _ in shared for name, digest in part.items()}

@@ -100,11 +100,11 @@ def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: Non
 
         # The checkpoint is not cleared before: a step that is killed while it is hashed goes on from there.
         model = runner.store.make("step", named.determinants, build, then=checkpoint.clear)
+        if not in_background:
+            runner.store.join()
         if trained and any(distributed.gather(distributed.stop_requested())):
             runner.store.join()
             raise SystemExit(distributed.STOPPED)
-    if not in_background:
-        runner.store.join()
     if not trained:
         checkpoint.clear()
         trained.append(_read(model))
