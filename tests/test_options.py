@@ -5,16 +5,18 @@ Models and data of the Hub, and external references, are replaced by stand-ins t
 
 import functools
 import json
+import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 
+import forked
 import pytest
 import torch
-from conftest import CHECKOUT, REAL_DATA, TINY, byte_tokenizer, compose, random_model, read_lines
+from conftest import REAL_DATA, TINY, byte_tokenizer, compose, random_model, read_lines
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+import train as entry_point
 from sdpo import stepwise, validate
 from sdpo.launch import help
 from sdpo.run import folder as run_folder
@@ -162,12 +164,21 @@ def commands():
             yield pytest.param([*settings, choice], id=choice)
 
 
+def train_py(folder, arguments):
+    """What `python train.py ARGUMENTS` does in a folder."""
+    os.chdir(folder)
+    sys.argv[:] = ["train.py", *arguments]
+    entry_point.command()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", list(commands()))
 def test_every_option_of_every_group_trains_through_train_py(place, tmp_path, request, overrides):
     if "evaluate" in request.node.callspec.id:
         request.getfixturevalue("real_data")
-    command = [sys.executable, str(CHECKOUT / "train.py"), "-m", *overrides, f"hydra.sweep.dir={tmp_path}"]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    started = functools.partial(train_py, place, ["-m", *overrides, f"hydra.sweep.dir={tmp_path}"])
+    store, output = {"SDPO_STORE": os.environ["SDPO_STORE"]}, tmp_path / "output.txt"
+    process = forked.start(started, store, output)
+    process.join()
+    assert process.exitcode == 0, output.read_text()
     assert len(list(tmp_path.glob("*/done"))) == len(json.loads((tmp_path / "sweep.json").read_text())["runs"])

@@ -1,24 +1,17 @@
-"""The ranks of a run without torchrun: forked from a process that has imported everything, so that a run takes seconds.
+"""The ranks of a run without torchrun, which are forked and therefore start at once.
 
 A rank does what it does under torchrun (sdpo/launch/rank.py), except that it does not watch a parent.
 """
 
-import multiprocessing
-import os
 import socket
-import sys
 from contextlib import ExitStack
-from functools import cache
-from multiprocessing import forkserver
+from functools import partial
 
-import pytest
-from conftest import CHECKOUT
+import forked
 
 from sdpo import config as configuration
 from sdpo.launch import rank
 from sdpo.run.folder import Run
-
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def start(settings, folder, store, before=None):
@@ -26,11 +19,10 @@ def start(settings, folder, store, before=None):
     Run(settings, folder, choices={}, arm="").prepare()
     world = {"WORLD_SIZE": str(settings.launch.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     world["SDPO_STORE"] = str(store)
-    processes = []
+    execute, processes = partial(_execute, folder, before), []
     for number in range(settings.launch.ranks):
         its_own = world | {"RANK": str(number), "LOCAL_RANK": str(number)}
-        processes.append(_context().Process(target=_rank, args=(folder, its_own, before), daemon=True))
-        processes[-1].start()
+        processes.append(forked.start(execute, its_own, folder / f"rank-{number}.txt", daemon=True))
     return processes
 
 
@@ -42,30 +34,11 @@ def finish(folder, processes):
     assert not any(codes), "\n".join(path.read_text() for path in sorted(folder.glob("rank-*.txt")))
 
 
-def _rank(folder, world, before):
-    os.environ |= world
-    with (folder / f"rank-{world['RANK']}.txt").open("w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+def _execute(folder, before):
     if before:
         before()
     rank.exit_at_signals(even_if_ignored=True)
     rank.execute(configuration.load(folder / "config.yaml"), folder)
-
-
-@cache
-def _context():
-    """The context of processes that are forked from one with torch and DeepSpeed in memory and with a single thread."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sdpo.stepwise", "deepspeed", __name__])
-    with pytest.MonkeyPatch.context() as patch:
-        for name in THREADS:
-            patch.setenv(name, "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        patch.setenv("JE_ARROW_MALLOC_CONF", "background_thread:false")
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(CHECKOUT), *sys.path]))
-        forkserver.ensure_running()
-    return context
 
 
 _given = set()
