@@ -1,5 +1,6 @@
 # `make demo` runs the demo, `make real` the real study's core, `make test` checks lint, types and tests.
-# `make test-scale` runs ranks x stages as a whole table and 100 kills, in hours; its log is scale.log.
+# `make test-scale` runs ranks x stages as a whole table, 100 kills (their log is scale.log), and the demo on two
+# processors, in hours.
 # They install what they need, once.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -24,7 +25,7 @@ test: lint
 # Each of the tests of other processors occupies every core by itself.
 test-all: lint
 	$(PYTEST) --ignore tests/test_processors.py
-	$(BIN)/python -m pytest tests/test_processors.py
+	$(BIN)/python -m pytest tests/test_processors.py -k numeric
 
 # On a machine with a GPU, in three minutes. BIN=FOLDER names the programs of another environment than .venv.
 test-gpu:
@@ -33,6 +34,7 @@ test-gpu:
 test-scale: SHELL := bash -o pipefail
 test-scale: .venv/dev
 	TABLE=whole KILLS=100 $(BIN)/python -m pytest --verbose --capture=no tests/scale 2>&1 | tee scale.log
+	$(BIN)/python -m pytest tests/test_processors.py -k demo
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,12 +1,14 @@
 """LoRA in chains of steps: their starts, merged weights, adapters as peft reads them, and refused settings."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import ranks
 import torch
 import toys
 from conftest import random_model, read_lines, rounds_rows_alike
@@ -15,11 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from sdpo import config
 from sdpo.binding import bind
-from sdpo.launch import local as launch
 from sdpo.model import engine, hub
 from sdpo.model.logprobs import naive_logprobs
 from sdpo.model.lora import adapters
-from sdpo.run import folder as run_folder
 from sdpo.train.step import take_step
 from sdpo.train.step_key import StepSpec
 from sdpo.variants import tune
@@ -191,8 +191,7 @@ def check_two_ranks(one, two, stage):
     """Run `one` again in the folder `two`, on two ranks at a ZeRO stage, with the same losses. Returns the folder."""
     settings = config.load(one / "config.yaml")
     settings.launch.ranks, settings.deepspeed.stage = 2, stage
-    run_folder.Run(settings, two, choices={}, arm="two").prepare()
-    launch.run(settings, two)
+    ranks.finish(two, ranks.start(settings, two, os.environ["SDPO_STORE"]))
     losses = [[entry["loss"] for entry in read_lines(folder, "train")] for folder in (one, two)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     return two
