@@ -76,6 +76,15 @@ def join_background_group(timeout: timedelta) -> None:
     _background[:] = [dist.new_group(backend="gloo", timeout=timeout)]
 
 
+def leave_groups() -> None:
+    """Leave all process groups: one that lives until the interpreter ends could make its end wait for a thread."""
+    import torch.distributed as dist
+
+    _background.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def go_to_background() -> None:
     """Let this thread exchange values with those threads of the other ranks that are in the background, too."""
     (_of_thread.group,) = _background or [None]

@@ -63,7 +63,8 @@ NEEDS = {  # more settings, which an option requires
     "experiment=paper/table4": ["~evaluate.lm_eval"],
     "experiment=paper/table1": ["hydra.sweeper.params.arm=baseline/all_at_once"],  # the other arms are trained by `arm`
 }
-STUDY = [*HERE, "data.held_out=[]", "precision=fp32", "evaluate.generate.max_new_tokens=4"]
+STUDY = [*HERE, "data.train=[a.jsonl,b.jsonl,c.jsonl]", "data.held_out=[]", "precision=fp32"]
+STUDY += ["evaluate.generate.max_new_tokens=4"]
 OTHERS = ["reference.path=other", "reference.template=plain"]
 INSTEAD = {  # settings that replace those of the option's group
     "model=lab": ["data=lab", *SMALL],
@@ -80,9 +81,9 @@ INSTEAD = {  # settings that replace those of the option's group
     **{f"experiment=real/{name}": [*STUDY, "hydra.sweeper.params.seed=0"] for name in ("core", "full")},
 }
 # The hardness sweeps train these: they define the sources that the arms name. What needs an endpoint, or the files of
-# other programs, runs in tests of its own.
+# other programs, runs in tests of its own. Two sweeps are others again, times a grid of beta or lr.
 ELSEWHERE = ("arm=hardness/easy_then_hard", "arm=hardness/hard_then_easy", "evaluate=[judge]", "evaluate=[results]")
-ELSEWHERE += ("rounds=on_policy_judge",)
+ELSEWHERE += ("rounds=on_policy_judge", "experiment=study/frontier_dev", "experiment=study/references_beta")
 for name in help.options("experiment"):
     if name in ("demo", "controls") or name.startswith("study/"):
         of_sources = OF_HARDNESS if name.startswith("study/hardness") else SMALL
@@ -93,7 +94,7 @@ for name in help.options("experiment"):
 def place(toy, tmp_path_factory):
     """A folder to run in: the toy's model and pairs, rated; another model, a classifier and a split; and the store."""
     folder = tmp_path_factory.mktemp("place")
-    for source in "ab":
+    for source in "abc":
         pairs = map(json.loads, (toy / f"{source}.jsonl").read_text().splitlines()[:15])
         rated = [
             pair | {"chosen_rating": 3.0, "rejected_rating": 1.0 + n % 2, "pair_score": n}

@@ -11,8 +11,9 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
+from sdpo import distributed
 from sdpo.config import Config, Launch
-from sdpo.distributed import STOPPED, STOPS, device, is_main, join_background_group, rank, set_threads, world_size
+from sdpo.distributed import STOPPED, STOPS, device, is_main, rank, set_threads, world_size
 from sdpo.errors import UserError
 from sdpo.run import folder as run_folder
 
@@ -76,8 +77,7 @@ def execute(config: Config, folder: Path) -> None:
         run_folder.fail(folder, error)  # before the group ends: the other ranks will only report a lost connection
         raise
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        distributed.leave_groups()
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def _join_process_group(launch: Launch, with_deepspeed: bool) -> None:
         device_id=on if is_gpu else None,
         timeout=timeout,
     )
-    join_background_group(timeout)
+    distributed.join_background_group(timeout)
 
 
 def follow_parent(descriptor: int) -> None:

@@ -28,7 +28,8 @@ def command(toy):
 def start(command, stage, folder):
     environment = os.environ | {"SDPO_STORE": str(folder / "store")}
     overrides = [f"deepspeed={stage}", f"hydra.run.dir={folder / 'run'}"]
-    return subprocess.Popen([*command, *overrides], env=environment, stderr=subprocess.PIPE, text=True)
+    heeding = ["env", "--default-signal=HUP"]  # also under nohup
+    return subprocess.Popen([*heeding, *command, *overrides], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def updates_kept(folder):
