@@ -72,6 +72,7 @@ def test_leftovers_are_found_and_a_changed_file_is_named(finished):
     for path in (new, old, done):
         path.mkdir(parents=True)
     os.utime(old, (0, 0))
+    (store.root / "step" / "tmp-gone").symlink_to("gone")  # as a folder that a run has renamed since it was listed
     assert {one.folder for one in inventory.leftovers(store)} == {old, done}
     with (store.folder("step", keys_of(folder)[1]) / "train.json").open("a") as file:
         file.write(" ")

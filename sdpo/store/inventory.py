@@ -9,6 +9,7 @@ import shutil
 import time
 from argparse import ArgumentParser
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,9 +52,10 @@ def leftovers(store: Store) -> list[Entry]:
     """What processes left that ended long ago: unfinished artifacts, and checkpoints of steps that are finished."""
     found = []
     for folder in [*store.root.glob("*/tmp-*"), *store.root.glob("partial/*")]:
-        is_finished = (store.root / "step" / folder.name / "manifest.json").is_file()
-        if is_finished or time.time() - folder.stat().st_mtime > DAY:
-            found.append(Entry("unfinished", "", folder, _size(folder), set(), is_model=False))
+        with suppress(FileNotFoundError):  # a run that goes on has just renamed or removed it
+            is_finished = (store.root / "step" / folder.name / "manifest.json").is_file()
+            if is_finished or time.time() - folder.stat().st_mtime > DAY:
+                found.append(Entry("unfinished", "", folder, _size(folder), set(), is_model=False))
     return found
 
 

@@ -52,7 +52,10 @@ class Killed:
         return subprocess.Popen(command, env=environment, cwd=CHECKOUT, **pipes)
 
     def found(self, moment):
-        return set(self.store.glob(MOMENTS[moment])) if moment in MOMENTS else set()
+        """The files that tell a moment."""
+        while True:
+            with suppress(FileNotFoundError):  # a folder was renamed while it was listed
+                return set(self.store.glob(MOMENTS[moment])) if moment in MOMENTS else set()
 
     def kill(self, rng):
         """Start the run and kill a part of it at a random moment. Returns both, or None if the run ended before."""
