@@ -1,4 +1,4 @@
-"""Two ranks, with and without DeepSpeed ZeRO, run through train.py: same loss curve, and weights that load."""
+"""Two ranks, with and without DeepSpeed ZeRO: same loss curve, and weights that load."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import ranks
 import torch
 from conftest import CHECKOUT, compose, read_lines
 from safetensors.torch import load_file
@@ -18,16 +19,23 @@ from sdpo.errors import UserError
 from sdpo.model.hub import fingerprint_weights
 
 
-def train(toy, folder, *overrides):
-    """Run two steps with a new store; returns the run folder."""
-    command = [sys.executable, CHECKOUT / "train.py", "data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]"]
-    command += ["model=local", f"model.path={toy / 'model'}", "data.template=plain", "optim.pairs_per_update=8"]
-    command += ["optim.lr=3e-3", "reference=mixed", "reference.updates=2", "reference.alpha=0.6", "probe.every=2"]
-    command += ["optim.moments=carry", "evaluate=[preference]", f"hydra.run.dir={folder}", *overrides]
+@pytest.fixture(scope="module")
+def two_steps(toy):
+    overrides = ["data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]", "data.template=plain"]
+    overrides += ["model=local", f"model.path={toy / 'model'}", "optim.pairs_per_update=8", "optim.lr=3e-3"]
+    overrides += ["reference=mixed", "reference.updates=2", "reference.alpha=0.6", "probe.every=2"]
+    return [*overrides, "optim.moments=carry", "evaluate=[preference]", "launch.device=cpu"]
+
+
+def through_train_py(folder, *overrides):
+    command = [sys.executable, str(CHECKOUT / "train.py"), f"hydra.run.dir={folder}", *overrides]
     environment = os.environ | {"SDPO_STORE": str(folder.with_suffix(".store"))}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return folder
+
+
+def forked(folder, *overrides):
+    ranks.finish(folder, ranks.start(compose(*overrides), folder, folder.with_suffix(".store")))
 
 
 def losses(folder):
@@ -50,17 +58,20 @@ def weights_hash(folder):
 
 
 @pytest.fixture(scope="module")
-def alone(toy, tmp_path_factory):
-    return train(toy, tmp_path_factory.mktemp("alone") / "run")
+def alone(two_steps, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    forked(folder, *two_steps)
+    return folder
 
 
-SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("off", "zero1", "zero2")]
+SLOW = [pytest.param(forked, stage, marks=pytest.mark.slow) for stage in ("off", "zero1", "zero2")]
 
 
-@pytest.mark.parametrize("stage", ["zero3", *SLOW])
-def test_two_ranks_at_every_stage_give_the_curve_and_weights_of_one(alone, toy, tmp_path, stage):
+@pytest.mark.parametrize(("train", "stage"), [(through_train_py, "zero3"), *SLOW])
+def test_two_ranks_at_every_stage_give_the_curve_and_weights_of_one(alone, two_steps, toy, tmp_path, train, stage):
     """Among others pitfall T3 (see test_pitfalls.py): M_1 has its own log-probs, even divided over ranks."""
-    together = train(toy, tmp_path / "run", "launch.ranks=2", f"deepspeed={stage}")
+    together = tmp_path / "run"
+    train(together, *two_steps, "launch.ranks=2", f"deepspeed={stage}")
     assert np.abs(np.subtract(losses(together), losses(alone))).max() < 1e-4
     inside = [followed(folder) for folder in (together, alone)]
     np.testing.assert_allclose(*(table[["chosen_logp", "rejected_logp"]] for table in inside), atol=2e-3)
