@@ -20,7 +20,7 @@ STOPPED = 85  # the exit code of a rank that was asked to stop and has saved wha
 STOPS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)  # what asks a run to stop
 SHARING = "SDPO_SHARING"  # environment variable: the file with the number of runs that share this run's GPUs
 _stops: list[int] = []  # the signals that asked this process to stop
-_background: list[Any] = []  # the process group of threads, if it was joined
+_background: list[Any] = []  # the second process group, if it was joined
 # PyTorch then asks the driver whether there is a GPU. Else the question starts CUDA, which forked runs could not use.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
@@ -77,7 +77,7 @@ def join_background_group(timeout: timedelta) -> None:
 
 
 def leave_groups() -> None:
-    """Leave all process groups: one that lives until the interpreter ends could make its end wait for a thread."""
+    """Leave all process groups, and keep none in memory."""
     import torch.distributed as dist
 
     _background.clear()
@@ -86,8 +86,8 @@ def leave_groups() -> None:
 
 
 def go_to_background() -> None:
-    """Let this thread exchange values with those threads of the other ranks that are in the background, too."""
-    (_of_thread.group,) = _background or [None]
+    """Let this thread exchange values in the second process group, if there is one."""
+    _of_thread.group = _background[0] if _background else None
 
 
 def barrier() -> None:
@@ -122,7 +122,7 @@ def gather_results(work: Callable[[], Any]) -> list:
     value = failure = None
     try:
         value = work()
-    except Exception as error:
+    except Exception as error:  # whatever it is, it is raised below, here and on all other ranks
         failure = error
     found = gather((value, failure))
     for raised in (failure, *(error for _, error in found)):

@@ -126,7 +126,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_at_the_end_of_the_store(tmp_pat
     store.join()  # once
 
 
-def test_a_signal_that_ends_the_wait_for_an_artifact_does_not_lose_it(tmp_path, held_up, monkeypatch):
+def test_a_signal_that_ends_the_wait_for_an_artifact_does_not_lose_it(tmp_path, held_up):
     def leave(*_):
         held_up.set()
         raise SystemExit

@@ -60,10 +60,11 @@ def complete(temporary: Path, final: Path, manifest: dict) -> None:
     distributed.barrier()
     manifest = manifest | {"files": _settle(temporary)}
     distributed.barrier()  # every rank has looked at the files under their first names
-    distributed.gather_results(lambda: _name(temporary, final, manifest) if distributed.is_main() else None)
+    distributed.gather_results(lambda: _give_name(temporary, final, manifest) if distributed.is_main() else None)
 
 
-def _name(temporary: Path, final: Path, manifest: dict) -> None:
+def _give_name(temporary: Path, final: Path, manifest: dict) -> None:
+    """Put the manifest and the folder itself on the disk, then rename the folder."""
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     _sync([temporary / "manifest.json", *filter(Path.is_dir, temporary.rglob("*")), temporary])
     _rename(temporary, final)

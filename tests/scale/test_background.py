@@ -66,7 +66,8 @@ def test_the_next_step_trains_while_the_last_one_is_hashed(settings, tmp_path, s
 def test_an_error_of_one_rank_s_thread_is_the_error_of_the_run(settings, tmp_path):
     """With reference=average rank 0 alone waits for M_1: it must not wait for a thread that has failed elsewhere."""
     config, folder = settings("deepspeed=off", "reference=average", "launch.timeout_minutes=1000"), tmp_path / "run"
-    for process in (processes := ranks.start(config, folder, tmp_path / "store", fill_the_disk)):
+    processes = ranks.start(config, folder, tmp_path / "store", fill_the_disk)
+    for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [1, 1]
     assert "No space left on device" in (folder / "error.txt").read_text()
