@@ -92,9 +92,10 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 
 @pytest.mark.slow
-def test_one_of_two_ranks_is_asked_and_both_save(toy, tmp_path):
+@pytest.mark.parametrize("stage", ["off", "zero3"])
+def test_one_of_two_ranks_is_asked_and_both_save(toy, tmp_path, stage):
     def start(folder):
-        command = [sys.executable, CHECKOUT / "train.py", "launch.ranks=2", "launch.device=cpu", "deepspeed=zero3"]
+        command = [sys.executable, CHECKOUT / "train.py", "launch.ranks=2", "launch.device=cpu", f"deepspeed={stage}"]
         command += ["data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]", "data.template=plain"]
         command += ["model=local", f"model.path={toy / 'model'}", "evaluate=[]", "split=all_at_once"]
         command += ["optim.lr=3e-3", "optim.pairs_per_update=8", "optim.epochs=20", f"hydra.run.dir={folder / 'run'}"]
