@@ -32,7 +32,7 @@ from sdpo.store.artifacts import try_lock
 CHECKOUT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--signals-to-handle=SIGINT", "--shutdown-timeout=10"]
 IGNORING = ["sh", "-c", "trap '' TERM USR2 HUP; exec \"$@\"", "sh"]  # torchrun; its ranks set their own handlers
-ALL_STOPPED = rf"exitcode\s*: {STOPPED}\b"  # in torchrun's log
+HAS_STOPPED = rf"exitcode\s*: {STOPPED}\b"  # in torchrun's log
 
 
 def refuse_ranks() -> None:
@@ -120,14 +120,16 @@ def _follow(agent: subprocess.Popen, server: socket.socket) -> None:
 def _cause(config: Config, path: Path, log: str) -> BaseException:
     """Why the ranks ended. If one was killed, the others only report its loss; so torchrun's log is read first.
 
-    The last part of the log is about the rank that ended first. Those that do not end after it are killed by torchrun.
+    The last part of the log is about the rank that ended first. After it torchrun tells the others to stop, which may
+    end with STOPPED for that reason alone, and kills those that do not.
     """
     if rank.WATCHDOG in log:
         return UserError(rank.late(config.launch))
-    if re.search(ALL_STOPPED, log):
+    first = log.rpartition("Root Cause")[2]
+    if re.search(HAS_STOPPED, first):
         return SystemExit(STOPPED)
     see = f"{path} has the details"
-    signals = re.findall(r"Signal \d+ \((\w+)\) received", log.rpartition("Root Cause")[2])
+    signals = re.findall(r"Signal \d+ \((\w+)\) received", first)
     if killed := [name for name in signals if name != "SIGTERM"]:  # torchrun ends the remaining ranks with SIGTERM
         (path.parent / "error.txt").unlink(missing_ok=True)
         return UserError(f"a rank was killed by {killed[0]}; {see}")

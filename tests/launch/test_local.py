@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import toys
@@ -16,6 +17,7 @@ from conftest import CHECKOUT, read_lines
 from sdpo import config, distributed, stepwise
 from sdpo.errors import UserError
 from sdpo.launch import local, rank
+from sdpo.launch.nodes import alone
 from sdpo.run import folder as run_folder
 from sdpo.store.artifacts import Store, key_of
 
@@ -33,6 +35,37 @@ def test_the_error_of_a_rank_is_the_error_of_the_run(toy, tmp_path, monkeypatch)
     assert "not finite" in ended.stderr
 
 
+RANKS = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
+open(sys.argv[1] + os.environ["RANK"], "w").close()
+while not os.path.exists(sys.argv[1] + "0"):
+    time.sleep(0.01)
+if os.environ["RANK"] == "1":
+    {end}
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "cause"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", UserError("a rank was killed by SIGKILL; log has the details")),
+        ("sys.exit(85)", SystemExit(85)),
+    ],
+)
+def test_the_rank_that_ended_first_is_the_cause_although_torchrun_then_stops_the_other(tmp_path, end, cause):
+    """The ranks are children of the real torchrun; rank 0 ends with STOPPED when it is asked to, as ours do."""
+    settings = config.from_composed({"model": {"name": "lab"}, "data": {"name": "lab"}, "launch": {"ranks": 2}})
+    (tmp_path / "ranks.py").write_text(RANKS.format(end=end))
+    torchrun = [sys.executable, *local.TORCHRUN, *alone(settings.launch).torchrun(2, "run")]
+    ended = subprocess.run([*torchrun, tmp_path / "ranks.py", tmp_path / "began"], capture_output=True, text=True)
+    assert "exitcode  : 85" in ended.stderr
+    found = local._cause(settings, Path("log"), ended.stderr)
+    assert (type(found), str(found)) == (type(cause), str(cause))
+
+
+@pytest.mark.slow
 def test_a_job_that_is_submitted_twice_is_done_once(toy, tmp_path, monkeypatch):
     """As a sweep does that is started again while jobs of its first start still run."""
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
