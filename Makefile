@@ -24,7 +24,7 @@ test: lint
 
 # Each of the tests of other processors occupies every core by itself.
 test-all: lint
-	$(PYTEST) --ignore tests/test_processors.py
+	$(PYTEST) --no-loadscope-reorder --ignore tests/test_processors.py
 	$(BIN)/python -m pytest tests/test_processors.py -k numeric
 
 # On a machine with a GPU, in three minutes. BIN=FOLDER names the programs of another environment than .venv.

@@ -2,11 +2,16 @@
 
 import multiprocessing
 import os
+import pickle
 import sys
-from functools import cache
+import warnings
+from functools import cache, partial
 from multiprocessing import forkserver
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+import torch
 from conftest import CHECKOUT
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -17,6 +22,28 @@ def start(target, environment, output, **options):
     process = _context().Process(target=_run, args=(target, environment, output), **options)
     process.start()
     return process
+
+
+def on_ranks(num_ranks, target, *arguments):
+    """What `target(*arguments)` returns on every rank of a process group; AssertionError with its words if it fails."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        execute = partial(_as_a_rank, folder, target, arguments)
+        worlds = [{"WORLD_SIZE": str(num_ranks), "RANK": str(rank), "LOCAL_RANK": "0"} for rank in range(num_ranks)]
+        processes = [start(execute, world, folder / f"{world['RANK']}.txt", daemon=True) for world in worlds]
+        for process in processes:
+            process.join(300)
+        said = [(folder / f"{rank}.txt").read_text() for rank in range(num_ranks)]
+        assert [process.exitcode for process in processes] == [0] * num_ranks, "\n".join(said)
+        return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(num_ranks)]
+
+
+def _as_a_rank(folder, target, arguments):
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_ranks)
+    warnings.simplefilter("ignore")  # those of DeepSpeed
+    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(target(*arguments)))
 
 
 def _run(target, environment, output):

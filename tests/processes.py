@@ -1,7 +1,5 @@
-"""The processes of a run, as the operating system knows them; and ranks without a run."""
+"""The processes of a run, as the operating system knows them."""
 
-import multiprocessing
-import socket
 import time
 from pathlib import Path
 
@@ -23,18 +21,3 @@ def wait_until(condition, seconds=240):
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
-
-
-def on_ranks(num_ranks, target, *arguments):
-    """What forked ranks put into a queue; `target` gets the rank, its environment, the arguments and the queue."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(num_ranks)}
-    fork = multiprocessing.get_context("fork")
-    results = fork.Queue()
-    ranks = [fork.Process(target=target, args=(rank, world, *arguments, results)) for rank in range(num_ranks)]
-    for rank in ranks:
-        rank.start()
-    found = [results.get(timeout=120) for _ in ranks]
-    for rank in ranks:
-        rank.join()
-    return found

@@ -56,7 +56,7 @@ def final_bytes(folder, t=1):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("cache", ["kept", "deleted"])
+@pytest.mark.parametrize("cache", [pytest.param("kept", marks=pytest.mark.slow), "deleted"])
 def test_an_interrupted_step_continues_to_the_same_bytes(run, monkeypatch, tmp_path, rule, cache):
     """T10: under all rules but `previous` the reference has moved when the step is killed."""
     overrides = ["split=all_at_once", "optim.epochs=2", "launch.checkpoint_minutes=0", "probe.every=5", *RULES[rule]]

@@ -13,7 +13,8 @@ from dataclasses import replace
 import forked
 import pytest
 import torch
-from conftest import REAL_DATA, TINY, byte_tokenizer, compose, random_model, read_lines
+from conftest import CONF, REAL_DATA, TINY, byte_tokenizer, compose, random_model, read_lines
+from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import train as entry_point
@@ -27,10 +28,14 @@ HERE = ["model.name=local", "model.path=model", "data.name=local", *FILES]  # in
 PAPER = [*HERE, "data.held_out=[]", "precision=fp32", "launch.ranks=1", "deepspeed=off", "evaluate=[preference]"]
 WORLD = ["model.lab.width=16", "model.lab.layers=1", "model.sft.epochs=1", "data.lab.num_demonstrations=512"]
 WORLD += [f"data.lab.num_{name}=8" for name in ("held_out", "prompts", "items")]
-SMALL, OF_HARDNESS = (
-    [*WORLD, *(f"data.lab.sources.{source}.num_pairs=32" for source in sources)]
-    for sources in (("teacher", "on_policy", "edits"), ("easy", "hard"))
-)
+
+
+def small(*sources):
+    """The settings of a small laboratory with these sources."""
+    return [*WORLD, *(f"data.lab.sources.{source}.num_pairs=32" for source in sources)]
+
+
+SMALL = small("teacher", "on_policy", "edits")
 BESIDE = {  # settings that the options of a group are trained with, if not TOY
     "model": ["data=local", *HERE],
     "data": ["model=local", *HERE],
@@ -80,14 +85,18 @@ INSTEAD = {  # settings that replace those of the option's group
     "experiment=real/stories": [*HERE, "hydra.sweeper.params.seed=0"],
     **{f"experiment=real/{name}": [*STUDY, "hydra.sweeper.params.seed=0"] for name in ("core", "full")},
 }
-# The hardness sweeps train these: they define the sources that the arms name. What needs an endpoint, or the files of
-# other programs, runs in tests of its own. Two sweeps are others again, times a grid of beta or lr.
-ELSEWHERE = ("arm=hardness/easy_then_hard", "arm=hardness/hard_then_easy", "evaluate=[judge]", "evaluate=[results]")
-ELSEWHERE += ("rounds=on_policy_judge", "experiment=study/frontier_dev", "experiment=study/references_beta")
+# What needs an endpoint, or the files of other programs, runs in tests of its own. Four sweeps are others again, with
+# several betas or lr. The arms of a sweep that is trained here are trained by it.
+ELSEWHERE = ["evaluate=[judge]", "evaluate=[results]", "rounds=on_policy_judge"]
+ELSEWHERE += [f"experiment=study/{name}" for name in ("frontier", "frontier_dev", "frontier_moving", "references_beta")]
 for name in help.options("experiment"):
     if name in ("demo", "controls") or name.startswith("study/"):
-        of_sources = OF_HARDNESS if name.startswith("study/hardness") else SMALL
-        INSTEAD.setdefault(f"experiment={name}", [*of_sources, "hydra.sweeper.params.seed=0"])
+        written = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
+        sources = OmegaConf.select(written, "data.lab.sources", default={})
+        used = [source for source, settings in sources.items() if settings.get("num_pairs")]
+        INSTEAD.setdefault(f"experiment={name}", [*(small(*used) if used else SMALL), "hydra.sweeper.params.seed=0"])
+        swept = OmegaConf.select(written, "hydra.sweeper.params.arm", default="")
+        ELSEWHERE += [f"arm={arm}" for arm in swept.split(",") if f"experiment={name}" not in ELSEWHERE]
 
 
 @pytest.fixture(scope="module")

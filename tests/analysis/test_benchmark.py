@@ -76,6 +76,7 @@ def test_steps_cost_passes_and_a_fixed_time_each():
     assert found["cost_8_steps_over_1"] == pytest.approx((12_859 * 3 + 40) / (12_859 * 2 + 3))
 
 
+@pytest.mark.slow
 def test_a_side_that_fails_loses_only_itself(tmp_path, monkeypatch):
     """TRL cannot be imported, and is not asked to train anything."""
     (tmp_path / "modules").mkdir()

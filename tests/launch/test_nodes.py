@@ -8,9 +8,11 @@ import sys
 import time
 
 import pytest
+import ranks
 from conftest import CHECKOUT, compose
-from processes import wait_until
+from processes import children, wait_until
 
+from sdpo import config
 from sdpo.run.folder import Run, failure
 
 
@@ -57,8 +59,7 @@ def final_bytes(folder):
 @pytest.mark.parametrize("stage", ["off", "zero3"])
 def test_two_nodes_train_to_the_bytes_of_one(prepared, start, stage):
     whole, shared = prepared("whole", f"deepspeed={stage}"), prepared("shared", f"deepspeed={stage}")
-    alone = start(whole)
-    assert (alone.communicate()[1], alone.returncode) == ("", 0)
+    ranks.finish(whole, ranks.start(config.load(whole / "config.yaml"), whole, f"{whole}-store"))
     at = meeting()
     nodes = [start(shared, "--node", str(node), "--of", "2", "--at", at) for node in range(2)]
     assert [(node.communicate()[1], node.returncode) for node in nodes] == [("", 0)] * 2
@@ -72,8 +73,8 @@ def test_a_killed_node_ends_the_other_within_ten_seconds(prepared, start, killed
     folder, at = prepared("run", "optim.epochs=3000", "evaluate=[]"), meeting()
     nodes = [start(folder, "--node", str(node), "--of", "2", "--at", at) for node in range(2)]
     wait_until(lambda: (folder / "metrics.jsonl").exists() and '"train"' in (folder / "metrics.jsonl").read_text())
-    ranks = subprocess.run(["ps", "-o", "pid=", "--ppid", str(nodes[killed].pid)], capture_output=True, text=True)
-    os.killpg(int(ranks.stdout), signal.SIGKILL)  # torchrun and its ranks
+    (torchrun,) = children(nodes[killed].pid)
+    os.killpg(torchrun, signal.SIGKILL)  # it and its ranks
     os.killpg(nodes[killed].pid, signal.SIGKILL)
     began = time.monotonic()
     error = nodes[1 - killed].communicate(timeout=60)[1]

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 from processes import alive, children, wait_until
-from test_kills import command, final_bytes, start, uninterrupted, updates_kept  # noqa: F401
+from test_kills import final_bytes, finish, overrides, start, start_ranks, uninterrupted, updates_kept  # noqa: F401
 
 from sdpo.distributed import STOPPED
 
@@ -19,8 +19,8 @@ def trained(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stop", "stage"), [("SIGTERM", "zero3"), ("SIGUSR2", "zero2"), ("SIGHUP", "off")])
-def test_a_parent_that_is_told_to_stop_loses_no_update(command, uninterrupted, tmp_path, stop, stage):  # noqa: F811
-    rarely = [*command, "launch.checkpoint_minutes=1000"]
+def test_a_parent_that_is_told_to_stop_loses_no_update(overrides, uninterrupted, tmp_path, stop, stage):  # noqa: F811
+    rarely = [*overrides, "launch.checkpoint_minutes=1000"]
     parent = start(rarely, stage, tmp_path)
     wait_until(lambda: trained(tmp_path) > 3)
     parent.send_signal(getattr(signal, stop))
@@ -28,36 +28,37 @@ def test_a_parent_that_is_told_to_stop_loses_no_update(command, uninterrupted, t
     assert (parent.returncode, error) == (STOPPED, "")
     assert 3 < updates_kept(tmp_path) == trained(tmp_path) < 60
     assert not (tmp_path / "run" / "error.txt").exists()
-    again = start(rarely, stage, tmp_path)
-    assert (again.communicate()[1], again.returncode) == ("", 0)
+    finish(rarely, stage, tmp_path)
     assert final_bytes(tmp_path) == uninterrupted(stage)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["off", "zero2", "zero3"])
-def test_one_rank_goes_on_from_where_two_were_stopped(command, tmp_path, stage):  # noqa: F811
+def test_one_rank_goes_on_from_where_two_were_stopped(overrides, tmp_path, stage):  # noqa: F811
     def losses(folder):
         lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
         return [line["loss"] for line in lines if line["kind"] == "train"]
 
-    alone = [*command, "launch.ranks=1", "launch.any_ranks=true"]
-    two = start(command, stage, tmp_path)
+    alone = [*overrides, "launch.ranks=1", "launch.any_ranks=true"]
+    two = start_ranks(overrides, stage, tmp_path)
     wait_until(lambda: trained(tmp_path) > 6)
-    two.send_signal(signal.SIGTERM)
-    two.communicate()
+    for process in two:
+        process.terminate()
+    for process in two:
+        process.join()
     kept = updates_kept(tmp_path)
-    one = start(alone, stage, tmp_path)
-    assert f"goes on from update {kept}, which 2 ranks saved, with 1" in one.communicate()[1]
-    whole = start(alone, stage, tmp_path / "whole")
-    assert (whole.communicate()[0], one.returncode, whole.returncode) == (None, 0, 0)
+    finish(alone, stage, tmp_path)
+    said = (tmp_path / "run" / "rank-0.txt").read_text()
+    assert f"goes on from update {kept}, which 2 ranks saved, with 1" in said
+    finish(alone, stage, tmp_path / "whole")
     np.testing.assert_allclose(losses(tmp_path), losses(tmp_path / "whole"), atol=1e-4)
     log = json.loads((tmp_path / "run" / "steps" / "1" / "train.json").read_text())
     assert log["ranks"] == [[0, 2], [kept, 1]]
 
 
 @pytest.mark.slow
-def test_a_rank_that_freezes_ends_the_run_with_the_sentence_of_the_other(command, tmp_path):  # noqa: F811
-    parent = start([*command, "launch.timeout_minutes=0.2", "optim.epochs=3000"], "off", tmp_path)
+def test_a_rank_that_freezes_ends_the_run_with_the_sentence_of_the_other(overrides, tmp_path):  # noqa: F811
+    parent = start([*overrides, "launch.timeout_minutes=0.2", "optim.epochs=3000"], "off", tmp_path)
     wait_until(lambda: trained(tmp_path) > 3)
     (agent,) = children(parent.pid)
     ranks = children(agent)

@@ -168,10 +168,10 @@ def test_a_run_that_fails_is_named_and_it_alone_is_done_again(multirun, toy, tmp
     assert (manifest["sweep"], manifest["arm"]) == ("sweep", arms[1])
 
 
-KILLED = pytest.param(signal.SIGKILL, marks=pytest.mark.slow)
+SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGKILL, signal.SIGTERM)]
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, KILLED, signal.SIGTERM])
+@pytest.mark.parametrize("ending", [signal.SIGINT, *SLOW])
 def test_an_ended_sweep_leaves_no_run_behind(multirun, tmp_path, ending):
     parent = multirun("seed=0,1,2", "optim.epochs=3000", "hydra.launcher.n=2")
     metrics = (tmp_path / "sweep").glob

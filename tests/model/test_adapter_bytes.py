@@ -43,6 +43,7 @@ def there(toy, tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_has_the_same_bytes_in_every_process(here, there, name):
     assert len(here[name]) == len(there[name]) == 3

@@ -1,16 +1,14 @@
 """deepspeed.config: DeepSpeed's own settings reach its engine and the keys; those that we decide are refused."""
 
 import json
-import os
-import warnings
 
+import forked
 import numpy as np
 import pytest
 import torch
 from conftest import compose, random_model
-from processes import on_ranks
 
-from sdpo import validate
+from sdpo import distributed, validate
 from sdpo.config import Deepspeed, Optim, load, to_yaml
 from sdpo.errors import UserError
 from sdpo.model import zero
@@ -69,18 +67,14 @@ def test_the_settings_of_a_file_are_those_of_a_mapping_and_in_the_key(tmp_path):
     assert Numerics(given).all["deepspeed"] == {"stage": 2, "offload": False, "config": GIVEN}
 
 
-def two_updates(rank, world, stage, given, results):
-    """What a rank's engine was set to, and the hash of its weights after two updates."""
-    os.environ |= {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.distributed.init_process_group("gloo")
-    warnings.simplefilter("ignore")  # those of DeepSpeed
+def two_updates(stage, given):
+    """What a rank's engine was set to, and the sums of its weights after two updates."""
     settings = Deepspeed(stage=stage, config=given)
     try:
         engine = open_engine(Scorer(random_model(), "sdpa"), Optim(), "fp32", settings, torch.device("cpu"))
     except UserError as error:
-        results.put(str(error))
-        return
-    tokens = np.arange(3, 33, dtype=np.int32).reshape(3, 10) + rank
+        return str(error)
+    tokens = np.arange(3, 33, dtype=np.int32).reshape(3, 10) + distributed.rank()
     for _ in range(2):
         for last in (False, True):
             policy = engine.forward(pack([TokenPair("a", *tokens)]))
@@ -88,11 +82,11 @@ def two_updates(rank, world, stage, given, results):
         engine.update(1e-3)
     used = engine.module._config.zero_config
     weights = {name: weight.sum().item() for name, weight in engine.weights(everywhere=True).items()}
-    results.put(((used.stage, used.reduce_bucket_size, used.overlap_comm), weights))
+    return (used.stage, used.reduce_bucket_size, used.overlap_comm), weights
 
 
 def both(stage, given):
-    found = on_ranks(2, two_updates, stage, given)
+    found = forked.on_ranks(2, two_updates, stage, given)
     assert found[0] == found[1]
     return found[0]
 

@@ -1,15 +1,12 @@
 """A checkpoint of one number of ranks, from which another number goes on: the same masters, moments and next update."""
 
-import os
-import warnings
-
+import forked
 import numpy as np
 import pytest
 import torch
 from conftest import random_model
-from processes import on_ranks
 
-from sdpo import config
+from sdpo import config, distributed
 from sdpo.errors import UserError
 from sdpo.model.checkpoints import redivision
 from sdpo.model.checkpoints.checkpoint import Checkpoint, Saved
@@ -23,14 +20,11 @@ from sdpo.types import TokenPair
 TOKENS = np.arange(3, 33, dtype=np.int32).reshape(3, 10)
 
 
-def go_on(rank, world, stage, folder, before, results):
+def go_on(stage, folder, before):
     """Go on from the checkpoint after `before` updates, or begin; save one more. Weights before the last update, after.
 
     Every rank has the same pair, and its share of the sum, so that all numbers of ranks have the same gradients.
     """
-    os.environ |= {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.distributed.init_process_group("gloo")
-    warnings.simplefilter("ignore")  # those of DeepSpeed
     scorer, settings = Scorer(random_model(seed=before), "sdpa"), config.Deepspeed(stage)
     engine = open_engine(scorer, config.Optim(), "fp32", settings, torch.device("cpu"))
     checkpoint = Checkpoint(Store(folder), "k" * 64, "step", 0)
@@ -38,25 +32,25 @@ def go_on(rank, world, stage, folder, before, results):
         assert checkpoint.restore(engine)
     loaded = engine.weights(everywhere=True)
     policy = engine.forward(pack([TokenPair("a", *TOKENS)]))
-    engine.backward((policy.rejected - policy.chosen).sum() / int(world["WORLD_SIZE"]), last=True)
+    engine.backward((policy.rejected - policy.chosen).sum() / distributed.world_size(), last=True)
     engine.update(1e-3 * 2**before)
     checkpoint.save(engine, Saved({"any": torch.zeros(1)}, {"entries": [None] * (before + 1)}))
     checkpoint.join()
-    results.put([{name: p.numpy() for name, p in one.items()} for one in (loaded, engine.weights(everywhere=True))])
+    return [{name: p.numpy() for name, p in one.items()} for one in (loaded, engine.weights(everywhere=True))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_three_ranks_and_one_go_on_from_what_two_have_saved(stage, tmp_path):
     """Neither 32 nor the number of all weights is divisible by three, so shares end in zeros that are not weights."""
-    (_, first), *_ = on_ranks(2, go_on, stage, tmp_path / "changing", 0)
+    (_, first), *_ = forked.on_ranks(2, go_on, stage, tmp_path / "changing", 0)
     for before, ranks in ((1, 3), (2, 1), (3, 2)):
-        found = on_ranks(ranks, go_on, stage, tmp_path / "changing", before)
+        found = forked.on_ranks(ranks, go_on, stage, tmp_path / "changing", before)
         for loaded, _ in found:
             assert all(np.array_equal(loaded[name], first[name]) for name in first)
         first = found[0][1]
     for before in range(4):
-        ((_, expected),) = on_ranks(1, go_on, stage, tmp_path / "one", before)
+        ((_, expected),) = forked.on_ranks(1, go_on, stage, tmp_path / "one", before)
     for name, weight in expected.items():  # an update without its moments would be off by about its rate, 8e-3
         np.testing.assert_allclose(first[name], weight, atol=1e-5, rtol=0)
 

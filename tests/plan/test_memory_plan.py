@@ -1,15 +1,13 @@
 """What a plan says of memory: worked by hand, refused if it does not fit, and compared with engines that run."""
 
 import gc
-import os
-import warnings
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 from conftest import compose, needs_bf16, random_model
-from processes import on_ranks
 
 from sdpo.config import Deepspeed, Optim
 from sdpo.errors import UserError
@@ -144,14 +142,9 @@ def used(name):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def train_a_little(rank, world, layers, known, results):
+def train_a_little(layers, known):
     """The peak of this process in three updates, above what it used before the model was made."""
-    os.environ |= {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.distributed.init_process_group("gloo")
-    warnings.simplefilter("ignore")  # those of DeepSpeed
     stage, precision, offload, states = known
-    if stage:
-        import deepspeed  # noqa: F401  before the measurement
     gc.collect()
     before = used("VmRSS")
     heads = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
@@ -167,12 +160,12 @@ def train_a_little(rank, world, layers, known, results):
             policy = engine.forward(pack([TokenPair("a", np.arange(5, 9), np.arange(5, 9), np.arange(5, 8))]))
             engine.backward((policy.rejected - policy.chosen).sum(), last)
         engine.update(1e-4)
-    results.put((used("VmHWM") - before, num_weights))
+    return used("VmHWM") - before, num_weights
 
 
 def peak(layers, known):
     """The larger peak of two ranks, in bytes, and the number of weights."""
-    return max(on_ranks(2, train_a_little, layers, known))
+    return max(forked.on_ranks(2, train_a_little, layers, known))
 
 
 BF16 = [(None, "bf16", False, "fp32"), (None, "bf16", False, "host"), (2, "bf16", False, "fp32")]

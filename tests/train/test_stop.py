@@ -2,13 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, read_lines
-from processes import children, wait_until
+import ranks
+from conftest import compose, read_lines
+from processes import wait_until
 
 from sdpo import distributed
 from sdpo.model import engine
@@ -94,30 +93,27 @@ def test_a_signal_that_is_ignored_stays_ignored():
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["off", "zero3"])
 def test_one_of_two_ranks_is_asked_and_both_save(toy, tmp_path, stage):
+    overrides = ["launch.ranks=2", "launch.device=cpu", f"deepspeed={stage}"]
+    overrides += ["data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]", "data.template=plain"]
+    overrides += ["model=local", f"model.path={toy / 'model'}", "evaluate=[]", "split=all_at_once"]
+    config = compose(*overrides, "optim.lr=3e-3", "optim.pairs_per_update=8", "optim.epochs=20")
+
     def start(folder):
-        command = [sys.executable, CHECKOUT / "train.py", "launch.ranks=2", "launch.device=cpu", f"deepspeed={stage}"]
-        command += ["data=local", f"data.train=[{toy / 'a.jsonl'},{toy / 'b.jsonl'}]", "data.template=plain"]
-        command += ["model=local", f"model.path={toy / 'model'}", "evaluate=[]", "split=all_at_once"]
-        command += ["optim.lr=3e-3", "optim.pairs_per_update=8", "optim.epochs=20", f"hydra.run.dir={folder / 'run'}"]
-        environment = os.environ | {"SDPO_STORE": str(folder / "store")}
-        return subprocess.Popen(
-            list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        return ranks.start(config, folder / "run", folder / "store")
 
     def trained():
         metrics = tmp_path / "run" / "metrics.jsonl"
         return metrics.read_text().count('"train"') if metrics.exists() else 0
 
-    parent = start(tmp_path)
+    both = start(tmp_path)
     wait_until(lambda: trained() > 5)
-    ranks = children(children(parent.pid)[0])
-    os.kill(ranks[1], signal.SIGTERM)
-    said = parent.communicate()[0]
-    assert parent.returncode != 0 and "is saved, and the same command goes on from there" in said
+    os.kill(both[1].pid, signal.SIGTERM)
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [distributed.STOPPED] * 2
+    assert "is saved, and the same command goes on from there" in (tmp_path / "run" / "rank-0.txt").read_text()
     (kept,) = tmp_path.glob("store/partial/*/[0-9]*")
     assert 5 < int(kept.name) == trained() < 120
     for folder in (tmp_path, tmp_path / "whole"):
-        again = start(folder)
-        said = again.communicate()[0]
-        assert again.returncode == 0, said
+        ranks.finish(folder / "run", start(folder))
     assert weights(tmp_path / "run") == weights(tmp_path / "whole" / "run")
