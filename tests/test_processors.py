@@ -19,7 +19,7 @@ NUMERIC = ["test_equivalence.py", "test_pins.py", "test_tabular.py", "test_pitfa
 NUMERIC += [f"model/test_{name}.py" for name in ("logprobs", "attention", "packing", "adapters")]
 NUMERIC += ["variants", "train", "curriculum"]
 PYTEST = "-m pytest -p no:cacheprovider --numprocesses logical --maxprocesses 8 --dist loadfile".split()
-WHICH = "import torch; print(torch.backends.cpu.get_cpu_capability().lower())"
+SAY_WHICH = "import torch; print(torch.backends.cpu.get_cpu_capability().lower())"
 
 
 def run(environment, *arguments):
@@ -29,9 +29,9 @@ def run(environment, *arguments):
 
 
 def settings_of(processor):
-    """The environment that imitates a processor; skips if this processor cannot, or if it is already imitated."""
+    """The environment that imitates a processor; skips if this one cannot, or if another setting is the same here."""
     environment = OTHERS[processor]
-    found, plain = (run(given, "-c", WHICH).stdout.strip() for given in (environment, {}))
+    found, plain = (run(given, "-c", SAY_WHICH).stdout.strip() for given in (environment, {}))
     if found != environment["ATEN_CPU_CAPABILITY"]:
         pytest.skip(f"this processor cannot be used as {environment['ATEN_CPU_CAPABILITY']}, only as {found}")
     if "ONEDNN_MAX_CPU_ISA" in environment and plain == "avx2":
