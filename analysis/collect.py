@@ -5,6 +5,7 @@ only runs that finished. Every table begins with `run` (folder name), `arm` (lab
 
     runs        one row per run: sweep, done, error, headline_name, headline, seconds, trained_steps, reused_steps,
                 model_key, folder, and one column `choices.<group>` per axis
+    settings    one row per run: one column `settings.<name>` per setting in config.yaml; values are text
     steps       run x t (1..T): num_pairs, sources, first_loss, last_loss, gamma_ref_mean,
                 gamma_ref_negative_share, lambda_mean, lambda_std, reference_leverage, reused, seconds, key,
                 start, and reference (as "M_1" or "0.4 M_0 + 0.6 M_1")
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from analysis import significance
 from sdpo.errors import UserError
@@ -72,6 +74,11 @@ def runs(*paths: Path | str) -> pd.DataFrame:
     """One row per run with its choices and its headline. A run that did not finish has no headline."""
     table = pd.DataFrame([_run(folder) for folder in folders(*paths)])
     return table.astype(dict.fromkeys(("headline", "seconds", "trained_steps", "reused_steps"), float))
+
+
+def settings(*paths: Path | str) -> pd.DataFrame:
+    """The settings of each run, as text; a setting that only other runs have is empty."""
+    return _rows(paths, _settings).astype(object).fillna("")
 
 
 def steps(*paths: Path | str) -> pd.DataFrame:
@@ -177,12 +184,13 @@ def _parquet(paths: Paths, name: str) -> pd.DataFrame:
 
 def _run(folder: Path) -> dict:
     manifest, error_file = _read(folder / "manifest.json"), folder / "error.txt"
+    said = error_file.read_text(encoding="utf-8").splitlines() if error_file.is_file() else None
     summary = _read(folder / "summary.json") if _ended(folder) else {}
     headline = summary.get("headline", {})
     return {
         **{name: manifest[name] for name in ("run", "arm", "seed", "sweep")},
         "done": _ended(folder),
-        "error": error_file.read_text(encoding="utf-8").splitlines()[0] if error_file.is_file() else None,
+        "error": next(iter(said), "its error could not be written") if said is not None else None,
         "headline_name": headline.get("name"),
         "headline": headline.get("value"),
         **{name: summary.get(name) for name in OUTCOME},
@@ -190,6 +198,11 @@ def _run(folder: Path) -> dict:
         "folder": folder,
         **{f"choices.{axis}": option for axis, option in manifest["choices"].items()},
     }
+
+
+def _settings(folder: Path) -> list[dict]:
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    return pd.json_normalize({"settings": config}).astype(str).to_dict("records")
 
 
 def _lines(folder: Path, kind: str) -> list[dict]:

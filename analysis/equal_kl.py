@@ -2,11 +2,11 @@
 
 A moving reference acts, first of all, like a smaller beta: it reaches more reward with more KL. So each arm is compared
 with the line of plain DPO (one step, reference S, the same loss) in the plane of KL and gold reward. The line starts at
-S and passes through the last models of plain DPO, one for each beta that was run.
+S and passes through the last models of plain DPO, one for each beta that was run. If plain runs differ in more than
+beta, such as in epochs or pairs, there is a line for each of these settings, and an arm is compared with its own.
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,8 @@ from analysis.significance import sign_flip
 from sdpo.stats import student
 
 AXES = ["lab/kl", "lab/gold"]
+SECTIONS = ("data", "split", "score", "rounds", "tune", "loss", "optim", "steps")  # that decide what plain DPO trains
+TRAINING = tuple(f"settings.{section}." for section in SECTIONS)
 
 
 def above_plain(*paths: Path | str) -> pd.DataFrame:
@@ -37,15 +39,17 @@ def gains(*paths: Path | str) -> pd.DataFrame:
 
     The line is straight between models. It ends at the largest KL of plain DPO; beyond that the gain is nan.
     """
-    measures, runs = collect.measures(*paths), collect.runs(*paths)
+    measures, runs = collect.measures(*paths), collect.runs(*paths).set_index("run")
     points = measures[measures["measure"].isin(AXES)].pivot(index=["run", "t"], columns="measure", values="value")
-    plain = _plain(collect.steps(*paths))
+    ended = runs[runs["done"]].join(collect.settings(*paths).set_index("run").filter(like="settings."))
+    plain = ended.loc[_plain(collect.steps(*paths))]
     rows = []
     if set(AXES) <= set(points) and len(plain):
-        ended = runs[runs["done"]].rename(columns={"choices.loss": "loss"}).set_index("run")
-        for run in ended.itertuples():
-            gain = _gain(points.loc[run.Index].iloc[-1], points.loc[_line(run, ended.loc[plain])])
-            rows.append((run.arm, run.seed, run.Index in plain, gain))
+        shared = ["seed", "model_key", "choices.loss", *_varied(plain)]
+        for name, run in ended.iterrows():
+            line = points.loc[plain.index[(plain[shared] == run[shared]).all(axis=1)]]
+            gain = _gain(points.loc[name].iloc[-1], line)
+            rows.append((run["arm"], run["seed"], name in plain.index, gain))
     return pd.DataFrame(rows, columns=["arm", "seed", "plain", "gain"])
 
 
@@ -55,10 +59,10 @@ def _plain(steps: pd.DataFrame) -> list[str]:
     return list(by_run.index[(by_run["num_steps"] == 1) & (by_run["reference"] == "M_0")])
 
 
-def _line(run: NamedTuple, plain: pd.DataFrame) -> pd.Index:
-    """The runs of plain DPO with the same seed, loss and S as this run."""
-    same = [plain[name] == getattr(run, name) for name in ("seed", "loss", "model_key")]
-    return plain.index[np.logical_and.reduce(same)]
+def _varied(plain: pd.DataFrame) -> list[str]:
+    """The settings other than beta in which runs of plain DPO differ."""
+    settings = [name for name in plain if name.startswith(TRAINING) and name != "settings.loss.beta"]
+    return [name for name in settings if plain[name].nunique() > 1]
 
 
 def _gain(last: pd.Series, line: pd.DataFrame) -> float:

@@ -2,8 +2,8 @@
 
     python -m analysis.from_wandb WANDB_FOLDER_OR_PROJECT... --out FOLDER
 
-They hold manifest.json, metrics.jsonl and summary.json as the run wrote them. So `collect.runs`, `steps`, `measures`,
-`train` and the tables read them like other run folders; log-probabilities of single pairs are not in W&B.
+They hold manifest.json, config.yaml, metrics.jsonl and summary.json as the run wrote them. So `collect.runs`, `steps`,
+`measures`, `train` and the tables read them like other run folders; log-probabilities of single pairs are not in W&B.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from analysis.collect import MAYBE_NULL
 from sdpo.errors import UserError
@@ -109,6 +111,10 @@ def write(run: Mirrored, out: Path) -> Path:
     folder = out / (manifest["sweep"] or "") / run.name
     folder.mkdir(parents=True, exist_ok=True)
     lines = list(entries(run.rows))
+    settings = {
+        name: value for name, value in run.config.items() if name not in ("arm", "choices", "manifest", "_wandb")
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if run.finished and "manifest" in run.config:

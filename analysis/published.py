@@ -62,8 +62,13 @@ def render_tables(of: str, out: Path, form: str) -> list[str]:
 
 
 def _ours(sweep: Path) -> dict[tuple, Interval]:
-    """(arm, t or "last", measure) -> our mean over seeds."""
+    """(arm, t or "last", measure) -> our mean over seeds.
+
+    A benchmark has one name here, whether evaluate=judge measured it or evaluate=results read it from a file.
+    """
     measures = collect.measures(sweep)[["run", "arm", "seed", "t", "measure", "value"]]
+    measures = measures.assign(measure=measures["measure"].str.removeprefix("judge/"))
+    measures = measures.drop_duplicates(["run", "t", "measure"])
     measures = pd.concat([measures, _gammas(sweep)], ignore_index=True)
     named = pd.concat([measures, collect.last(measures).assign(t="last")])
     means = collect.by_arm(named, ["t", "measure"])

@@ -63,7 +63,7 @@ def arms(*paths: Path | str) -> pd.DataFrame:
     names = {name: COMPANIONS.get(name, name) for name in (headline, *COMPANIONS) if name}
     gains = collect.by_arm(_gains(measures[measures["measure"] == headline]), []).set_index("arm")
     values = collect.by_arm(collect.last(measures), ["measure"]).set_index(["arm", "measure"])
-    rows = [_start(measures, names)]
+    rows = [_start(measures, runs, names)]
     for arm, group in runs.groupby("arm", sort=False):
         cells = {title: _cell(values, (arm, name)) for name, title in names.items()}
         steps = group["trained_steps"].sum() + group["reused_steps"].sum()
@@ -104,7 +104,7 @@ def others(*paths: Path | str) -> pd.DataFrame:
         return asked
     names = {name: name for name in asked["measure"].unique()}
     values = collect.by_arm(collect.last(asked), ["measure"]).set_index(["arm", "measure"])
-    start = _start(asked, names)
+    start = _start(asked, collect.runs(*paths), names)
     columns = {
         "S": start,
         **{arm: {name: _cell(values, (arm, name)) for name in names} for arm in asked["arm"].unique()},
@@ -193,11 +193,16 @@ def _cell(table: pd.DataFrame, key: object) -> Interval | None:
     return None if pd.isna(found.value) else found
 
 
-def _start(measures: pd.DataFrame, names: dict[str, str]) -> dict:
-    """The row of S. Arms with the same seed share S; for a seed with several S the row leaves that seed out."""
-    initial = measures[measures["t"] == 0].drop_duplicates(["seed", "measure", "value"]).assign(arm="S")
-    shared = initial[~initial.duplicated(["seed", "measure"], keep=False)]
-    values = collect.by_arm(shared, ["measure"]).set_index(["arm", "measure"])
+def _start(measures: pd.DataFrame, runs: pd.DataFrame, names: dict[str, str]) -> dict:
+    """The row of S. Arms with the same seed share S; for a seed with several S the row leaves that seed out.
+
+    If seeds share S, too, its values are one observation, with the interval of its own evaluation.
+    """
+    keys = measures["run"].map(runs.set_index("run")["model_key"])
+    initial = measures.assign(arm="S", model_key=keys)[measures["t"] == 0].drop_duplicates(["seed", "measure", "value"])
+    by_seed = initial[~initial.duplicated(["seed", "measure"], keep=False)]
+    observed = by_seed.drop_duplicates(["model_key", "measure", "value"])
+    values = collect.by_arm(observed, ["measure"]).set_index(["arm", "measure"])
     return {"arm": "S", "seeds": ""} | {title: _cell(values, ("S", name)) for name, title in names.items()}
 
 
@@ -224,9 +229,12 @@ def _contrast(first: str, second: str, runs: pd.DataFrame, steps: pd.DataFrame) 
 
 
 def _at_equal_kl(first: str, second: str, gains: pd.DataFrame) -> dict:
-    """The paired difference of two arms' gains over plain DPO, on the seeds for which both are known."""
+    """The paired difference of two arms' gains over plain DPO, on the seeds for which both are known.
+
+    Two arms of plain DPO have none: each lies on its own line.
+    """
     by_arm = {arm: group.set_index("seed")["gain"] for arm, group in gains.groupby("arm")}
-    known = {first, second} <= by_arm.keys()
+    known = {first, second} <= by_arm.keys() and not {first, second} <= set(gains.loc[gains["plain"], "arm"])
     found = student(paired(by_arm[first], by_arm[second]) if known else [])
     return {"at equal KL": found if found.n else None, "seeds there": found.n or None}
 

@@ -101,7 +101,7 @@ def take_update(engine: Engine, rows: list[TokenPair], tokens_per_pack: int) -> 
     """
     plan = micro_batches(rows, tokens_per_pack)[0]
     for position, members in enumerate(plan):
-        policy = engine.forward(pack([rows[i] for i in members]).to(engine.scorer.head.weight.device))
+        policy = engine.module(pack([rows[i] for i in members]).to(engine.scorer.head.weight.device))
         zeros_B = torch.zeros_like(policy.chosen)
         loss_B = losses.dpo(policy, ChosenRejected(zeros_B, zeros_B), beta=BETA)
         engine.backward(loss_B.sum() / len(rows), last=position == len(plan) - 1)

@@ -1,11 +1,16 @@
 """Gain over plain DPO at equal KL, by hand: the line runs from S (KL 0, gold .69) to plain DPO (KL 1.5)."""
 
 import json
+import shutil
 
 import pytest
 from runs import make_run, make_sweep
 
-from analysis import equal_kl
+from analysis import equal_kl, tables
+
+
+def _replace(file, old, new):
+    file.write_text(file.read_text().replace(old, new))
 
 
 def _move(run, kl):
@@ -30,10 +35,24 @@ def test_gain_at_equal_kl(tmp_path):
 def test_the_line_of_another_s_says_nothing(tmp_path):
     sweep = make_sweep(tmp_path / "sweep")
     manifest = sweep / "stepwise-s1" / "manifest.json"
-    text = manifest.read_text()
-    manifest.write_text(text.replace(json.loads(text)["model_key"], "z" * 64))
+    _replace(manifest, json.loads(manifest.read_text())["model_key"], "z" * 64)
     row = equal_kl.above_plain(sweep).iloc[0]
     assert row["gain at equal KL"].n == 2 and row["beyond"] == 1
+
+
+def test_plain_runs_of_other_settings_are_another_line(tmp_path):
+    sweep = make_sweep(tmp_path / "sweep", arms=("all at once", "stepwise", "more"), gains=(0.0, 0.02, 0.05), seeds=8)
+    for seed in range(8):
+        more = sweep / f"more-s{seed}"
+        shutil.rmtree(more)
+        make_run(more, arm="more", seed=seed, num_steps=1, gold=0.85 + 0.01 * seed, sweep="sweep")
+        _replace(more / "config.yaml", "  epochs: 1\n", "  epochs: 2\n")
+        _move(more, 0.75)  # on one line with the others it would lift the line there, and bend it at KL 1.5
+        _move(sweep / f"stepwise-s{seed}", 0.75)
+    (row,) = equal_kl.above_plain(sweep).itertuples()
+    assert row.arm == "stepwise" and row[2].value == pytest.approx(0.0925)  # the means: .855 - (.69 + .835) / 2
+    shown = tables.contrasts(sweep).set_index("of").loc["strength"]  # of two arms of plain DPO
+    assert shown["at equal KL"] is None and shown["verdict"] == "higher"
 
 
 def test_no_line_beyond_plain_dpo(tmp_path):
