@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sdpo import config
 from sdpo.data.cells import BadRow, parse_row
 from sdpo.data.readers import Table, named, read_file, read_hub, repository, sources
-from sdpo.data.schemas import READ, Message, check_id, check_text, normalise, rename
+from sdpo.data.schemas import Message, check_id, check_text, normalise, rename, unread
 from sdpo.errors import UserError
 
 # The names that data.columns can give to the columns of an unknown layout.
@@ -183,8 +183,8 @@ class _Intake:
         row = parse_row(row)
         if self.settings.columns:
             row = rename(row, self.settings.columns)
-        self.unread[table.name] |= {str(column) for column in row.keys() - READ if row[column] not in (None, "")}
         normal = normalise(row)
+        self.unread[table.name] |= unread(row, normal)
         key = prompt_key(normal.prompt)
         if key in reserved:
             raise BadRow("held_out_prompt", "prompt", f"is held out too, in {self.taken[reserved[key]]}")
@@ -196,7 +196,7 @@ class _Intake:
         if id in self.taken:
             raise BadRow("duplicate_id", "id", f"{id!r} was used before, by {self.taken[id]}")
         self.taken[id] = f"{table.name}, row {number}"
-        return Pair(id, source, *normal[1:]), normal.layout
+        return Pair(id, source, *normal[1:-1]), normal.layout
 
     def _made_id(self, source: str, digest: str) -> str:
         """An id made of the content, the same in every file and order; a pair that comes again gets a number too."""

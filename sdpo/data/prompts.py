@@ -13,6 +13,7 @@ from sdpo.errors import UserError
 
 ID_COLUMNS = ("question_id", "uid", "id")
 PROMPT_COLUMNS = ("instruction", "prompt", "turns")
+UNREAD = ("input", "system")  # parts of a prompt in other layouts
 
 
 class Prompt(NamedTuple):
@@ -34,7 +35,7 @@ def read(name: str) -> list[Prompt]:
     """The prompts of a .txt file (one a line), or of a file or a data set of the Hub with one of PROMPT_COLUMNS.
 
     A prompt without an id has the number of its row, and one without a data set the name of the file. A line ends
-    with \\n or \\r\\n and nothing else. Raises UserError, naming file and row.
+    with \\n or \\r\\n and nothing else. Raises UserError, naming file and row, also for text in UNREAD.
     """
     path = Path(name)
     if path.suffix == ".txt":
@@ -77,6 +78,8 @@ def _prompt(table: Table, number: int, row: Any) -> Prompt:
         row = parse_row(row)
     except BadRow as bad:
         raise UserError(f"{place}: {bad}") from bad
+    if unread := next((column for column in UNREAD if row.get(column)), None):
+        raise UserError(f"{place}: the field '{unread}' is not read; write its text into the prompt")
     asked = next((row[column] for column in PROMPT_COLUMNS if column in row), None)
     asked = asked if isinstance(asked, list) else [asked]
     said = [turn["content"] if isinstance(turn, dict) and turn.keys() == {"content"} else turn for turn in asked]

@@ -163,7 +163,8 @@ def _json(content: bytes) -> Numbered:
 
 def _csv(content: bytes) -> Numbered:
     csv.field_size_limit(sys.maxsize)  # a conversation may be longer than Python's 131,072 characters
-    return enumerate(csv.DictReader(io.StringIO(_text(content), newline=""), restkey="(no header)"), 1)
+    text = io.StringIO(_text(content), newline="")
+    return enumerate(csv.DictReader(text, restkey="(no header)", strict=True), 1)  # a stray quote would swallow rows
 
 
 def _parquet(content: bytes) -> Numbered:

@@ -19,10 +19,10 @@ PROMPT_COLUMNS = {"messages": "messages", "conversations": "sharegpt", "question
 # What a text cannot hold, or what is not written as text here.
 UNSUPPORTED_COLUMNS = ("images", "image", "videos", "audio", "tool_calls", "reasoning_content")
 UNSUPPORTED_IN_TURNS = (*UNSUPPORTED_COLUMNS, "tool_call_id", "function_call", "reasoning", "thinking", "name")
-READ = {  # all columns that a layout or a setting reads or refuses
-    *("id", "source", "chosen", "rejected", "input", "preferred_output", "non_preferred_output"),
-    *("system", "tools", "chat_template_kwargs", "pair_score"),
-    *PROMPT_COLUMNS,
+ANSWERS = ("chosen", "rejected")
+OPENAI = ("input", "preferred_output", "non_preferred_output")
+READ_IN_ALL_LAYOUTS = {  # or refused
+    *("id", "source", "system", "tools", "chat_template_kwargs", "pair_score"),
     *UNSUPPORTED_COLUMNS,
     *(name for names in RATINGS.values() for name in names),
 }
@@ -47,6 +47,7 @@ class Normal(NamedTuple):
     rejected_rating: float | None
     inputs: dict[str, Any]  # what the chat template reads beside the turns
     pair_score: float | None  # how easy the pair is, for score=column
+    columns: tuple[str, ...]  # that the layout reads
 
 
 def normalise(row: Row) -> Normal:
@@ -55,7 +56,7 @@ def normalise(row: Row) -> Normal:
     for column in UNSUPPORTED_COLUMNS:
         if row.get(column):
             raise BadRow(column, column, "is not supported; data.columns can name the columns to read")
-    layout, prompt, chosen, rejected = _read(row)
+    layout, columns, prompt, chosen, rejected = _read(row)
     if row.get("system"):
         prompt = _with_system(prompt, check_text(row["system"], "system"))
     if prompt[-1]["role"] != "user":
@@ -64,9 +65,16 @@ def normalise(row: Row) -> Normal:
     check_text(rejected, "rejected")
     if chosen == rejected:
         raise BadRow("identical", "rejected", "equals 'chosen', so the pair states no preference")
-    chosen_rating, rejected_rating = (first_number(row, RATINGS[side]) for side in ("chosen", "rejected"))
     score = first_number(row, ["pair_score"])
-    return Normal(layout, prompt, chosen, rejected, chosen_rating, rejected_rating, template_inputs(row), score)
+    ratings = first_number(row, RATINGS["chosen"]), first_number(row, RATINGS["rejected"])
+    return Normal(layout, prompt, chosen, rejected, *ratings, template_inputs(row), score, columns)
+
+
+def unread(row: Row, normal: Normal) -> set[str]:
+    """The columns of a row with values that nothing reads, and that say more than the turns that were read."""
+    said = {"", normal.chosen.strip(), normal.rejected.strip(), *(turn["content"].strip() for turn in normal.prompt)}
+    rest = row.keys() - READ_IN_ALL_LAYOUTS - set(normal.columns)
+    return {str(column) for column in rest if row[column] is not None and not _texts(row[column]) <= said}
 
 
 def rename(row: Row, columns: dict[str, str]) -> Row:
@@ -97,23 +105,30 @@ def check_id(value: Any) -> str:
     return check_text(str(value) if isinstance(value, int) else value, "id")
 
 
-def _read(row: Row) -> tuple[str, Turns, Any, Any]:
-    """The layout's name, the prompt, chosen and rejected."""
-    if {"input", "preferred_output", "non_preferred_output"} <= row.keys():
-        return "openai", *_openai(row)
-    for column in ("chosen", "rejected"):
+def _texts(value: Any) -> set[str]:
+    """The texts of a cell that holds turns, or one text; anything else as Python writes it."""
+    turns = value if isinstance(value, list) else [value]
+    contents = (turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn for turn in turns)
+    return {content.strip() if isinstance(content, str) else repr(content) for content in contents}
+
+
+def _read(row: Row) -> tuple[str, tuple[str, ...], Turns, Any, Any]:
+    """The layout's name and columns, the prompt, chosen and rejected."""
+    if set(OPENAI) <= row.keys():
+        return "openai", OPENAI, *_openai(row)
+    for column in ANSWERS:
         if column not in row:
             raise _missing(column, row)
     if isinstance(row["chosen"], list | dict):
-        return "conversation", *_conversation(row)
+        return "conversation", ANSWERS, *_conversation(row)
     for column, layout in PROMPT_COLUMNS.items():
         if column in row:
             if isinstance(row[column], str) and TRANSCRIPT.match(row[column]):
-                return "transcript", *_transcript(_complete(row, column))
+                return "transcript", (*ANSWERS, column), *_transcript(_complete(row, column))
             chosen, rejected, repeated = _without_prompt(row, column)
-            return layout + repeated, _prompt(row[column], column), chosen, rejected
+            return layout + repeated, (*ANSWERS, column), _prompt(row[column], column), chosen, rejected
     if "\n\nAssistant:" in str(row["chosen"]):
-        return "transcript", *_transcript(row)
+        return "transcript", ANSWERS, *_transcript(row)
     raise _missing("prompt", row)
 
 

@@ -26,6 +26,9 @@ COUNTS = (
 )
 NOTES = {  # of what is worth saying to a person: the count, and what it counts
     "dropped_long": "pairs were left out, because they are longer than data.max_tokens (data.on_long=drop)",
+    "dropped_template": "pairs were left out, because the chat template cannot write them (data.on_bad_row=skip)",
+    "dropped_empty": "pairs were left out, because they have a part without tokens",
+    "dropped_identical": "pairs were left out, because their responses are the same tokens",
     "truncated": "pairs were shortened to data.max_tokens",
     "answers_behind_prompt": (
         "answers follow their prompt directly, because the template begins the whole conversation in another way"
@@ -53,8 +56,8 @@ def encode(
     responses are equal, or with `on_bad_row="skip"` if the template cannot write it. An error calls the pairs `side`,
     and `max_tokens` by the name of its option, `limit`.
 
-    Raises UserError for a template that is missing or fails, for a pair that the template cannot write, and for a
-    pair over the limit if `on_long="error"`.
+    Raises UserError for a template that is missing or fails, for a pair that the template cannot write, for a pair over
+    the limit if `on_long="error"`, and if nothing is left, also of one source of training pairs.
     """
     chat, max_tokens = ChatFormat(tokenizer, settings.template, settings.template_date), settings.max_tokens
     rows: dict[str, TokenPair] = {}
@@ -79,7 +82,10 @@ def encode(
     if long and settings.on_long == "error":
         raise UserError(_explain_long(long, len(pairs), f"{limit}={max_tokens}"))
     if pairs and not rows:
-        raise UserError(_explain_none_left(whole, side, f"{limit}={max_tokens}"))
+        raise UserError(_explain_none_left(whole, f"{side} pair", f"{limit}={max_tokens}"))
+    for source, tally in counts.items():
+        if side == "training" and not tally["kept"]:  # a step may be missing without it
+            raise UserError(_explain_none_left(tally, f"pair of source {source}", f"{limit}={max_tokens}"))
     report = {
         "template": settings.template or "tokenizer",
         "template_date": settings.template_date,
@@ -182,10 +188,10 @@ def _with_bos(prompt: Ids, chat: ChatFormat) -> Ids:
     return [chat.bos, *prompt] if chat.adds_bos and prompt[:1] != [chat.bos] else prompt
 
 
-def _explain_none_left(counts: Counter[str], side: str, limit: str) -> str:
+def _explain_none_left(counts: Counter[str], what: str, limit: str) -> str:
     reasons = [f"{n} {name.removeprefix('dropped_')}" for name, n in counts.items() if n and name.startswith("dropped")]
     advice = f"raise {limit}" if counts["dropped_long"] else "repair the rows, or set data.template"
-    return f"no {side} pair of {counts['pairs']} is left after tokenisation ({', '.join(reasons)}); {advice}"
+    return f"no {what} of {counts['pairs']} is left after tokenisation ({', '.join(reasons)}); {advice}"
 
 
 def _explain_long(lengths: dict[str, int], num_pairs: int, limit: str) -> str:

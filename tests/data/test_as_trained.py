@@ -1,5 +1,7 @@
 """An exported model carries how it was trained to talk."""
 
+import json
+
 import pytest
 import torch
 from conftest import byte_tokenizer, random_model
@@ -19,10 +21,13 @@ def test_a_model_trained_with_chatml_answers_in_chatml(run, tmp_path):
     tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in ("<|im_start|>", "<|im_end|>")])
     tokenizer.save_pretrained(tmp_path / "model")
     random_model().save_pretrained(tmp_path / "model")
+    generation = {"eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}  # as some are published, without do_sample
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
     folder = run(f"model.path={tmp_path / 'model'}", "data.template=chatml", "split=all_at_once", "evaluate=[]")
     exported = export.export(folder, 1, tmp_path / "M_1")
     model, own = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
     assert own.eos_token == "<|im_end|>" and model.generation_config.eos_token_id == [own.eos_token_id, 2]
+    assert model.generation_config.temperature == 0.9
     asked = own.apply_chat_template(ASKED, add_generation_prompt=True, return_tensors="pt")
     assert asked["input_ids"].tolist() == prompt_ids(ChatFormat(tokenizer, "chatml"), [tuple(ASKED)])
     # The model is made to end its turn: generation stops there, and the answer is empty once decoded.

@@ -1,7 +1,12 @@
 """Prompts: from files, whatever wrote them, and from pairs."""
 
+import json
+
+import pytest
+
 from sdpo.data import prompts
 from sdpo.data.preferences import Pair
+from sdpo.errors import UserError
 
 
 def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path):
@@ -9,6 +14,16 @@ def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path):
     file.write_bytes("\ufeffWhy?\r\n\r\nA page\x0cand\u2028a line.\r\n".encode())
     asked = [(prompt.id, prompt.turns) for prompt in prompts.read(str(file))]
     assert asked == [(1, ["Why?"]), (3, ["A page\x0cand\u2028a line."])]
+
+
+@pytest.mark.parametrize("field", ["input", "system"])
+def test_a_part_of_a_prompt_that_is_not_read_is_refused(tmp_path, field):
+    file = tmp_path / "asked.jsonl"
+    file.write_text(json.dumps({"instruction": "Translate.", field: "Good morning"}))
+    with pytest.raises(UserError, match=f"row 1: the field '{field}' is not read"):
+        prompts.read(str(file))
+    file.write_text(json.dumps({"instruction": "Translate.", field: ""}))
+    assert [prompt.turns for prompt in prompts.read(str(file))] == [["Translate."]]
 
 
 def test_the_first_prompts_of_every_source_are_asked_as_they_were():

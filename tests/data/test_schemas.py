@@ -51,7 +51,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(layout):
     normal = normalise({**LAYOUTS[layout], "an extra column": None})
-    assert normal == (layout.strip(), (RULES, ASK), GOOD, BAD, None, None, {}, None)
+    assert normal[:-1] == (layout.strip(), (RULES, ASK), GOOD, BAD, None, None, {}, None)
 
 
 def test_transcripts_part_at_the_last_answer():

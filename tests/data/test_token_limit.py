@@ -32,6 +32,12 @@ def test_no_pair_is_short_enough(tokenizer):
         tokens([pair("1"), pair("2")], tokenizer, max_tokens=3, on_long="drop", side="held-out")
 
 
+def test_a_source_that_would_vanish_is_named(tokenizer):
+    pairs = [pair("1"), pair("2", source="t", **LONG)]
+    with pytest.raises(UserError, match=r"no pair of source t of 1 is left .* \(1 long\); raise data.max_tokens=14"):
+        tokens(pairs, tokenizer, max_tokens=14, on_long="drop")
+
+
 def test_truncate_prompt(tokenizer, bos_tokenizer):
     whole = one(bos_tokenizer, **LONG)
     prompt, chosen, rejected = one(bos_tokenizer, max_tokens=14, on_long="truncate_prompt", **LONG)

@@ -2,7 +2,12 @@
 
 import json
 
+import pytest
 from toys import prepare
+
+from sdpo.data import schemas
+from sdpo.data.readers import read_file
+from sdpo.errors import UserError
 
 
 def test_rows_that_are_left_out_are_told(toy, tmp_path, capsys):
@@ -26,3 +31,27 @@ def test_columns_that_nothing_reads_are_named(toy, tmp_path, capsys):
     assert inputs.report["files"][0]["unread_columns"] == ["system_prompt"]
     said = capsys.readouterr().err
     assert f"{file}: columns that are not read: system_prompt (data.columns names those that are)\n" in said
+
+
+@pytest.mark.parametrize("cell", ['"Yes, it is', '"Yes" is right'])
+def test_a_stray_quote_swallows_no_rows(tmp_path, cell):
+    file = tmp_path / "a.csv"
+    file.write_text(f"prompt,chosen,rejected\nWhy?,No,{cell}\nHow?,So,Not so\n")
+    with pytest.raises(UserError, match="is not a valid .csv file"):
+        read_file(str(file))
+
+
+TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"prompt": "Summarise:", "input": "A text.", "chosen": "Yes.", "rejected": "No."}, {"input"}),
+        ({"question": "Why?", "prompt": "How?", "chosen": "Yes.", "rejected": "No."}, {"prompt"}),
+        ({"prompt": "How?", "messages": TURNS, "chosen": TURNS, "rejected": [TURNS[0], TURNS[1] | {"content": "No."}]},
+         {"prompt"}),  # messages repeats chosen, as in UltraFeedback
+    ],
+)  # fmt: skip
+def test_a_column_of_another_layout_is_named_if_it_says_more(row, unread):
+    assert schemas.unread(row, schemas.normalise(row)) == unread
