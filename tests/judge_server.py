@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(0.02)
         with server.lock:
             server.held -= 1
-        said = "I cannot say." if fault == "mute" else said
+        said = {"mute": "I cannot say.", "null": None}.get(fault, said)
         choice = {"message": {"role": "assistant", "content": said}, "logprobs": logprobs}
         body = {"model": "judge-2026-01-01", "choices": [choice]}
         body["usage"] = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}

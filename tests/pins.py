@@ -133,7 +133,7 @@ evaluation lab
 evaluation best_of_n
     b19f07f758572d8d2f07da5d617b14103d77feee4767c5429c89ad84cd14486b
 evaluation h4
-    9fccf911eaedcffc973b3f830dfc16fe95cf6d4df89b51c6a8321fdb86e9d3ef
+    3bc0098dbe810e401b6da7b0fd8c90e36fbfd33f47581ef79f88bcd82bad96fe
 evaluation benchmark
     975041585c83402c3963ae16af01df2c6eb56d37aa4dbbec8d564a3d9d2878ab
 answers
@@ -155,7 +155,7 @@ DETERMINANTS = """
 answers decoding device precision prompts template tokenizer torch transformers weights
 evaluation answers device initial precision suite torch transformers weights
 evaluation asking batch_size device limit lm_eval local precision ranks shares suite tasks tokenizer weights
-evaluation batch_size device limit lm_eval local precision shares suite tokenizer weights
+evaluation batch_size device limit lm_eval local mmlu precision shares suite tokenizer weights
 evaluation exam initial shares suite torch transformers weights
 evaluation exam suite torch transformers weights
 logprobs attention compile device precision rows weights

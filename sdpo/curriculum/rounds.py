@@ -113,6 +113,8 @@ class Round:
 
     def _judge_answers(self) -> list[Judged | None]:
         """For each prompt two answers; None if all its answers are worth the same."""
+        if not self.asked.rows:
+            return []
         answers_PK = self._sample()
         rewards_PK = round_judges.rewards(self.config.rounds, self.asked.pairs, answers_PK, self.inputs.runner)
         judged: list[Judged | None] = []

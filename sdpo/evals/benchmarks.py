@@ -44,7 +44,9 @@ def measure(name: str, model: Artifact, runner: Runner, local: str | None, batch
         **options,
         **runner.numerics.of_own_forward(),
     }
-    if name == "benchmark":
+    if name == "h4":
+        determinants["mmlu"] = "mean over subjects"
+    else:
         determinants["ranks"] = distributed.world_size()  # each has its own random numbers, if answers are sampled
 
     def compute() -> Measures:

@@ -1,7 +1,7 @@
 """Benchmarks by lm-eval's own task definitions, on the weights in memory.
 
-`h4` has the shots and metrics of the first Open LLM Leaderboard, which the sDPO paper (2403.19270) reports. Import this
-file only to run a benchmark: lm-eval takes seconds to import.
+`h4` has the shots, metrics and means of the first Open LLM Leaderboard, which the sDPO paper (2403.19270) reports.
+Import this file only to run a benchmark: lm-eval takes seconds to import.
 """
 
 import copy
@@ -63,8 +63,16 @@ def h4(lm: "DistributedHFLM", local: str | None, limit: int | None) -> Measures:
     """
     tasks = {name: {"num_fewshot": shots} for name, (shots, _) in H4.items()}
     results = run(lm, tasks, _definitions(H4_FOLDERS), local, limit, Asking())
-    scores = distributed.broadcast(results and _measures(results, Asking()))
+    return distributed.broadcast(results and _of_leaderboard(results))
+
+
+def _of_leaderboard(results: dict) -> Measures:
+    """The measures of `h4`. MMLU is the mean over its subjects, whatever their sizes; lm-eval's own is over items."""
+    scores = _measures(results, Asking())
     measures = {f"h4/{name}": scores[name][metric] for name, (_, metric) in H4.items()}
+    if subjects := [scores[name]["acc"] for name in results["n-samples"] if name.startswith("mmlu_")]:
+        version = measures["h4/mmlu"]["version"] + ", mean over subjects"
+        measures["h4/mmlu"] = _mean(subjects) | {"version": version}
     return {"h4": _mean(list(measures.values()))} | measures
 
 

@@ -4,7 +4,6 @@ Shape suffixes: N pairs; columns are the chosen and the rejected response; B seq
 """
 
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from sdpo import distributed
+from sdpo import config, distributed
 from sdpo.config import Settings
 from sdpo.console import progress
 from sdpo.data import preferences
@@ -65,16 +64,18 @@ def base_logps(settings: Settings, rows: list[TokenPair], runner: Runner) -> np.
 def rewards(settings: Settings, pairs: list[Pair], runner: Runner) -> np.ndarray:
     """Rewards [N, 2] that the sequence classifier at `path` gives to whole conversations in its own tokens.
 
-    They are kept in the store. Raises UserError if the model is not a reward model, or a conversation is too long for
-    it.
+    Equal conversations are read once, so that rounding gives them equal rewards. They are kept in the store. Raises
+    UserError if the model is not a reward model, or a conversation is too long for it.
     """
     model = external(settings)
     rows = _encode(pairs, model, settings, runner)
 
     def compute() -> list:
         runner.release()
-        sequences = [ids for row in rows for ids in (row.chosen, row.rejected)]
-        return _classify(_load(model, runner), sequences, runner).reshape(-1, 2).tolist()
+        distinct = {ids.tobytes(): ids for row in rows for ids in (row.chosen, row.rejected)}
+        found = _classify(_load(model, runner), list(distinct.values()), runner).tolist()
+        reward = dict(zip(distinct, found, strict=True))
+        return [[reward[ids.tobytes()] for ids in (row.chosen, row.rejected)] for row in rows]
 
     return np.array(runner.store.make_json("score", _determinants(model, rows, runner), compute))
 
@@ -85,17 +86,15 @@ def read_pairs(names: list[str], columns: dict[str, str] | None, max_tokens: int
     Raises UserError as `data.train` does, and for every pair that would be dropped or cut.
     """
     is_local = all(Path(name).suffix.lower() in READERS for name in names)
-    settings = replace(
-        runner.config.data,
+    settings = config.Data(  # of the run's own only the template: its limits and revisions are those of other pairs
         name="local" if is_local else "hub",
         train=names,
-        held_out=[],
         held_out_share=0.0,
         columns=columns or {},
         source_from="row" if "source" in (columns or {}) else "file",
-        on_bad_row="error",
+        template=runner.config.data.template,
+        template_date=runner.config.data.template_date,
         max_tokens=max_tokens,
-        on_long="error",
     )
     pairs = preferences.load(settings).train
     rows, _ = encode(pairs, runner.tokenizer, settings, "evaluation", limit="evaluate.reward_bench.max_tokens")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sdpo.console import tell
 from sdpo.data import prompts as prompt_files
 from sdpo.data.preferences import Pair
 from sdpo.errors import UserError
@@ -90,10 +91,18 @@ def generate(
     """Answers to prompts, which are reported; their lengths; and KL(M_t, S) on answers at temperature 1.
 
     `file` names a file or a data set of the Hub; None stands for the prompts of the held-out pairs, the first
-    `per_source` of each source. Settings that are None are those of the preset. `generate/ended` is the share of
-    answers that stop before `max_new_tokens`. Longer answers, and their KL, are cut off there.
+    `per_source` of each source, without those that have tools, which is told. Settings that are None are those of the
+    preset. `generate/ended` is the share of answers that stop before `max_new_tokens`; longer ones, and their KL, are
+    cut off there. Raises UserError if there is no prompt.
     """
     prompts = prompt_files.read(file) if file else prompt_files.of_pairs(held_out, per_source)
+    if not prompts:
+        raise UserError(
+            f"evaluate=[generate] has no prompt to ask: none of {len(held_out)} held-out pairs is without tools; set "
+            "evaluate.generate.file, or hold pairs out (data.held_out_share)"
+        )
+    if not file and model.key == initial_model.key and (skipped := sum(bool(pair.inputs) for pair in held_out)):
+        tell(f"evaluate=[generate] leaves out {skipped} held-out prompts with tools or settings of the template")
     decoding = choose(preset, temperature, top_p, max_new_tokens, batch_size, seed)
     answers = generation.answers(model, prompts, decoding, runner)
     report(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import compose, random_model, read_lines
+from toys import prepare
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from sdpo import export
@@ -100,6 +101,8 @@ def test_a_share_of_the_prompts_keeps_its_given_pairs(run, on_policy):
     for t, step in enumerate(steps):
         undecided = sum(both is None for both in answers(folder, t + 1))
         assert step["num_pairs"] == whole[t] - undecided
+    none = json.loads((run(*on_policy, "rounds.share=0", name="none") / "summary.json").read_text())["steps"]
+    assert [step["num_pairs"] for step in none] == whole
 
 
 def test_the_best_is_compared_with_the_worst_and_a_tie_is_left_out(monkeypatch):
@@ -107,7 +110,7 @@ def test_the_best_is_compared_with_the_worst_and_a_tie_is_left_out(monkeypatch):
     one = rounds.Round.__new__(rounds.Round)
     one.config = compose("rounds=on_policy_lab")
     pair = Pair("1", "a", ({"role": "user", "content": "?"},), "", "")
-    one.asked, one.inputs = SimpleNamespace(pairs=[pair] * 2), SimpleNamespace(runner=None)
+    one.asked, one.inputs = SimpleNamespace(pairs=[pair] * 2, rows=[None] * 2), SimpleNamespace(runner=None)
     given = [[{"text": str(i)} for i in range(4)], [{"text": "0"}] * 4]
     worth = {"0": 0.0, "1": 3.0, "2": 2.0, "3": 3.0}
     monkeypatch.setattr(one, "_sample", lambda: given, raising=False)
@@ -146,11 +149,18 @@ def test_a_plan_names_the_steps_that_exist_and_those_that_wait_for_answers(toy, 
             "laboratory's reward",
         ),
         (["rounds=on_policy_lab", "reference=external", "reference.path=a"], "does not train on"),
+        (["rounds=on_policy_lab", "rounds.share=0.5", "split.within=score"], "use rounds.share=1 or 0"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(overrides, sentence):
     with pytest.raises(UserError, match=sentence):
         check(compose(*overrides))
+
+
+def test_a_loss_may_read_rewards_where_the_data_have_no_ratings(toy, on_policy, tmp_path):
+    prepare(toy, tmp_path, *on_policy, "loss=odpo")
+    with pytest.raises(UserError, match="loss=odpo needs chosen_rating"):
+        prepare(toy, tmp_path, *on_policy, "loss=odpo", "rounds.share=0.5")
 
 
 def test_a_schedule_over_the_run_needs_pairs_that_are_known(run, on_policy):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,21 @@ def test_a_share_of_items_has_wilson_s_interval_and_a_mean_student_s():
     assert (scores["acc"]["low"], scores["acc"]["high"]) == pytest.approx((share.low, share.high))
     half = 2.776445 * 0.1  # t(.975, 4)
     assert (scores["mc2"]["low"], scores["mc2"]["high"]) == pytest.approx((0.2 - half, 0.2 + half), rel=1e-6)
+
+
+def test_mmlu_is_the_mean_over_subjects_as_on_the_leaderboard(monkeypatch):
+    accuracy = {"mmlu": (0.75, 40), "mmlu_stem": (0.75, 40), "mmlu_anatomy": (0.0, 10), "mmlu_virology": (1.0, 30)}
+    given = {
+        "results": {
+            name: {"sample_len": n, "acc,none": acc, "acc_stderr,none": 0.0} for name, (acc, n) in accuracy.items()
+        },
+        "versions": {"mmlu": 2},
+        "n-shot": {"mmlu": 5},
+        "n-samples": {"mmlu_anatomy": {}, "mmlu_virology": {}},
+    }
+    monkeypatch.setattr(eval_harness, "H4", {"mmlu": (5, "acc")})
+    found = eval_harness._of_leaderboard(given)
+    assert found["h4"]["value"] == found["h4/mmlu"]["value"] == 0.5 and found["h4/mmlu"]["n"] == 40
 
 
 def command_line(model, data, task, place, *options):
@@ -157,7 +173,7 @@ def test_h4_is_the_mean_of_its_four(stories, real_data):
     assert measures["h4"]["value"] == pytest.approx(sum(measure["value"] for measure in four) / 4, rel=1e-15)
     half = math.sqrt(sum((measure["low"] - measure["value"]) ** 2 for measure in four)) / 4
     assert measures["h4"]["low"] == pytest.approx(measures["h4"]["value"] - half, rel=1e-12)
-    assert measures["h4/mmlu"]["version"].startswith("mmlu 2, lm-eval 0.")
+    assert re.fullmatch(r"mmlu 2, lm-eval 0\.\S+, 5 shots, mean over subjects", measures["h4/mmlu"]["version"])
     json.dumps(measures, allow_nan=False)
 
 

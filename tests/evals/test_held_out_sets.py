@@ -62,6 +62,6 @@ def test_each_set_has_its_measures_and_the_headline_stays(run, files):
 
 def test_a_run_with_an_edited_set_is_not_a_finished_one(files):
     settings = config.Config(data=config.Data("local", held_out_sets={"a": [files["one"]]}))
-    before = run_folder._stamp(settings)
+    before = run_folder.stamp(settings)
     write(run_folder.Path(files["one"]), rows(50))
-    assert run_folder._stamp(settings) != before
+    assert run_folder.stamp(settings) != before

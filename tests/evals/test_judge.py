@@ -84,10 +84,11 @@ def test_faults_are_overcome_and_every_verdict_is_right(tmp_path):
     assert sum(line["cost"] > reply * 1.01 for line in lines) == 5  # cut, halved, prose, empty, slow
 
 
-def test_a_judge_without_a_verdict_is_counted(tmp_path):
-    with serving(odd=["mute"]) as server:
+@pytest.mark.parametrize("kind", ["mute", "null"])
+def test_a_judge_without_a_verdict_is_counted(tmp_path, kind):
+    with serving(odd=[kind]) as server:
         (judgement,) = compare(endpoint(server, concurrency=1), ["odd"], tmp_path)
-    assert (judgement.first, judgement.second) == (None, 1.0)
+    assert (judgement.first, judgement.second) == (None, 1.0) and server.requests.total() == 2
     assert pairwise.rates("judge", [judgement], np.zeros(1))["judge/unreadable"]["value"] == 0.5
 
 

@@ -110,7 +110,7 @@ def test_a_run_logs_what_was_found_for_its_models(run, tmp_path):
     folder = run(*settings, "evaluate.results.run=first")
     found = [entry["eval"] for entry in read_lines(folder, "eval")]
     assert [measures["mt_bench/score"]["value"] for measures in found] == [5.0, 6.0]
-    run_folder.finish(config.load(folder / "config.yaml"), folder)
+    run_folder.finish(folder, run_folder.stamp(config.load(folder / "config.yaml")))
     assert [cell.value for cell in tables.arms(folder)["MT-Bench"]] == [5.0, 6.0]  # S and the run's only arm
     with pytest.raises(UserError, match=r"have no model other-M_0, other-M_1, ...; they have first-M_0, first-M_1"):
         run(*settings, "evaluate.results.run=other", name="second")

@@ -1,6 +1,7 @@
 """Accuracy of the implicit reward, by category, against one forward pass per response."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +67,8 @@ def test_accuracy_equals_a_naive_computation(made, pairs, monkeypatch):
     assert values["reward_bench/mean_of_categories"] == pytest.approx((right[:8].mean() + right[8:].mean()) / 2)
     assert values["reward_bench/margin"] == pytest.approx(np.mean(margins), abs=1e-4)
     monkeypatch.setattr(inputs.runner, "load", lambda *_: pytest.fail("a model is run again"))
+    data = replace(inputs.runner.config.data, limit=3, revisions={"a/b": "1"}, held_out_sets={"other": ["none.jsonl"]})
+    monkeypatch.setattr(inputs.runner, "config", replace(inputs.runner.config, data=data))  # these are of other pairs
     again = suites.reward_bench(other, inputs.initial, inputs.runner, pairs=[str(path)], columns=COLUMNS)
     assert again == found
     of_initial = suites.reward_bench(inputs.initial, inputs.initial, inputs.runner, pairs=[str(path)], columns=COLUMNS)

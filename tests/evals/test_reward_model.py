@@ -1,5 +1,7 @@
 """Reward models and base models, against running them on one sequence at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -41,11 +43,17 @@ def test_rewards_are_those_of_one_conversation_at_a_time(made, classifier):
     assert np.ptp(rewards) > 1e-3
 
 
-def test_rewards_are_stored(made, classifier, monkeypatch):
+def test_rewards_are_stored_and_equal_answers_are_read_once(made, classifier, monkeypatch):
     _, inputs = made
     pairs = inputs.train.pairs[:5]
     settings = {"path": str(classifier), "revision": None, "template": "chatml"}
+    read, classify = [], judge._classify
+    monkeypatch.setattr(
+        judge, "_classify", lambda model, given, runner: read.extend(given) or classify(model, given, runner)
+    )
+    pairs = [*pairs, replace(pairs[0], chosen=pairs[1].chosen, rejected=pairs[1].chosen)]  # in the end twice the same
     first = judge.rewards(settings, pairs, inputs.runner)
+    assert len(read) == 11 and first[-1, 0] == first[-1, 1]
     monkeypatch.setattr(judge, "_load", lambda *_: pytest.fail("run again"))
     assert np.array_equal(judge.rewards(settings, pairs, inputs.runner), first)
 

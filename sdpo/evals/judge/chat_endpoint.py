@@ -234,6 +234,8 @@ def _reply(endpoint: Endpoint, turns: Conversation, pool: urllib3.PoolManager) -
             content = response.json()
             choice, used = content["choices"][0], content.get("usage")
             text, logprobs = choice["message"]["content"], choice.get("logprobs")
+            if text is None:  # a refusal, or the tokens were spent on reasoning: a reply without a verdict
+                text = ""
             if not isinstance(text, str):
                 raise TypeError(f"content is {type(text).__name__}")
             cost = endpoint.cost(used["prompt_tokens"], used["completion_tokens"]) if used else endpoint.estimate(turns)
