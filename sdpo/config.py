@@ -59,7 +59,7 @@ class Model:
     device: str = one_of("auto", "cpu", "cuda")  # default of launch.device
     seed: int = at_least(0, 0)  # of the laboratory's S
     lab: LabModel = field(default_factory=LabModel)
-    sft: Optim | None = None  # if set, S is trained first, as step 0
+    sft: Optim | None = None  # how the laboratory's S is trained, as step 0
 
 
 @dataclass

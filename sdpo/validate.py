@@ -54,6 +54,8 @@ def check(config: Config) -> None:
             "probe.file: ZeRO-3 spreads the policy over the ranks, and one rank alone cannot answer with it: "
             "use evaluate=[generate], or another deepspeed stage"
         )
+    if config.model.sft and config.model.name != "lab":
+        raise UserError("model.sft trains the laboratory's S; another model is taken as it is: remove model.sft")
     zero.check_settings(config.deepspeed)
     chunking.bind_score(config.score, chunking.bind_split(config.split))
     _check_rounds(config)
@@ -157,5 +159,9 @@ def _check_rounds(config: Config) -> None:
         raise UserError("rounds.judge=endpoint and the settings of rounds.endpoint go together: rounds=on_policy_judge")
     if rounds.judge == "gold" and config.data.name != "lab":
         raise UserError("rounds.judge=gold is the laboratory's reward; for other data use rounds.judge=reward_model")
+    if config.split.get("within") == "score" and 0 < rounds.share < 1:
+        raise UserError(
+            "split.within=score orders given pairs, which have no place among answers: use rounds.share=1 or 0"
+        )
     if any(configuration.for_step(config, t).reference["name"] == "external" for t in (0, *config.steps)):
         raise UserError("reference=external reads the data's own pairs, which rounds=on_policy does not train on")

@@ -72,6 +72,14 @@ SETTINGS = {
         ["loss=odpo"],
         "loss=odpo needs chosen_rating and rejected_rating, which 3 of 3 training pairs lack, a-",
     ),
+    "no ratings for one step": (
+        ["+steps.2.loss={name: odpo, beta: 0.1, alpha: 1.0}"],
+        "loss=odpo needs chosen_rating and rejected_rating, which 3 of 3 training pairs lack, a-",
+    ),
+    "nobody asks": (
+        ["evaluate=[generate]", "data.held_out_share=0"],
+        "evaluate=[generate] has no prompt to ask: none of 0 held-out pairs is without tools; set",
+    ),
     "moments from S": (
         ["optim.moments=carry", "start=initial"],
         "optim.moments=carry has nothing to carry if a step starts from S: use start=previous",

@@ -5,7 +5,7 @@ import torch
 from conftest import compose
 from omegaconf import OmegaConf
 
-from sdpo import config, distributed
+from sdpo import config, distributed, validate
 from sdpo.errors import UserError
 
 
@@ -76,6 +76,13 @@ def test_a_step_with_another_loss_has_that_loss_s_settings_alone():
     other = {"name": "simpo", "beta": 2.5, "target_margin": 1.2}
     whole = config.from_composed(composed(steps={"1": {"loss": other}, "2": {"loss": {"name": "dpo", "beta": 0.2}}}))
     assert [config.for_step(whole, t).loss for t in (1, 2, 3)] == [other, {"name": "dpo", "beta": 0.2}, whole.loss]
+
+
+def test_only_the_laboratory_s_model_is_trained_first():
+    other = compose("model=local", "model.path=m", "data=local", "data.train=[a.jsonl]")
+    other.model.sft = config.Optim()
+    with pytest.raises(UserError, match="model.sft trains the laboratory's S; another model is taken as it is"):
+        validate.check(other)
 
 
 def test_the_laboratory_chooses_the_cpu_where_there_is_a_gpu(monkeypatch):

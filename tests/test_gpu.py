@@ -38,7 +38,7 @@ for precision in ("fp32", "bf16"):
         engine = open_engine(scorer, config.Optim(lr=1e-3), precision, config.Deepspeed(stage), cuda)
         values = []
         for update in range(3):
-            policy = engine.forward(pack(rows).to(cuda))
+            policy = engine.module(pack(rows).to(cuda))
             loss = torch.nn.functional.softplus((policy.rejected - policy.chosen) / 10).mean()
             values.append(loss.item())
             engine.backward(loss, last=True)

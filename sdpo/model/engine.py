@@ -21,7 +21,6 @@ from sdpo import config, distributed
 from sdpo.errors import UserError
 from sdpo.model.hub import DTYPES, cast
 from sdpo.model.logprobs import Scorer
-from sdpo.model.packing import Pack
 from sdpo.model.parameters import (
     adamw,
     round_parts,
@@ -32,16 +31,16 @@ from sdpo.model.parameters import (
     writers,
 )
 from sdpo.model.zero import Zero
-from sdpo.types import ChosenRejected
 
 
 class Plain:
     """Plain PyTorch: every rank holds the whole model; gradients are summed over ranks once per update.
 
-    `module` runs forward passes: the scorer, or DeepSpeed's wrapper of it. `stage` is the ZeRO stage. `part` says which
-    part of the masters this rank has, of `num_parts`; ranks with the same number have the same part. `sums` have the
-    gradients of the present update: the masters, or tensors on the device that stand for them. If all parameters are
-    frozen there is no `optimizer`, so that memory holds only the weights, and `trains` is False.
+    `module` is the scorer, or DeepSpeed's wrapper of it. It is called with a pack, and with a frozen scorer if one runs
+    beside. `stage` is the ZeRO stage. `part` says which part of the masters this rank has, of `num_parts`; ranks with
+    the same number have the same part. `sums` have the gradients of the present update: the masters, or tensors on the
+    device that stand for them. If all parameters are frozen there is no `optimizer`, so that memory holds only the
+    weights, and `trains` is False.
     """
 
     def __init__(self, scorer: Scorer, optim: config.Optim, precision: str, device: torch.device):
@@ -77,14 +76,6 @@ class Plain:
         """The masters that this rank has. Whoever changes them calls `refresh` afterwards."""
         return list(self.masters.values())
 
-    def forward(self, pack: Pack) -> ChosenRejected:
-        """Log-probs of a pack, with gradients."""
-        return self.scorer(pack)
-
-    def forward_beside(self, pack: Pack, reference: Scorer) -> tuple[ChosenRejected, ChosenRejected]:
-        """Log-probs of a pack and sums of KL(reference || policy) over the tokens of each response, with gradients."""
-        return self.scorer(pack, reference)
-
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradients of one micro-batch; `last` tells that it is the last one of its update."""
         loss.backward()
@@ -92,8 +83,7 @@ class Plain:
     def update(self, lr: float) -> torch.Tensor:
         """Take one optimiser step with the gradients so far; returns their norm before clipping."""
         if distributed.world_size() > 1:
-            for total in self.sums:
-                torch.distributed.all_reduce(total.grad)
+            self._sum_over_ranks()
         norm = nn.utils.clip_grad_norm_(self.sums, self.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -104,6 +94,14 @@ class Plain:
             self.optimizer.zero_grad()
         self.refresh()
         return norm
+
+    def _sum_over_ranks(self) -> None:
+        """Sum the gradients over ranks. What no rank used, such as a vision tower, keeps none."""
+        used = torch.tensor([total.grad is not None for total in self.sums], device=self.sums[0].device)
+        for total, num_ranks in zip(self.sums, distributed.total(used.int()).tolist(), strict=True):
+            if num_ranks:
+                total.grad = torch.zeros_like(total) if total.grad is None else total.grad
+                torch.distributed.all_reduce(total.grad)
 
     def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
         """A copy of the trained weights (of all weights if none is trained): whole, fp32, on the host, by name.

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from sdpo import distributed
@@ -24,6 +25,7 @@ transformers.utils.logging.disable_progress_bar()  # it shows one per shard; we 
 
 WEIGHTS = "*.safetensors"
 WHOLE = "model.safetensors"  # transformers' name of a model's only file
+EXPERTS = ".experts."  # in the names of the weights of a mixture's experts, of which a token reads some
 # The files beside the weights that decide what a model computes and how it is talked to.
 CARRIED = ["config.json", "generation_config.json", "*.py", "*token*.json", "vocab*", "merges.txt", "*.model"]
 CARRIED += ["*.tiktoken", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja"]
@@ -192,20 +194,46 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def save(
-    model: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    stops: list[int] | None = None,
 ) -> None:
-    """Write whole weights (named as in `model.state_dict()`), the configuration with their dtype, and the tokenizer."""
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    model.save_pretrained(folder, state_dict=state, max_shard_size="1TB")  # empties `state`
+    """Write whole weights (named as in `model.state_dict()`), the configuration with their dtype, and the tokenizer.
+
+    The model's persistent buffers, such as the biases by which some routers choose experts, are written as they are.
+    `stops` are the ids at which generation ends, if they are not to stay those of the model.
+    """
+    dtype, chosen = str(next(iter(state.values())).dtype).removeprefix("torch."), model.generation_config
+    for name, buffer in _persistent_buffers(model).items():
+        state.setdefault(name, buffer)
+    model.generation_config = GenerationConfig()  # transformers refuses to write some that are published
+    try:
+        model.save_pretrained(folder, state_dict=state, max_shard_size="1TB")  # empties `state`
+    finally:
+        model.generation_config = chosen
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("dtype") != dtype:  # transformers writes that of the model in memory
         path.write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    written = copy(chosen)
+    written.eos_token_id = stops or chosen.eos_token_id
+    written.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(folder)
 
 
+def _persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor.cpu() for name, tensor in model.state_dict().items() if name not in weights}
+
+
 def save_shares(
-    model: PreTrainedModel, share: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+    model: PreTrainedModel,
+    share: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    stops: list[int] | None = None,
 ) -> None:
     """As `save`, but every rank has a share of the weights, perhaps an empty one, and writes it into a file of its own.
 
@@ -214,11 +242,11 @@ def save_shares(
     ranks = [rank for rank, has_one in enumerate(distributed.gather(bool(share))) if has_one]
     if len(ranks) == 1:
         if share:
-            save(model, share, tokenizer, folder)
+            save(model, share, tokenizer, folder, stops)
         return
     part = folder / (WHOLE if distributed.is_main() else f"part-{distributed.rank()}.safetensors")
     if distributed.is_main():
-        save(model, share, tokenizer, folder)
+        save(model, share, tokenizer, folder, stops)
     elif share:  # transformers' own `save_pretrained` writes nothing here
         save_file(revert_weight_conversion(model, share), part, metadata={"format": "pt"})
     distributed.barrier()  # `save_pretrained` removes files that have the names of parts
@@ -234,21 +262,35 @@ def save_shares(
         (folder / f"{WHOLE}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def count_weights(folder: Path) -> int:
-    """The number of weights in a model's files. Reads only the files' headers."""
-    return sum(math.prod(header.get_shape()) for header in _headers(folder))
+def count_weights(folder: Path, per_token: bool = False) -> int:
+    """The number of weights in a model's files; `per_token` counts only as many experts as a token reads.
+
+    Reads only the files' headers and config.json.
+    """
+    share = 1.0
+    if per_token:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        share = share_of_experts(config.get("text_config", config))
+    return round(sum(math.prod(h.get_shape()) * (share if EXPERTS in name else 1) for name, h in _headers(folder)))
+
+
+def share_of_experts(config: dict[str, Any]) -> float:
+    """The share of a layer's experts that a token reads, by the configuration of a text model; 1 if it does not say."""
+    counts = (config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    num, read = next(filter(None, counts), None), config.get("num_experts_per_tok")
+    return read / num if num and read else 1.0
 
 
 def _dtypes(folder: Path) -> set[str]:
     """The dtypes of a model's files, in safetensors' names. Raises UserError if a file cannot be read."""
     try:
-        return {header.get_dtype() for header in _headers(folder)}
+        return {header.get_dtype() for _, header in _headers(folder)}
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be loaded: its weights are damaged ({error})") from error
 
 
-def _headers(folder: Path) -> Iterator[Any]:
-    """What safetensors knows of each tensor of a model without reading it: shape and dtype."""
+def _headers(folder: Path) -> Iterator[tuple[str, Any]]:
+    """What safetensors knows of each tensor of a model, by name, without reading it: shape and dtype."""
     for path in weight_files(folder):
         with safe_open(path, framework="np") as file:
-            yield from (file.get_slice(name) for name in file.keys())  # noqa: SIM118
+            yield from ((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118

@@ -15,13 +15,11 @@ from sdpo import config, distributed
 from sdpo.errors import UserError
 from sdpo.model.hub import DTYPES, cast
 from sdpo.model.logprobs import Scorer
-from sdpo.model.packing import Pack
 from sdpo.model.parameters import adamw, round_parts, temporarily_add, trained_parameters, writers
-from sdpo.types import ChosenRejected
 
 # Keys of DeepSpeed that are not given in deepspeed.config, and what decides them.
 BATCHES = "optim.pairs_per_update and launch.tokens_per_pack decide it"
-PRECISION = "precision decides it; gradients are summed in fp32"
+PRECISION = "precision decides it; gradients of micro-batches are summed in fp32"
 OPTIMISER = "the optimiser is AdamW, with the settings of optim"
 OFFLOAD = "deepspeed.offload decides it"
 OWNED = {
@@ -95,12 +93,6 @@ class Zero:
         for group in self.optimizer.param_groups:
             group |= {"lr": optim.lr, "betas": tuple(optim.betas), "weight_decay": optim.weight_decay}
         self.zero.clip_grad = optim.clip
-
-    def forward(self, pack: Pack) -> ChosenRejected:
-        return self.module(pack)
-
-    def forward_beside(self, pack: Pack, reference: Scorer) -> tuple[ChosenRejected, ChosenRejected]:
-        return self.module(pack, reference)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.module.set_gradient_accumulation_boundary(last)

@@ -39,7 +39,7 @@ def flops_of_step(spec: StepSpec, windows: Windows) -> float:
     and the probe rows. Windows that a bound ends are not foreseen.
     """
     config, chunk, plan = spec.config, spec.chunk, spec.plan
-    size = count_parameters(config, spec.history[0])
+    size = count_parameters(config, spec.history[0], per_token=True)
     tokens_N = np.array([tokens_of(row) for row in chunk.rows])
     trained = operations_per_weight(config.tune) * size * config.optim.epochs * tokens_N.sum()
     every = config.probe.every
@@ -51,15 +51,18 @@ def flops_of_step(spec: StepSpec, windows: Windows) -> float:
     moved = sum(tokens_N[np.unique(np.concatenate(plan[a:b]))].sum() for a, b in pairwise(begins))
     first = size
     if config.reference["name"] == "external":
-        first = _count_stored(windows.first) or config.reference.get("parameters") or math.nan
+        first = _count_stored(windows.first, per_token=True) or config.reference.get("parameters") or math.nan
     return float(trained + 2 * first * tokens_N.sum() + 2 * size * moved)
 
 
-def count_parameters(config: Config, initial: Artifact) -> float:
-    """The number of weights of S: counted if S exists or can be built, else model.parameters, else nan."""
+def count_parameters(config: Config, initial: Artifact, per_token: bool = False) -> float:
+    """The number of weights of S: counted if S exists or can be built, else model.parameters, else nan.
+
+    `per_token` counts only as many experts as a token reads, if S exists.
+    """
     if config.model.name == "lab" and not initial.reused:
         return _count_built(**asdict(config.model.lab))
-    return _count_stored(initial) or config.model.parameters or math.nan
+    return _count_stored(initial, per_token) or config.model.parameters or math.nan
 
 
 @cache
@@ -77,6 +80,6 @@ def count_reference(config: Config) -> float:
     return _count_stored(here) or rule.get("parameters") or 0
 
 
-def _count_stored(model: Artifact | None) -> int | None:
+def _count_stored(model: Artifact | None, per_token: bool = False) -> int | None:
     """The number of weights of a model; None if it does not exist."""
-    return hub.count_weights(model.folder) if model and any(model.folder.glob(hub.WEIGHTS)) else None
+    return hub.count_weights(model.folder, per_token) if model and any(model.folder.glob(hub.WEIGHTS)) else None

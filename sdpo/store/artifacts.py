@@ -35,6 +35,11 @@ class Artifact(NamedTuple):
     folder: Path
     reused: bool
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether it is in a store under its key. A model from elsewhere is not, even if another run stored it."""
+        return self.folder.name == self.key[:16]
+
 
 def key_of(kind: str, determinants: dict) -> str:
     """Return the SHA-256 (hex) of the canonical JSON of what determines an artifact of this kind."""

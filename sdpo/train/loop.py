@@ -167,8 +167,8 @@ class TrainingLoop:
         data = {name: self._columns(values_N2, batch) for name, values_N2 in columns.items()}
         packed = pack([self.chunk.rows[i] for i in batch]).to(self.device)
         if self.beside is None:
-            return self.engine.forward(packed), data
-        policy, data["divergence"] = self.engine.forward_beside(packed, self.beside)
+            return self.engine.module(packed), data
+        policy, data["divergence"] = self.engine.module(packed, self.beside)
         return policy, data
 
     def _loss(self, policy: ChosenRejected, data: dict[str, ChosenRejected]) -> torch.Tensor:

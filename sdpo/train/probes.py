@@ -73,7 +73,7 @@ class Sampler:
     """Answers fixed prompts with the policy while it trains; greedily, so that no random number is drawn."""
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase):
-        """Read `probe.file`, if they are set. Raises UserError for a file that cannot be read."""
+        """Read `probe.file`, if it is set. Raises UserError for a file that cannot be read."""
         self.settings = config.probe
         self.questions: list[str] = []
         if config.probe.file:

@@ -85,7 +85,7 @@ def _mean(parts: dict[str, tuple[float, Artifact]], runner: Runner) -> Artifact:
 
     def build(folder: Path) -> None:
         if distributed.is_main():
-            loaded = ((coefficient, runner.load_plain(model)) for coefficient, model in parts.values())
+            loaded = ((coefficient, runner.load_verified(model)) for coefficient, model in parts.values())
             coefficient, mean = next(loaded)
             state = {name: coefficient * tensor for name, tensor in mean.state_dict().items()}
             for coefficient, other in loaded:

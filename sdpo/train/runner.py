@@ -104,20 +104,18 @@ class Runner:
         hub.cast(scorer, self.device, hub.DTYPES[self.config.precision])
         return scorer
 
-    def load_plain(self, model: Artifact) -> PreTrainedModel:
-        """The model in fp32 on the CPU, without an engine; the present engine stays as it is."""
-        self.store.join()
-        return hub.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
-
     def _load_as_stored(self, model: Artifact) -> PreTrainedModel:
         """The model for an engine, which casts it."""
         return hub.load(model.folder, self.config.model.trust_remote_code, as_stored=True)
 
     def load_verified(self, model: Artifact) -> PreTrainedModel:
-        """As `load_plain`, but UserError if the folder no longer holds the weights that the key names."""
+        """The model in fp32 on the CPU, without an engine; the present engine stays as it is.
+
+        Raises UserError if the folder no longer holds the weights that the key names.
+        """
         self.store.join()
         verify(model)
-        return self.load_plain(model)
+        return hub.load(model.folder, trust_remote_code=self.config.model.trust_remote_code)
 
     def _start_loading(self, *models: Artifact) -> None:
         self.release()
@@ -181,9 +179,9 @@ class Runner:
         if not self._adapter:
             engine.round_to(dtype)
         model, share = self._merged(engine, folder) if self._adapter else (engine.scorer.model, engine.share(dtype))
-        tokenizer, model.generation_config.eos_token_id = as_trained(self.tokenizer, self.config.data.template)
+        tokenizer, stops = as_trained(self.tokenizer, self.config.data.template)
         share = {name.removeprefix("model."): tensor.detach().to(dtype) for name, tensor in share.items()}
-        hub.save_shares(model, share, tokenizer, folder)
+        hub.save_shares(model, share, tokenizer, folder, stops)
 
     def _merged(self, engine: Engine, folder: Path) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
         """The base with the trained adapter merged into it, and its weights by the scorer's names, all on rank 0."""
@@ -210,7 +208,7 @@ class Runner:
         A model with a tokenizer of its own reads the same texts in its own tokens. Raises UserError if a stored table
         was changed.
         """
-        rows = self._as_read_by(model, rows)
+        rows = self.as_read_by(model, rows)
 
         def build(folder: Path) -> None:
             module, budget = self.load(model).module, scoring_budget(self.config.launch)
@@ -230,12 +228,13 @@ class Runner:
 
     def has_logprobs(self, model: Artifact, rows: list[TokenPair]) -> bool:
         """Whether the store has the log-probs of these rows under this model."""
-        return self.store.holds("logprobs", self._determinants(model, self._as_read_by(model, rows)))
+        return self.store.holds("logprobs", self._determinants(model, self.as_read_by(model, rows)))
 
     def _determinants(self, model: Artifact, rows: list[TokenPair]) -> dict[str, Any]:
         return {"weights": model.key, "rows": content_hash(rows), **self.numerics.of_logprobs()}
 
-    def _as_read_by(self, model: Artifact, rows: list[TokenPair]) -> list[TokenPair]:
+    def as_read_by(self, model: Artifact, rows: list[TokenPair]) -> list[TokenPair]:
+        """The rows in the tokens that the model reads: its own if it is an external reference."""
         foreign = self.foreign.get(model.key)
         return [foreign[row.id] for row in rows] if foreign else rows
 
@@ -254,7 +253,7 @@ class Runner:
 
         Raises UserError, with the row's id, if a log-prob differs from the table by more than rounding explains.
         """
-        rows = self._as_read_by(model, rows)
+        rows = self.as_read_by(model, rows)
         sample = np.random.default_rng(len(rows)).choice(len(rows), min(NUM_AUDITED, len(rows)), replace=False)
         scorer = self.load(model).scorer
         for row, stored in zip([rows[i] for i in sample], logps_N2[sample], strict=True):
@@ -269,7 +268,7 @@ class Runner:
 
 def verify(model: Artifact) -> None:
     """Raise UserError unless the folder still holds the weights that the key names."""
-    if model.folder.name == model.key[:16]:  # an artifact of the store
+    if model.is_stored:
         check(model)
     elif hub.fingerprint(model.folder) != model.key:
         raise UserError(f"{model.folder} has changed since this run began; start again to use the new weights")

@@ -17,7 +17,7 @@ from sdpo.console import tell
 from sdpo.data import preferences as preference_files
 from sdpo.data.pair_table import PairTable
 from sdpo.data.preferences import Pair, Preferences
-from sdpo.data.tokenize import encode
+from sdpo.data.tokenize import content_hash, encode
 from sdpo.errors import UserError
 from sdpo.lab import exam as lab_exam
 from sdpo.lab import model as lab_model
@@ -81,6 +81,8 @@ def prepare(config: Config, store: Store, take: TakeStep = take_step) -> Inputs:
         preferences = preference_files.load(config.data)
     _check_ratings(config, preferences.train)
     (train, held_out, *more), report = _encode(config, runner, preferences)
+    if base.key in runner.foreign:
+        raise UserError(f"reference.path={config.model.path} is S itself: use reference=initial")
     if config.model.name != "lab":
         rows = [row for table in (train, held_out, *more) for row in table.rows]
         limits.check_rows(rows, base.folder, config.model.trust_remote_code)
@@ -121,17 +123,20 @@ def _encode(config: Config, runner: Runner, preferences: Preferences) -> tuple[l
 
 
 def _check_ratings(config: Config, pairs: list[Pair]) -> None:
-    """Raise UserError if the loss reads ratings, and a training pair has none or has some that the loss refuses."""
-    loss = bind(losses, config.loss)
-    if "ratings" not in inputs_of(loss):
-        return
-    if unrated := [pair.id for pair in pairs if None in (pair.chosen_rating, pair.rejected_rating)]:
-        raise UserError(
-            f"loss={config.loss['name']} needs chosen_rating and rejected_rating, which {len(unrated)} of {len(pairs)} "
-            f"training pairs lack, {unrated[0]} among them; choose another loss, or data with ratings"
-        )
-    ratings = ChosenRejected(*torch.tensor([(pair.chosen_rating, pair.rejected_rating) for pair in pairs]).T)
-    loss(*(ratings for _ in inputs_of(loss)))  # raises for ratings that it refuses; the other inputs can be any number
+    """Raise UserError if a loss reads ratings, and a training pair has none or has some that the loss refuses."""
+    if config.rounds.name == "on_policy" and config.rounds.share == 1:
+        return  # the ratings of answers are their rewards
+    for settings in [for_step(config, t).loss for t in (0, *config.steps)]:
+        loss = bind(losses, settings)
+        if "ratings" not in inputs_of(loss):
+            continue
+        if unrated := [pair.id for pair in pairs if None in (pair.chosen_rating, pair.rejected_rating)]:
+            raise UserError(
+                f"loss={settings['name']} needs chosen_rating and rejected_rating, which {len(unrated)} of "
+                f"{len(pairs)} training pairs lack, {unrated[0]} among them; choose another loss, or data with ratings"
+            )
+        ratings = ChosenRejected(*torch.tensor([(pair.chosen_rating, pair.rejected_rating) for pair in pairs]).T)
+        loss(*(ratings for _ in inputs_of(loss)))  # raises for ratings that it refuses; other inputs can be any number
 
 
 def external_references(config: Config) -> list[Settings]:
@@ -154,13 +159,25 @@ def _refuse_truncated(config: Config, *reports: dict) -> None:
 
 
 def _encode_for_external(reference: Settings, config: Config, runner: Runner, pairs: list[Pair]) -> None:
-    """Encode the same texts with an external reference's own tokenizer and template; only sums are compared."""
-    model = external(reference)
+    """Encode the same texts with an external reference's own tokenizer and template; only sums are compared.
+
+    Raises UserError if it cannot read a pair, and if another step reads it with another template.
+    """
+    model, named = external(reference), f"reference.path={reference['path']}"
     tokenizer = hub.load_tokenizer(model.folder)
     longest = max(tokenizer.model_max_length, config.data.max_tokens)
     theirs = replace(config.data, template=reference.get("template"), max_tokens=longest)
-    rows, _ = encode(pairs, tokenizer, replace(theirs, on_long="error", on_bad_row="error"))
+    try:
+        rows, _ = encode(
+            pairs, tokenizer, replace(theirs, on_long="error", on_bad_row="error"), limit="its model_max_length"
+        )
+    except UserError as error:
+        raise UserError(f"{named} cannot read every pair: {error}") from error
+    if lost := [pair.id for pair in pairs if pair.id not in rows]:
+        raise UserError(f"{named}: the responses of pair {lost[0]} are the same tokens there; remove the pair")
     limits.check_rows(rows.values(), model.folder)
+    if content_hash(rows.values()) != content_hash(runner.foreign.get(model.key, rows).values()):
+        raise UserError(f"{named} is read with two templates; give it the same reference.template in every step")
     runner.foreign[model.key] = rows
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from sdpo import distributed
 from sdpo.console import tell
+from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
 from sdpo.metrics import CLOCK
 from sdpo.model.checkpoints.checkpoint import Checkpoint, load_moments, save_moments
@@ -58,6 +59,8 @@ def name_step(spec: StepSpec, runner: Runner) -> NamedStep:
     if spec.reads_divergence:
         _check_stays(spec, windows)
     determinants = step_key.determinants(spec, windows.listed)
+    if windows.first and windows.first.key in runner.foreign:  # its tokens depend on its template
+        determinants["reference_rows"] = content_hash(runner.as_read_by(windows.first, spec.chunk.rows))
     if spec.config.launch.any_ranks:
         determinants = distributed.broadcast(_as_found(determinants, runner.store))
     return NamedStep(key_of("step", determinants), determinants, windows)
@@ -108,6 +111,7 @@ def take_step(spec: StepSpec, runner: Runner, record: Record = lambda entry: Non
     if not trained:
         checkpoint.clear()
         trained.append(_read(model))
+        _keep_asked_samples(trained[0].log["entries"], spec, runner)
         for entry in trained[0].log["entries"]:
             record(entry)
     log, reference_N2 = trained[0]
@@ -129,6 +133,16 @@ def _check_stays(spec: StepSpec, windows: Windows) -> None:
             f"loss={spec.config.loss['name']} reads the reference's whole distribution, and "
             f"reference={spec.config.reference['name']} moves inside the step: use reference=previous or initial"
         )
+
+
+def _keep_asked_samples(entries: list[dict], spec: StepSpec, runner: Runner) -> None:
+    """Remove answers to prompts that this run does not ask while it trains; say so if it lacks those."""
+    asked, every = Sampler(spec.config, runner.tokenizer).questions, spec.config.probe.answers_every
+    for entry in entries:
+        if kept := [answer for answer in entry.pop("samples", ()) if answer["prompt"] in asked]:
+            entry["samples"] = kept
+    if asked and len(entries) >= every and not any("samples" in entry for entry in entries):
+        tell(f"step {spec.t} was trained before, without these prompts of probe.file: it has no answers to them")
 
 
 def _read(model: Artifact) -> Outcome:
@@ -186,15 +200,15 @@ def _prepare(spec: StepSpec, windows: Windows, runner: Runner) -> tuple[Engine, 
         engine, reference, start_N2 = runner.load_to_train(spec), score_reference(), score_start()
     else:
         reference, engine, start_N2 = score_reference(), runner.load_to_train(spec), score_start()
-    if spec.config.optim.moments == "carry":
+    if spec.config.optim.moments == "carry" and spec.start.is_stored:
         runner.store.join()  # the moments are in the start's folder
-    if spec.config.optim.moments == "carry" and (spec.start.folder / "moments-0.safetensors").is_file():
-        load_moments(engine, spec.start.folder)
+        if (spec.start.folder / "moments-0.safetensors").is_file():
+            load_moments(engine, spec.start.folder)
     return engine, reference, start_N2
 
 
 def _score_start(spec: StepSpec, is_reference: bool, runner: Runner) -> np.ndarray:
-    """The start's log-probs [N, 2]: of the whole chunk if the start is the reference, else of the first updateonly."""
+    """The start's log-probs [N, 2]: of the whole chunk if the start is the reference, else of the first update only."""
     rows = spec.chunk.rows
     if is_reference:
         return runner.logprobs(spec.start, rows)

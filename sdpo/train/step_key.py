@@ -45,7 +45,8 @@ class StepSpec:
 
     def _weighted(self, row: TokenPair, weigh: partial) -> TokenPair:
         number = int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8], "little")
-        return row._replace(weights=weigh(len(row.chosen), len(row.rejected), [self.config.seed, number]))
+        seed = [self.config.seed, number, self.t][: 3 if self.t > 1 else 2]  # a pair that comes again is drawn anew
+        return row._replace(weights=weigh(len(row.chosen), len(row.rejected), seed))
 
     @cached_property
     def loss(self) -> partial:

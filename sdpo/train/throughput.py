@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from sdpo import distributed
 from sdpo.config import Config, Settings
+from sdpo.model import hub
 
 # Dense bf16 peak in operations per second (the makers' data sheets), by a part of the device's name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -56,14 +57,17 @@ def peak_memory(device: torch.device) -> int:
 
 
 def multiplied(model: PreTrainedModel) -> int:
-    """The number of weights, without those of adapters, that every token is multiplied with.
+    """The number of weights, without those of adapters, that a token is multiplied with.
 
-    These are all weights but the embedding table, from which rows are only looked up, unless it is the head as well.
+    These are all weights but the embedding table, from which rows are only looked up, unless it is the head as well;
+    of experts, as many count as a token reads.
     """
     table = cast(nn.Embedding, model.get_input_embeddings())
     tied = table.weight is model.get_output_embeddings().weight
-    weights = (param for name, param in model.named_parameters() if ".lora_" not in name)
-    return sum(map(_count, weights)) - (0 if tied else table.num_embeddings * table.embedding_dim)
+    share = hub.share_of_experts(model.config.get_text_config().to_dict())
+    weights = ((name, _count(param)) for name, param in model.named_parameters() if ".lora_" not in name)
+    total = round(sum(num * (share if hub.EXPERTS in name else 1) for name, num in weights))
+    return total - (0 if tied else table.num_embeddings * table.embedding_dim)
 
 
 def _count(param: nn.Parameter) -> int:

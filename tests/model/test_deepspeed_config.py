@@ -77,7 +77,7 @@ def two_updates(stage, given):
     tokens = np.arange(3, 33, dtype=np.int32).reshape(3, 10) + distributed.rank()
     for _ in range(2):
         for last in (False, True):
-            policy = engine.forward(pack([TokenPair("a", *tokens)]))
+            policy = engine.module(pack([TokenPair("a", *tokens)]))
             engine.backward((policy.rejected - policy.chosen).sum(), last)
         engine.update(1e-3)
     used = engine.module._config.zero_config

@@ -1,22 +1,28 @@
 """Two ranks, with and without DeepSpeed ZeRO: same loss curve, and weights that load."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 
+import forked as forked_ranks
 import numpy as np
 import pandas as pd
 import pytest
 import ranks
 import torch
-from conftest import CHECKOUT, compose, read_lines
+from conftest import CHECKOUT, compose, random_model, read_lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sdpo import validate
+from sdpo import config, distributed, validate
 from sdpo.errors import UserError
+from sdpo.model.engine import open_engine
 from sdpo.model.hub import fingerprint_weights
+from sdpo.model.logprobs import Scorer
+from sdpo.model.packing import pack
+from sdpo.types import TokenPair
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,25 @@ def test_two_ranks_at_every_stage_give_the_curve_and_weights_of_one(alone, two_s
         ours, theirs = (AutoModelForCausalLM.from_pretrained(folder / "steps" / t) for folder in (together, alone))
         for name, tensor in ours.state_dict().items():
             torch.testing.assert_close(tensor, theirs.state_dict()[name], atol=2e-4, rtol=0)
+
+
+def update_with_unused_parameters():
+    """The norm of an update, a parameter that no rank uses, and one that only the first rank uses."""
+    model = random_model()
+    model.unused, model.odd = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    settings = config.Optim(weight_decay=0.1)
+    engine = open_engine(Scorer(model, "sdpa"), settings, "fp32", config.Deepspeed(), torch.device("cpu"))
+    policy = engine.module(pack([TokenPair("a", *np.arange(3, 33, dtype=np.int32).reshape(3, 10))]))
+    loss = (policy.rejected - policy.chosen).sum()
+    engine.backward(loss + model.odd.sum() if distributed.is_main() else loss, last=True)
+    return engine.update(0.1).item(), model.unused.tolist(), model.odd.tolist()
+
+
+def test_parameters_that_no_rank_uses_stay_as_they_are():
+    first, second = forked_ranks.on_ranks(2, update_with_unused_parameters)
+    norm, unused, odd = first
+    assert first == second and math.isfinite(norm)
+    assert unused == [1.0, 1.0] and odd == pytest.approx([0.89, 0.89], abs=1e-4)  # 1 - .1 (decay .1 and a step of 1)
 
 
 def test_stage_1_is_refused_in_bf16_where_its_gradients_are_whole_and_fp32():

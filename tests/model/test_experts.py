@@ -14,6 +14,7 @@ from test_adapters import ALPHA, LORA, RANK, Chain, as_peft_reads_it, check_adap
 from sdpo.errors import UserError
 from sdpo.model import hub
 from sdpo.model.logprobs import naive_logprobs
+from sdpo.train import throughput
 
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 MODELS = {"mixtral": {}, "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}}
@@ -38,6 +39,15 @@ def experts(model):
     """The stacked weights of a step's model, by name."""
     state = hub.load(model.folder).state_dict()
     return {name: tensor for name, tensor in state.items() if name.endswith(EXPERTS)}
+
+
+def test_a_token_is_multiplied_with_two_of_four_experts(toy, tmp_path):
+    model_path(toy, tmp_path / "model")
+    model = hub.load(tmp_path / "model")
+    of_experts = sum(param.numel() for name, param in model.named_parameters() if name.endswith(EXPERTS))
+    counted = hub.count_weights(tmp_path / "model") - of_experts // 2
+    assert hub.count_weights(tmp_path / "model", per_token=True) == counted
+    assert throughput.multiplied(model) == counted - model.get_input_embeddings().weight.numel()
 
 
 @pytest.mark.parametrize("name", ["merge", "stack"])

@@ -64,6 +64,17 @@ def test_weights_that_the_architecture_has_no_place_for_are_named(folder):
         hub.load(folder)
 
 
+def test_buffers_that_choose_experts_are_saved_as_they_are(tmp_path):
+    """transformers keeps the bias of this router as a buffer, which no optimiser sees; without it loads zeros."""
+    sizes = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = random_model("glm4_moe", **sizes, n_group=1, topk_group=1, first_k_dense_replace=1)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    model.get_buffer(name).copy_(torch.tensor([0.0, 3.0, 0.1, 0.0]))
+    weights = {key: param.detach().bfloat16() for key, param in model.named_parameters()}
+    hub.save(model, weights, byte_tokenizer(), tmp_path)
+    assert torch.equal(hub.load(tmp_path).get_buffer(name), model.get_buffer(name))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("in_memory", ["float32", "bfloat16"])
 def test_the_saved_configuration_names_the_dtype_of_the_files(tmp_path, dtype, in_memory):

@@ -115,6 +115,7 @@ def test_the_key_names_kernels_that_are_not_pytorchs(monkeypatch):
 @pytest.mark.filterwarnings("ignore:::torch")  # the compiler's own warnings
 def test_graphs_are_compiled_for_the_first_pack_only(architecture, monkeypatch):
     """The first pack has as many tokens as the hidden size; others as the head's size, or as there are heads."""
+    torch._dynamo.reset()  # tests before this one may have compiled as often as it allows
     graphs = []
 
     def count(graph, _inputs):

@@ -31,7 +31,7 @@ def go_on(stage, folder, before):
     if before:
         assert checkpoint.restore(engine)
     loaded = engine.weights(everywhere=True)
-    policy = engine.forward(pack([TokenPair("a", *TOKENS)]))
+    policy = engine.module(pack([TokenPair("a", *TOKENS)]))
     engine.backward((policy.rejected - policy.chosen).sum() / distributed.world_size(), last=True)
     engine.update(1e-3 * 2**before)
     checkpoint.save(engine, Saved({"any": torch.zeros(1)}, {"entries": [None] * (before + 1)}))

@@ -50,7 +50,7 @@ def losses(states, num_updates=8, lr=1e-3):
     engine = open_engine(Scorer(model, "sdpa"), Optim(states=states), "fp32", Deepspeed(), CPU)
     tokens, first, found = np.arange(3, 63, dtype=np.int32), None, []
     for _ in range(num_updates):
-        policy = engine.forward(pack([TokenPair("a", tokens[:10], tokens[10:35], tokens[35:])]))
+        policy = engine.module(pack([TokenPair("a", tokens[:10], tokens[10:35], tokens[35:])]))
         gamma = policy.chosen - policy.rejected
         first = gamma.detach() if first is None else first
         loss = -torch.nn.functional.logsigmoid(gamma - first).sum()
@@ -81,7 +81,7 @@ def test_on_the_host_no_master_has_a_gradient_and_the_device_has_no_master():
     assert sum(total.untyped_storage().nbytes() for total in engine.sums) == 4 * len(engine.params)
     assert sum(one.numel() for one in parameters.growth(engine.optimizer, engine.sums)) == 3 * size
     engine.backward(
-        engine.forward(pack([TokenPair("a", *np.arange(3, 33, dtype=np.int32).reshape(3, 10))])).chosen.sum(), True
+        engine.module(pack([TokenPair("a", *np.arange(3, 33, dtype=np.int32).reshape(3, 10))])).chosen.sum(), True
     )
     engine.update(1e-3)
     assert all(tensor.grad is None for tensor in [*engine.sums, *engine.parts, *engine.params.values()])

@@ -36,7 +36,7 @@ def four_steps():
             scorer = Scorer(model, "sdpa")
             opened = engine.open_engine(scorer, config.Optim(), "fp32", settings, CPU)
             for _ in range(2):
-                policy = opened.forward(pack([PAIR]))
+                policy = opened.module(pack([PAIR]))
                 opened.backward(policy.rejected.sum() - policy.chosen.sum(), last=True)
                 opened.update(1e-4)
                 score(opened.module, [PAIR], 8192)

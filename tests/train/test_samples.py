@@ -61,6 +61,16 @@ def test_w_and_b_has_a_table_of_all_samples_so_far_and_a_found_step_repeats_its_
     assert rows == [2, 4, 6]
 
 
+def test_a_found_step_has_no_answers_to_prompts_that_were_not_asked(run, asked, tmp_path, capsys):
+    run(*QUICK, *asked, name="first")
+    other = tmp_path / "other.txt"
+    other.write_text("Say c.")
+    for named in ([f"probe.file={other}", "probe.answers_every=3"], []):
+        found = read_lines(run(*QUICK, *named, name=f"with {len(named)}"), "train")
+        assert len(found) == 9 and not any("samples" in entry for entry in found)
+        assert capsys.readouterr().err.count("without these prompts of probe.file") == (3 if named else 0)
+
+
 def test_a_file_that_cannot_be_read_is_named(run, tmp_path):
     with pytest.raises(UserError, match="nowhere.txt: cannot be read"):
         run(*QUICK, f"probe.file={tmp_path / 'nowhere.txt'}")

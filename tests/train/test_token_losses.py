@@ -50,16 +50,16 @@ def test_policy_and_reference_are_weighted_sums_of_the_same_tokens(run, toy, tmp
             assert found == pytest.approx(weighted_sum(model, row, response, weights), abs=1e-3)
 
 
-def test_sampo_draws_once_per_pair_and_seed(toy, tmp_path):
+def test_sampo_draws_once_per_pair_step_and_seed(toy, tmp_path):
     settings, inputs = prepare(toy, tmp_path, "loss=sampo")
 
-    def weights(seed):
+    def weights(seed, t=1):
         chunk = inputs.chunk(np.arange(6))
-        spec = StepSpec(1, compose("loss=sampo", f"seed={seed}"), inputs.initial, [inputs.initial], chunk)
+        spec = StepSpec(t, compose("loss=sampo", f"seed={seed}"), inputs.initial, [inputs.initial], chunk)
         return [np.concatenate(row.weights).tolist() for row in spec.chunk.rows], spec
 
-    (first, spec), (again, _), (other, _) = weights(0), weights(0), weights(1)
-    assert first == again != other
+    (first, spec), (again, _), (other, _), (second, _) = weights(0), weights(0), weights(1), weights(0, t=2)
+    assert first == again and other != first != second
     for row in spec.chunk.rows:
         shorter = min(len(row.chosen), len(row.rejected))
         assert [part.sum() for part in row.weights] == [shorter, shorter]

@@ -52,11 +52,11 @@ class AdapterSpec(NamedTuple):
 def spec_for(adapter: Adapter, start: Artifact, history: list[Artifact]) -> AdapterSpec:
     """The specification of the adapter of a step from `start`; `history` holds M_0 .. M_{t-1}.
 
-    With `stack`, a start whose own base belongs to another run is a base itself.
+    With `stack`, a start whose own base belongs to another run is a base itself; so is S from elsewhere, whatever lies
+    beside its weights, because its key does not say so.
     """
     lineage = start.folder / FOLDER / LINEAGE
-    is_made_here = (start.folder / "manifest.json").is_file()  # S from elsewhere is not, even if it has an adapter
-    if not is_made_here or not lineage.is_file():
+    if not start.is_stored or not lineage.is_file():
         return AdapterSpec(adapter, start, start, 0)
     kept = json.loads(lineage.read_text())
     if adapter.between == "merge":
