@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--push", metavar="NAME", help="then upload the folder to this repository of the Hub")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="instead write the step's pairs as a parquet file")
     options = parser.parse_args(arguments)
-    t = options.step or len(model_card.read(options.run).manifest["steps"])
+    t = len(model_card.read(options.run).manifest["steps"]) if options.step is None else options.step
     if options.pairs:
         print(export_pairs(options.run, t, options.pairs))
         return

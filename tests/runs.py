@@ -59,7 +59,7 @@ def real_sweep() -> Path:
         patch.setenv("SDPO_STORE", str(place / "store"))
         for run in made:
             stepwise.run(run.config, run.folder)
-            run_folder.finish(run.config, run.folder)
+            run_folder.finish(run.folder, run_folder.stamp(run.config))
     return folder
 
 
@@ -252,4 +252,4 @@ def _finish(folder, seed, answers):
     if not answers:
         del settings.evaluate["generate"]
     (folder / "config.yaml").write_text(config.to_yaml(settings))
-    run_folder.finish(settings, folder)
+    run_folder.finish(folder, run_folder.stamp(settings))

@@ -34,14 +34,14 @@ def test_what_no_run_needs_is_listed_and_then_removed(finished, tmp_path):
     folder, store = finished
     whole, kept = inventory.list_entries(store, []), keys_of(folder)
     assert len(steps_of(store)) == 5 and all(key[:16] in whole for key in kept)
-    said = inventory.prune(store, [tmp_path / "run"], "all", abandon=False, remove=False)
+    said = inventory.prune(store, [tmp_path / "run"], "all", abandon=False, confirmed=False)
     assert "can be removed: add --yes" in said and inventory.list_entries(store, []) == whole
     named = {line.split()[1] for line in inventory.list_entries(store, [folder]).splitlines() if line.endswith(" run")}
     assert {key[:16] for key in kept} <= named and not named & {key[:16] for key in steps_of(store) - set(kept)}
-    inventory.prune(store, [tmp_path / "run"], "all", abandon=False, remove=True)
+    inventory.prune(store, [tmp_path / "run"], "all", abandon=False, confirmed=True)
     assert steps_of(store) == set(kept)
     # Nothing that the run's models were measured with is lost.
-    again = inventory.prune(store, [tmp_path / "run"], "all", abandon=False, remove=False)
+    again = inventory.prune(store, [tmp_path / "run"], "all", abandon=False, confirmed=False)
     assert again == "0.00 MB can be removed: add --yes"
     inventory.verify(store)
 
@@ -50,7 +50,7 @@ def test_what_no_run_needs_is_listed_and_then_removed(finished, tmp_path):
 def test_a_run_can_keep_some_of_its_models(finished, tmp_path, keep, left):
     folder, store = finished
     keys = keys_of(folder)
-    inventory.prune(store, [tmp_path], keep, abandon=False, remove=True)
+    inventory.prune(store, [tmp_path], keep, abandon=False, confirmed=True)
     assert steps_of(store) == {keys[t - 1] for t in left}
     assert sorted(int(link.name) for link in folder.glob("steps/*")) == left
     inventory.verify(store)
@@ -60,9 +60,9 @@ def test_a_run_that_is_not_finished_is_not_robbed(finished, tmp_path):
     folder, store = finished
     (folder / "done").unlink()
     with pytest.raises(UserError, match="run is not finished: finish it, or add --abandon"):
-        inventory.prune(store, [tmp_path], "all", abandon=False, remove=True)
+        inventory.prune(store, [tmp_path], "all", abandon=False, confirmed=True)
     with pytest.raises(UserError, match="no run folder in .*store"):
-        inventory.prune(store, [store.root], "all", abandon=True, remove=True)
+        inventory.prune(store, [store.root], "all", abandon=True, confirmed=True)
     assert len(steps_of(store)) == 5
 
 

@@ -31,7 +31,7 @@ def sweep(tmp_path_factory):
             chosen = {"reference": settings.reference["name"], "loss": "dpo"}
             run_folder.Run(settings, folder / arm, chosen, arm, sweep="walk").prepare()
             stepwise.run(settings, folder / arm)
-            run_folder.finish(settings, folder / arm)
+            run_folder.finish(folder / arm, run_folder.stamp(settings))
     sweep = {
         "name": "walk",
         "command": ["train.py"],

@@ -149,7 +149,7 @@ def train(settings, folder):
         patch.setattr(Store, "make", listening)
         run_folder.Run(settings, folder, choices={"split": "x"}, arm="pinned").prepare()
         stepwise.run(settings, folder)
-        run_folder.finish(settings, folder)
+        run_folder.finish(folder, run_folder.stamp(settings))
     return asked
 
 

@@ -41,7 +41,7 @@ def trained(request, sources, real_model, tmp_path_factory):
         patch.setenv("SDPO_STORE", str(folder.parent / "store"))
         run_folder.Run(config, folder, choices={}, arm=request.param).prepare()
         stepwise.run(config, folder)
-        run_folder.finish(config, folder)
+        run_folder.finish(folder, run_folder.stamp(config))
     return folder
 
 

@@ -68,12 +68,12 @@ def execute(todo: list[Run], folder: Path, slurm: Settings, bar: tqdm) -> None:
             submitit.SlurmJob.watcher.clear()  # which takes a job that is requeued for one that has ended
     except KeyboardInterrupt:
         for _, job in jobs:
-            job.cancel()
+            job.cancel(check=False)  # SLURM refuses for a job that has ended
         raise
 
 
 def submit(todo: list[Run], folder: Path, slurm: Settings) -> list[tuple[Run, submitit.Job]]:
-    """Each run with its job: one that still executes it, or a new one. The ids of all jobs are kept in jobs.json.
+    """Each run with its job: one that still executes it, or a new one. The ids of jobs are kept in jobs.json, at once.
 
     `slurm` are submitit's parameters; what they leave open follows from `launch`.
     """
@@ -97,8 +97,10 @@ def submit(todo: list[Run], folder: Path, slurm: Settings) -> list[tuple[Run, su
         for parameters, runs in new.items():
             executor.update_parameters(**json.loads(parameters))
             with executor.batch():
-                jobs += [(one, executor.submit(Execution(one.folder))) for one in runs]
-    write_json(listed, known | {one.folder.name: job.job_id for one, job in jobs})
+                submitted = [(one, executor.submit(Execution(one.folder))) for one in runs]
+            jobs += submitted
+            known |= {one.folder.name: job.job_id for one, job in submitted}
+            write_json(listed, known)
     return jobs
 
 

@@ -75,8 +75,10 @@ def execute(todo: list[Run], n: int | str, bar: Progress) -> None:
 
 def _in_turn(todo: list[Run], places: list[Place]) -> list[Turn]:
     """The runs in the order in which they start. They are planned if some wait for others, or share a GPU by need."""
+    if len(todo) <= len(places):
+        return [Turn(run, Need(alone=True)) for run in todo]
     by_need = any(place.memory < inf for place in places)
-    if sum(place.most for place in places) >= len(todo) and not (by_need and len(todo) > len(places)):
+    if sum(place.most for place in places) >= len(todo) and not by_need:
         return [Turn(run, Need()) for run in todo]
     turns = by_first_missing_step(todo)
     return turns if by_need else [turn._replace(need=Need()) for turn in turns]

@@ -153,7 +153,7 @@ def main(arguments: list[str]) -> None:
     if not (given.config.is_file() and (folder / "manifest.json").is_file()):
         raise UserError(f"{folder} is no prepared run: `python train.py launch.nodes=2 ...` or a sweep prepares one")
     config = configuration.load(given.config)
-    if "RANK" in os.environ:
+    if rank.PARENT in os.environ:
         rank.main(config, folder)
     else:
         nodes = Nodes(given.node, given.of, given.at) if given.of else of_slurm(config.launch)

@@ -20,6 +20,7 @@ from sdpo.run.provenance import num_cores, query_gpus
 MOST_SHARING = 8  # runs on one GPU
 FILLS = 1e9  # weights from which a model alone keeps a GPU busy
 USABLE = 0.9  # of the free memory of a GPU; the rest is for fragments
+NO_GPU = ("", "-1", "NoDevFiles")  # what CUDA_VISIBLE_DEVICES says where there is none
 OVERHEAD = 3 * GB  # of a run: CUDA's context, the head's tiles, workspaces
 # Small models are deeper and narrower than the plan takes them to be. SmolLM2-135M has 30 layers of width 576 and not 9
 # of 1129, and keeps 1.6 times the activations.
@@ -78,7 +79,7 @@ def places_for(todo: list[Run], n: int | str) -> list[Place]:
 
 def need(config: Config, size: Size) -> Need:
     """What a run needs of each of its GPUs. A run of several ranks, or whose size is not known, is alone there."""
-    pack = config.launch.tokens_per_pack or TRAINED["cuda"]
+    pack = config.launch.tokens_per_pack or TRAINED["cpu"]  # as sdpo.model.memory has it for runs that share a GPU
     activations = DEPTH * size.activations(pack, config.launch.recompute_activations)
     memory = size.per_gpu(config.deepspeed.stage) + activations + OVERHEAD
     return Need(memory, alone=not (memory < inf and size.weights < FILLS and size.ranks == 1))
@@ -87,7 +88,7 @@ def need(config: Config, size: Size) -> Need:
 def _gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return query_gpus("index") if visible is None else [gpu for gpu in visible.split(",") if gpu]
+    return query_gpus("index") if visible is None else [gpu for gpu in visible.split(",") if gpu not in NO_GPU]
 
 
 def _free_memory(gpus: str) -> float:

@@ -70,9 +70,10 @@ def execute(config: Config, folder: Path) -> None:
     _join_process_group(config.launch, with_deepspeed=config.deepspeed.stage is not None)
     try:
         with _lost_rank_as_user_error(config.launch):
+            stamp = run_folder.stamp(config)  # of the files that the run is about to read
             stepwise.run(config, folder)
         if is_main():
-            run_folder.finish(config, folder)
+            run_folder.finish(folder, stamp)
     except Exception as error:
         run_folder.fail(folder, error)  # before the group ends: the other ranks will only report a lost connection
         raise

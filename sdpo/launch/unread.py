@@ -67,6 +67,10 @@ def _reads_sets(job: DictConfig) -> bool:
     return job.data.name != "lab" and "preference" in job.evaluate
 
 
+def _reads_held_out(job: DictConfig) -> bool:
+    return bool(job.data.held_out or job.data.held_out_sets)
+
+
 def _reads_score(job: DictConfig) -> bool:
     from sdpo.curriculum import chunking  # here, because it imports numpy and torch, which take seconds
 
@@ -78,7 +82,7 @@ READERS = {
     "T": (_reads_t, "set split.num_chunks (or split.num), or choose an arm that reads T, as easy_to_hard does"),
     "data.limit": (lambda job: job.data.name != "lab", "the laboratory has data.lab.sources.NAME.num_pairs"),
     "data.held_out_sets": (_reads_sets, "add preference to evaluate, and use data=local or data=hub"),
-    "data.held_out_limit": (lambda job: bool(job.data.held_out), "name held-out data, or set data.held_out_share"),
+    "data.held_out_limit": (_reads_held_out, "name held-out data, or set data.held_out_share"),
     "probe.answers_every": (lambda job: job.probe.file, "probe.file names the prompts that are answered"),
     "probe.max_new_tokens": (lambda job: job.probe.file, "probe.file names the prompts that are answered"),
     "score": (_reads_score, "leave score out, or choose split=easy_to_hard, split.keep below 1 or split.within=score"),

@@ -22,6 +22,8 @@ from sdpo.store.artifacts import try_lock
 
 LOCK = ".lock"  # a file in the run folder, locked by the process that executes the run
 OF_REFUSED = {LOCK, "config.yaml", "manifest.json", "metrics.jsonl", "error.txt", "wandb"}  # what a refused run leaves
+# Settings that name files or folders.
+INPUTS = ("path", "train", "held_out", "local", "file", "files", "pairs", "protocol", "references", "opponent")
 NAMED_AXES = ("model", "arm", "split", "reference", "loss")  # their options form the name of a run folder
 
 
@@ -80,7 +82,7 @@ class Run(NamedTuple):
     def finished(self) -> bool:
         """Whether the run ended with the present settings, numerics and input files, and all its models still exist."""
         done, steps = self.folder / "done", self.folder.glob("steps/*")
-        return done.is_file() and done.read_text() == _stamp(self.config) and all(step.exists() for step in steps)
+        return done.is_file() and done.read_text() == stamp(self.config) and all(step.exists() for step in steps)
 
     @property
     def error(self) -> str | None:
@@ -122,41 +124,45 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def finish(config: Config, folder: Path) -> None:
-    """Mark the folder as holding the finished run of this configuration."""
-    (folder / "done").write_text(_stamp(config))
+def finish(folder: Path, stamp_at_start: str) -> None:
+    """Mark the folder as holding the finished run of what was stamped when it began."""
+    (folder / "done").write_text(stamp_at_start)
 
 
 def fail(folder: Path, error: BaseException) -> None:
     """Write an error's sentence and traceback to error.txt. Only the first of several ranks to fail writes it."""
     known = error if isinstance(error, UserError) else of_disk(error)
     sentence = one_line(known) if known else f"{type(error).__name__}: {one_line(error)}"
-    with suppress(FileExistsError), (folder / "error.txt").open("x") as file:
+    with suppress(OSError), (folder / "error.txt").open("x") as file:  # it exists, or the disk is full
         file.write(f"{sentence}\n\n{''.join(traceback.format_exception(error))}")
 
 
 def failure(folder: Path) -> str | None:
     """The sentence of the error that ended the run; None if no error did."""
     path = folder / "error.txt"
-    return path.read_text().splitlines()[0] if path.is_file() else None
+    if not path.is_file():
+        return None
+    lines = path.read_text().splitlines()
+    return lines[0] if lines else "it failed, and why could not be written: the disk may be full"
 
 
-def _stamp(config: Config) -> str:
+def stamp(config: Config) -> str:
     """Hash of the settings, the numerics version, and the size and modification time of every input file."""
-    files = [file for path in _paths(asdict(config)) for file in (path.iterdir() if path.is_dir() else [path])]
+    files = [file for path in _paths(asdict(config)) for file in (path.rglob("*") if path.is_dir() else [path])]
     states = sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
     return _hash(repr((configuration.to_yaml(config), store.NUMERICS_VERSION, states)))
 
 
 def _paths(settings: dict) -> Iterator[Path]:
-    """Every file and folder that the settings name."""
+    """Every file and folder that the settings name, without the split that may follow a folder."""
     for key, value in settings.items():
         if key == "held_out_sets":
-            yield from (Path(name) for names in value.values() for name in names)
+            yield from (path for names in value.values() for path in _paths({"held_out": names}))
         elif isinstance(value, dict):
             yield from _paths(value)
-        elif key in ("path", "train", "held_out", "local", "file") and value:
-            yield from map(Path, [value] if isinstance(value, str) else value)
+        elif key in INPUTS and value:
+            for name in [value] if isinstance(value, str) else value:
+                yield Path(name) if Path(name).exists() else Path(name.rpartition(":")[0] or name)
 
 
 def _choices(hydra: DictConfig) -> dict[str, str]:

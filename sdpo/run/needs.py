@@ -8,6 +8,7 @@ a scale. Activations follow from the tokens of a micro-batch, which are halved u
 
 import math
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ STAGES = {"off": None, "zero1": 1, "zero2": 2, "zero3": 3}
 STATES = ("fp32", "host", "8bit")  # in the order in which auto tries them: the first two are exact
 SHARE = 0.95  # of a GPU's memory that can be planned; the rest is for CUDA, its libraries and fragments
 LAYER, INPUTS = 42, 2  # bytes of activations per token and unit of width in a layer, and of those that are its inputs
+OWN_GROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 HEAD = 2 * GB  # logits of the smallest tile and what the head keeps for them, assumed
 
 
@@ -45,6 +47,7 @@ class Size(NamedTuple):
     quantized: bool
     offload: bool
     states: str
+    carries: bool  # whether every finished step keeps its moments
     pair: int  # tokens of the longest pair
     pack: int  # tokens of a micro-batch
     recompute: bool
@@ -65,6 +68,7 @@ class Size(NamedTuple):
             quantized=tune.get("quantize", "none") != "none",
             offload=config.deepspeed.offload,
             states=config.optim.states,
+            carries=config.optim.moments == "carry",
             pair=2 * config.data.max_tokens,
             pack=launch.tokens_per_pack or TRAINED["cpu" if launch.device == "cpu" else "cuda"],
             recompute=launch.recompute_activations,
@@ -151,18 +155,24 @@ class Size(NamedTuple):
 
     @property
     def step_on_disk(self) -> float:
-        """The bytes of a finished step: its weights, whole and in `save_dtype`."""
-        return (2 if self.save_dtype == "bf16" else 4) * self.weights
+        """The bytes of a finished step: its weights, whole and in `save_dtype`; moments that are carried, 8 A."""
+        return self._saved + (8 * self._trained if self.carries else 0)
 
     @property
     def checkpoint(self) -> float:
-        """The bytes of the checkpoints of a step: masters and moments, 12 A (6 A in 8 bits); for a moment two."""
-        return 2 * (6 if self.states == "8bit" else 12) * self._trained
+        """The bytes of the checkpoints of a step: masters and moments, 12 A (6 A in 8 bits). Two stay, and for a moment
+        there are three.
+        """
+        return 3 * (6 if self.states == "8bit" else 12) * self._trained
 
     @property
     def fixed_seconds(self) -> float:
         """Seconds of every step: the start is read twice, hashed and loaded; M_t is written and hashed."""
-        return 4 * self.step_on_disk / DISK
+        return 4 * self._saved / DISK
+
+    @property
+    def _saved(self) -> float:
+        return (2 if self.save_dtype == "bf16" else 4) * self.weights
 
     @property
     def _trained(self) -> float:
@@ -228,8 +238,19 @@ def sentence(size: Size, states: str, limit: float) -> str:
 
 
 def host_memory() -> float:
-    """The bytes of memory of this machine, or of the control group that bounds it."""
+    """The bytes of memory of this machine, or of the control groups that bound this process, such as a job's."""
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with suppress(OSError, ValueError):  # there is no such file, or it says "max"
-        memory = min(memory, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    for bound in _bounds():
+        with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            memory = min(memory, float(bound.read_text()))
     return memory
+
+
+def _bounds() -> Iterator[Path]:
+    """The files that say how much this process's control group, and every one above it, may use."""
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):  # version 2, or 1
+            root, name = (CGROUPS / controllers, "memory.limit_in_bytes" if controllers else "memory.max")
+            group = root / path.lstrip("/")
+            yield from (folder / name for folder in (group, *group.parents) if folder.is_relative_to(root))

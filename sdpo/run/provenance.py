@@ -33,18 +33,19 @@ def _versions() -> dict[str, str | None]:
 
 def _git() -> dict[str, str | bool | None]:
     """The commit, whether the checkout differs from it, and a hash of the diff of the tracked files."""
-    if not (CHECKOUT / ".git").exists() or not shutil.which("git"):
-        return {"commit": None, "dirty": None, "diff": None}
 
     def git(*arguments: str) -> bytes:
         return subprocess.run(["git", "-C", CHECKOUT, *arguments], check=True, capture_output=True).stdout
 
-    diff = git("diff", "--binary", "HEAD")
-    return {
-        "commit": git("rev-parse", "HEAD").decode().strip(),
-        "dirty": bool(git("status", "--porcelain")),
-        "diff": hashlib.sha256(diff).hexdigest() if diff else None,
-    }
+    unknown: dict[str, str | bool | None] = {"commit": None, "dirty": None, "diff": None}
+    if not (CHECKOUT / ".git").exists() or not shutil.which("git"):
+        return unknown
+    try:
+        commit, diff = git("rev-parse", "HEAD").decode().strip(), git("diff", "--binary", "HEAD")
+        is_dirty = bool(git("status", "--porcelain"))
+    except subprocess.CalledProcessError:  # nothing is committed, or another user owns the checkout
+        return unknown
+    return {"commit": commit, "dirty": is_dirty, "diff": hashlib.sha256(diff).hexdigest() if diff else None}
 
 
 def _machine() -> dict[str, Any]:
@@ -65,7 +66,7 @@ def _cpu() -> str:
 
 def num_cores() -> int:
     """The number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def query_gpus(field: str) -> list[str]:
@@ -73,4 +74,5 @@ def query_gpus(field: str) -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    answer = subprocess.run(query, capture_output=True, text=True)
+    return [] if answer.returncode else answer.stdout.splitlines()  # without a driver it prints a sentence

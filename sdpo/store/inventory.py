@@ -5,7 +5,6 @@ Everything is read from manifests as JSON; no model is loaded.
 
 import json
 import re
-import shutil
 import time
 from argparse import ArgumentParser
 from collections import Counter, defaultdict
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from sdpo.console import columns
 from sdpo.errors import UserError
 from sdpo.store.artifacts import Artifact, Store, damaged, is_current, manifest_of
+from sdpo.store.publishing import remove
 
 KEY = re.compile(r"\b[0-9a-f]{64}\b")
 DAY = 24 * 3600  # seconds after which what a process left unfinished counts as abandoned
@@ -124,8 +124,8 @@ def verify(store: Store) -> str:
     return f"{len(stored)} artifacts are what was stored{unread}"
 
 
-def prune(store: Store, folders: list[Path], keep: str, abandon: bool, remove: bool) -> str:
-    """List what no run in `folders` needs, and remove it if `remove` is set, with the links of runs to it.
+def prune(store: Store, folders: list[Path], keep: str, abandon: bool, confirmed: bool) -> str:
+    """List what no run in `folders` needs, and remove it if that is `confirmed`, with the links of runs to it.
 
     Raises UserError if a run is not finished, whose needs nobody knows, unless `abandon` is set.
     """
@@ -137,15 +137,15 @@ def prune(store: Store, folders: list[Path], keep: str, abandon: bool, remove: b
     stored = entries(store)
     wanted = needed(stored, finished, keep)
     surplus = [one for one in stored if one.key not in wanted] + leftovers(store)
-    if remove:
+    if confirmed:
         for one in surplus:
-            shutil.rmtree(one.folder)
+            remove(one.folder)
         for link in (link for run in runs for link in run.glob("steps/*")):
             if not link.exists():
                 link.unlink()
     lines = [f"{one.folder}  {_text(one.size)}" for one in surplus]
     total = _text(sum(one.size for one in surplus))
-    return "\n".join([*lines, f"{total} {'removed' if remove else 'can be removed: add --yes'}"])
+    return "\n".join([*lines, f"{total} {'removed' if confirmed else 'can be removed: add --yes'}"])
 
 
 def _size(folder: Path) -> int:

@@ -14,6 +14,8 @@ from sdpo import config
 from sdpo.errors import UserError
 from sdpo.launch import cluster
 from sdpo.launch.nodes import Nodes, of_slurm
+from sdpo.launch.order import Turn
+from sdpo.launch.placement import Need
 from sdpo.run.folder import Run
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -70,6 +72,31 @@ def test_a_sweep_that_is_started_again_submits_no_run_twice(slurm, tmp_path):
     ids = (slurm / "sbatch.ids").read_text().split()
     assert len(ids) == 3 and again == {"a": ids[2], "b": first[1], "c": first[2]}
     assert json.loads((tmp_path / "sweep" / "jobs.json").read_text()) == again
+
+
+def test_jobs_that_were_submitted_are_known_although_the_next_are_refused(slurm, tmp_path):
+    (slurm / "sbatch").write_text(f'#!/bin/sh\ntest -e "$0.ids" && exit 1\n{SBATCH}\n')
+    runs = [asked(tmp_path, name, ranks=ranks) for name, ranks in [("a", 1), ("b", 2)]]
+    with pytest.raises(UserError, match="hydra.launcher.slurm"):
+        cluster.submit(runs, tmp_path / "sweep", {})
+    (id,) = (slurm / "sbatch.ids").read_text().split()
+    assert json.loads((tmp_path / "sweep" / "jobs.json").read_text()) == {"a": id}
+
+
+def test_an_interrupt_cancels_every_job_although_one_has_ended(slurm, tmp_path, monkeypatch):
+    (slurm / "scancel").write_text('#!/bin/sh\necho "$1" >> "$0.ids"\nexit 1\n')  # as SLURM does for an ended job
+    (slurm / "scancel").chmod(0o755)
+    runs = [asked(tmp_path, name) for name in "ab"]
+    monkeypatch.setattr(cluster, "by_first_missing_step", lambda todo: [Turn(run, Need()) for run in todo])
+    monkeypatch.setattr(cluster, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cluster.execute(runs, tmp_path / "sweep", {}, None)
+    known = json.loads((tmp_path / "sweep" / "jobs.json").read_text())
+    assert (slurm / "scancel.ids").read_text().split() == list(known.values())
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.slow

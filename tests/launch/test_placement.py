@@ -75,8 +75,8 @@ def test_a_run_needs_its_weights_its_activations_and_a_fixed_amount():
     size = Size.of(chosen, weights=weights, reference=0)
     memory = 18 * weights + 1.6 * (42 * 1280 * 10 * 1000 + 2 * weights) + 3e9
     assert placement.need(chosen, size) == Need(pytest.approx(memory), alone=False)
-    chosen.launch.tokens_per_pack = None  # 32,768 on a GPU
-    assert placement.need(chosen, size).memory - memory == pytest.approx(1.6 * 42 * 1280 * 10 * 31_768)
+    chosen.launch.tokens_per_pack = None  # 8,192 if others share the GPU
+    assert placement.need(chosen, size).memory - memory == pytest.approx(1.6 * 42 * 1280 * 10 * 7_192)
     for change in ({"weights": 1e9}, {"ranks": 2}, {"weights": nan}):
         assert placement.need(chosen, size._replace(**change)).alone
 
@@ -87,6 +87,19 @@ def test_needs_count_only_where_memory_does(tmp_path, monkeypatch):
     monkeypatch.setattr(forks, "by_first_missing_step", lambda runs: needed)
     assert forks._in_turn(todo, [Place("0", 8, 10.0)]) == needed
     assert forks._in_turn(todo, [Place("", 2, inf)]) == [Turn(run, Need()) for run in todo]
+    enough = [Place(str(i), 8, 10.0) for i in range(3)]  # nobody shares, so a run may use all of its GPU
+    assert forks._in_turn(todo, enough) == [Turn(run, Need(alone=True)) for run in todo]
+
+
+def test_what_stands_for_no_gpu_is_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert [place.gpus for place in places_for([asked(tmp_path, "a")], "auto")] == [""]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho No devices were found\nexit 6\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert [place.gpus for place in places_for([asked(tmp_path, "a")], "auto")] == [""]
 
 
 def test_a_run_that_runs_out_of_memory_beside_another_is_done_again_alone(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -46,7 +47,7 @@ def test_the_table_counts_seeds_steps_and_failures(tmp_path):
             summary = {"headline": {"name": "lab/gold", "value": value, "n": 9}, "seconds": 2.0}
             summary |= {"trained_steps": trained, "reused_steps": reused}
             (run.folder / "summary.json").write_text(json.dumps(summary))
-            run_folder.finish(run.config, run.folder)
+            run_folder.finish(run.folder, run_folder.stamp(run.config))
     run_folder.fail(asked_for[3].folder, UserError("no\nway"))
     # Two seeds at .5 and .75: t(.975, 1) = 12.706, standard error .125, so .625 +- 1.588. a0 was finished before.
     table = summary_table(asked_for, {tmp_path / name for name in ("a1", "b0", "b1")})
@@ -71,7 +72,7 @@ def finished(tmp_path):
     run.prepare()
     (run.folder / "steps").mkdir()
     (run.folder / "steps" / "1").symlink_to(tmp_path)
-    run_folder.finish(run.config, run.folder)
+    run_folder.finish(run.folder, run_folder.stamp(run.config))
     assert run.finished
     return run
 
@@ -80,6 +81,33 @@ def finished(tmp_path):
 def test_a_run_whose_files_changed_is_not_finished(finished, tmp_path, file):
     (tmp_path / file).write_text("{} ")
     assert not finished.finished
+
+
+def test_a_run_whose_files_changed_while_it_trained_is_not_finished(finished, tmp_path):
+    at_start = run_folder.stamp(finished.config)
+    (tmp_path / "a.jsonl").write_text("{} ")
+    run_folder.finish(finished.folder, at_start)
+    assert not finished.finished
+
+
+@pytest.mark.parametrize("name", ["set:train", "set"])
+def test_files_at_any_depth_of_a_folder_of_data_count(tmp_path, name):
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    data = {"name": "hub", "train": [str(tmp_path / name)]}
+    settings = config.from_composed({"model": {"name": "lab"}, "data": data})
+    before = run_folder.stamp(settings)
+    (tmp_path / "set" / "train" / "0.parquet").write_text("")
+    assert run_folder.stamp(settings) != before
+
+
+def test_an_error_that_no_disk_had_room_for_is_one_sentence(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        run_folder.fail(tmp_path, UserError("the cause"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert run_folder.failure(tmp_path) == "it failed, and why could not be written: the disk may be full"
 
 
 def test_a_run_of_other_settings_or_without_its_models_is_not_finished(finished, tmp_path):

@@ -36,6 +36,13 @@ def test_a_score_is_read_where_pairs_are_sorted_or_dropped(split):
     unread.refuse({"": (OmegaConf.create({"split": split}), ["score=gamma"])})
 
 
+def test_a_limit_of_what_is_held_out_is_read_for_sets_alone_too():
+    given = {"name": "local", "held_out": [], "held_out_sets": {"other": ["b.jsonl"]}}
+    unread.refuse({"": (OmegaConf.create({"data": given}), ["data.held_out_limit=5"])})
+    with pytest.raises(UserError, match="this run does not read data.held_out_limit=5: name held-out data"):
+        unread.refuse({"": (OmegaConf.create({"data": given | {"held_out_sets": {}}}), ["data.held_out_limit=5"])})
+
+
 def test_a_score_is_refused_where_none_is_read():
     with pytest.raises(UserError, match="this run does not read score=gamma"):
         unread.refuse({"": (job(reads_t=False), ["score=gamma"])})

@@ -24,7 +24,7 @@ BIG = ["model=hub", "model.path=nobody/nothing", "data=lab", "precision=bf16", "
 
 def size(weights, reference=0.0, ranks=8, **changes):
     plain = {"nodes": 1, "precision": "bf16", "save_dtype": "bf16", "adapters": False, "quantized": False}
-    plain |= {"offload": False, "states": "fp32", "pair": 2048, "pack": 8192, "recompute": False}
+    plain |= {"offload": False, "states": "fp32", "carries": False, "pair": 2048, "pack": 8192, "recompute": False}
     return needs.Size(weights, reference, ranks, **(plain | changes))
 
 
@@ -61,7 +61,28 @@ def test_memory_of_a_node_and_disk():
     assert size(8e9, adapters=True).per_node(None) / 1e9 == pytest.approx(6 * 8)  # its base is mapped, too
     assert size(8e9, ranks=1, states="host").per_node(None) / 1e9 == pytest.approx((12 + 6) * 8)
     assert size(8e9, offload=True, save_dtype="fp32").per_node(2) / 1e9 == pytest.approx((20 + 4) * 8)
-    assert (shared.step_on_disk, shared.checkpoint) == (2 * 10.7e9, 24 * 10.7e9)
+    assert (shared.step_on_disk, shared.checkpoint) == (2 * 10.7e9, 36 * 10.7e9)
+    assert shared._replace(carries=True).step_on_disk == 10 * 10.7e9  # its moments stay beside it
+
+
+@pytest.mark.parametrize(
+    ("groups", "file"),
+    [
+        ("0::/system.slice/job_7/step_0\n", "system.slice/job_7/memory.max"),
+        ("9:cpu:/a\n5:memory:/slurm/job_7/step_0\n", "memory/slurm/job_7/memory.limit_in_bytes"),
+    ],
+)
+def test_a_job_s_control_group_bounds_the_memory_of_a_machine(tmp_path, monkeypatch, groups, file):
+    monkeypatch.setattr(needs, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(needs, "OWN_GROUPS", tmp_path / "own")
+    whole = needs.host_memory()
+    (tmp_path / "own").write_text(groups)
+    bound = tmp_path / "cgroup" / file
+    bound.parent.mkdir(parents=True)
+    bound.write_text("1000000\n")
+    assert needs.host_memory() == 1e6 < whole
+    bound.write_text("max\n")
+    assert needs.host_memory() == whole
 
 
 def test_activations_by_hand():
@@ -157,7 +178,7 @@ def train_a_little(layers, known):
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     for _ in range(3):
         for last in (False, True):
-            policy = engine.forward(pack([TokenPair("a", np.arange(5, 9), np.arange(5, 9), np.arange(5, 8))]))
+            policy = engine.module(pack([TokenPair("a", np.arange(5, 9), np.arange(5, 9), np.arange(5, 8))]))
             engine.backward((policy.rejected - policy.chosen).sum(), last)
         engine.update(1e-4)
     return used("VmHWM") - before, num_weights
