@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sdpo import config
 from sdpo.data.cells import BadRow, parse_row
 from sdpo.data.readers import Table, named, read_file, read_hub, repository, sources
-from sdpo.data.schemas import Message, check_id, check_text, normalise, rename, unread
+from sdpo.data.schemas import Message, check_id, check_text, normalise, rename
 from sdpo.errors import UserError
 
 # The names that data.columns can give to the columns of an unknown layout.
@@ -184,7 +184,7 @@ class _Intake:
         if self.settings.columns:
             row = rename(row, self.settings.columns)
         normal = normalise(row)
-        self.unread[table.name] |= unread(row, normal)
+        self.unread[table.name] |= normal.unread
         key = prompt_key(normal.prompt)
         if key in reserved:
             raise BadRow("held_out_prompt", "prompt", f"is held out too, in {self.taken[reserved[key]]}")

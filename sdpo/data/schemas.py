@@ -47,7 +47,7 @@ class Normal(NamedTuple):
     rejected_rating: float | None
     inputs: dict[str, Any]  # what the chat template reads beside the turns
     pair_score: float | None  # how easy the pair is, for score=column
-    columns: tuple[str, ...]  # that the layout reads
+    unread: set[str]  # columns that nothing reads, and that say more than the turns that were read
 
 
 def normalise(row: Row) -> Normal:
@@ -67,14 +67,10 @@ def normalise(row: Row) -> Normal:
         raise BadRow("identical", "rejected", "equals 'chosen', so the pair states no preference")
     score = first_number(row, ["pair_score"])
     ratings = first_number(row, RATINGS["chosen"]), first_number(row, RATINGS["rejected"])
-    return Normal(layout, prompt, chosen, rejected, *ratings, template_inputs(row), score, columns)
-
-
-def unread(row: Row, normal: Normal) -> set[str]:
-    """The columns of a row with values that nothing reads, and that say more than the turns that were read."""
-    said = {"", normal.chosen.strip(), normal.rejected.strip(), *(turn["content"].strip() for turn in normal.prompt)}
-    rest = row.keys() - READ_IN_ALL_LAYOUTS - set(normal.columns)
-    return {str(column) for column in rest if row[column] is not None and not _texts(row[column]) <= said}
+    said = {"", chosen.strip(), rejected.strip(), *(turn["content"].strip() for turn in prompt)}
+    rest = row.keys() - READ_IN_ALL_LAYOUTS - set(columns)
+    unread = {str(column) for column in rest if not _texts(row[column]) <= said}
+    return Normal(layout, prompt, chosen, rejected, *ratings, template_inputs(row), score, unread)
 
 
 def rename(row: Row, columns: dict[str, str]) -> Row:

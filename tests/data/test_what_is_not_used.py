@@ -41,7 +41,10 @@ def test_a_stray_quote_swallows_no_rows(tmp_path, cell):
         read_file(str(file))
 
 
-TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+ASK, SO, NO = (
+    {"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So."), ("assistant", "No."))
+)
+AS_TEXT = {"prompt": json.dumps([ASK]), "chosen": json.dumps([ASK, SO]), "rejected": json.dumps([ASK, NO])}
 
 
 @pytest.mark.parametrize(
@@ -49,9 +52,9 @@ TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "
     [
         ({"prompt": "Summarise:", "input": "A text.", "chosen": "Yes.", "rejected": "No."}, {"input"}),
         ({"question": "Why?", "prompt": "How?", "chosen": "Yes.", "rejected": "No."}, {"prompt"}),
-        ({"prompt": "How?", "messages": TURNS, "chosen": TURNS, "rejected": [TURNS[0], TURNS[1] | {"content": "No."}]},
-         {"prompt"}),  # messages repeats chosen, as in UltraFeedback
+        ({"prompt": "How?", "messages": [ASK, SO], "chosen": [ASK, SO], "rejected": [ASK, NO]}, {"prompt"}),
+        (AS_TEXT | {"label": 1, "empty": ""}, {"label"}),
     ],
-)  # fmt: skip
-def test_a_column_of_another_layout_is_named_if_it_says_more(row, unread):
-    assert schemas.unread(row, schemas.normalise(row)) == unread
+)
+def test_a_column_of_another_layout_is_named_if_it_says_more_than_what_was_read(row, unread):
+    assert schemas.normalise(row).unread == unread
