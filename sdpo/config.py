@@ -143,6 +143,7 @@ class Rounds:
 
 @dataclass
 class Probe:
+    num_pairs: int = at_least(1, 64)  # of every chunk, which every model of the run scores
     every: int = at_least(0, 0)  # updates between two measurements of the policy inside a step; 0: none
     file: str | None = None  # of prompts that the policy answers while it trains
     answers_every: int = at_least(1, 50)  # updates between two times

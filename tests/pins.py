@@ -199,7 +199,8 @@ config.yaml
     model.lab model.lab.heads model.lab.layers model.lab.width model.lr model.name model.parameters model.path
     model.revision model.seed model.sft model.template model.trust_remote_code optim optim.betas optim.clip optim.epochs
     optim.lr optim.moments optim.pairs_per_update optim.schedule optim.schedule_over optim.states optim.warmup
-    optim.weight_decay plan precision probe probe.answers_every probe.every probe.file probe.max_new_tokens record
+    optim.weight_decay plan precision probe probe.answers_every probe.every probe.file probe.max_new_tokens
+    probe.num_pairs record
     record.every record.mode record.project record.wandb reference reference.name reference.placebo rounds
     rounds.answers rounds.batch_size rounds.endpoint rounds.judge rounds.max_new_tokens rounds.name rounds.path
     rounds.revision rounds.share rounds.temperature rounds.template save_dtype score score.model score.name seed split

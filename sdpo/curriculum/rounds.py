@@ -102,7 +102,7 @@ class Round:
             rows,
             np.concatenate([ratings_N2, self.kept.ratings_N2]),
             self.inputs.held_out.rows,
-            probed=probes.sample([row.id for row in rows], np.arange(len(rows))).tolist(),
+            probed=probes.sample([row.id for row in rows], np.arange(len(rows)), self.config.probe.num_pairs).tolist(),
             made_from=store.folder(KIND, self.key) / "value.json",
         )
 

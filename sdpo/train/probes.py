@@ -27,13 +27,11 @@ from sdpo.model.logprobs import score
 from sdpo.model.sampling import continuations
 from sdpo.types import TokenPair
 
-NUM_PROBES = 64  # rows of every chunk
 
-
-def sample(ids: list[str], indices: np.ndarray) -> np.ndarray:
-    """The probes of a chunk as sorted indices. Which pairs of the chunk they are depends on the ids alone."""
+def sample(ids: list[str], indices: np.ndarray, num: int) -> np.ndarray:
+    """At most `num` probes of a chunk as sorted indices. Which pairs of the chunk they are depends on the ids alone."""
     ranked = sorted(set(indices.tolist()), key=lambda i: hashlib.sha256(ids[i].encode()).digest())
-    return np.array(sorted(ranked[:NUM_PROBES]), dtype=int)
+    return np.array(sorted(ranked[:num]), dtype=int)
 
 
 class Probes:

@@ -57,7 +57,7 @@ class Inputs:
 
     def probes(self, indices: np.ndarray) -> np.ndarray:
         """The pairs of a chunk that are followed through the run, in the order of the training pairs."""
-        return probes.sample(self.train.ids, indices)
+        return probes.sample(self.train.ids, indices, self.runner.config.probe.num_pairs)
 
     def followed(self, chunks: list[np.ndarray]) -> list[list[TokenPair]]:
         """The tables of rows that every model scores: held-out pairs, further sets of them, the chunks' probes."""

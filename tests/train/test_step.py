@@ -8,7 +8,6 @@ from conftest import read_lines
 from safetensors.torch import load_file
 
 from sdpo.model import hub
-from sdpo.train import probes
 from sdpo.train.runner import Runner
 
 
@@ -62,8 +61,7 @@ def test_a_placebo_that_needs_s_does_not_replace_the_model_that_trains(run, monk
     overrides = ["split=by_source", "reference=previous", "reference.placebo=mean_shift", "evaluate=[]"]
     known = run(*overrides, name="known")
     monkeypatch.setenv("SDPO_STORE", str(tmp_path / "another"))
-    monkeypatch.setattr(probes, "NUM_PROBES", 4)
-    scored = run(*overrides, name="scored")
+    scored = run(*overrides, "probe.num_pairs=4", name="scored")
     assert keys(known) == keys(scored)
     for t in (1, 2, 3):
         weights = [(folder / "steps" / str(t) / "model.safetensors").read_bytes() for folder in (known, scored)]
