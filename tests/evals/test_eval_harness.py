@@ -173,7 +173,7 @@ def test_h4_is_the_mean_of_its_four(stories, real_data):
     assert measures["h4"]["value"] == pytest.approx(sum(measure["value"] for measure in four) / 4, rel=1e-15)
     half = math.sqrt(sum((measure["low"] - measure["value"]) ** 2 for measure in four)) / 4
     assert measures["h4"]["low"] == pytest.approx(measures["h4"]["value"] - half, rel=1e-12)
-    assert re.fullmatch(r"mmlu 2, lm-eval 0\.\S+, 5 shots, mean over subjects", measures["h4/mmlu"]["version"])
+    assert re.fullmatch(r"mmlu 2, lm-eval 0\.\S+, mean over subjects", measures["h4/mmlu"]["version"])
     json.dumps(measures, allow_nan=False)
 
 

@@ -93,7 +93,7 @@ def test_a_run_whose_files_changed_while_it_trained_is_not_finished(finished, tm
 @pytest.mark.parametrize("name", ["set:train", "set"])
 def test_files_at_any_depth_of_a_folder_of_data_count(tmp_path, name):
     (tmp_path / "set" / "train").mkdir(parents=True)
-    data = {"name": "hub", "train": [str(tmp_path / name)]}
+    data = {"name": "hub", "train": [str(tmp_path / name)], "nominal": {"set": {"pairs": 9, "tokens": 9}}}
     settings = config.from_composed({"model": {"name": "lab"}, "data": data})
     before = run_folder.stamp(settings)
     (tmp_path / "set" / "train" / "0.parquet").write_text("")
