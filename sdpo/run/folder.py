@@ -160,7 +160,7 @@ def _paths(settings: dict) -> Iterator[Path]:
             yield from (path for names in value.values() for path in _paths({"held_out": names}))
         elif isinstance(value, dict):
             yield from _paths(value)
-        elif key in INPUTS and isinstance(value, str | list):
+        elif key in INPUTS and value and isinstance(value, str | list):
             for name in [value] if isinstance(value, str) else value:
                 yield Path(name) if Path(name).exists() else Path(name.rpartition(":")[0] or name)
 
