@@ -45,8 +45,8 @@ class StepSpec:
 
     def _weighted(self, row: TokenPair, weigh: partial) -> TokenPair:
         number = int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8], "little")
-        seed = [self.config.seed, number, self.t][: 3 if self.t > 1 else 2]  # a pair that comes again is drawn anew
-        return row._replace(weights=weigh(len(row.chosen), len(row.rejected), seed))
+        again = [self.t] if self.t > 1 else []  # a pair that comes in a later step, too, is drawn anew there
+        return row._replace(weights=weigh(len(row.chosen), len(row.rejected), [self.config.seed, number, *again]))
 
     @cached_property
     def loss(self) -> partial:
