@@ -201,7 +201,7 @@ class Config:
     probe: Probe = field(default_factory=Probe)
     record: Record = field(default_factory=Record)
     launch: Launch = field(default_factory=Launch)
-    seed: int = at_least(0, 0)  # of order, random splits, adapters, dropout and placebos
+    seed: int = at_least(0, 0)  # of all that a run draws
     T: int = at_least(1, 2)  # number of steps that arms use; a split has its own num_chunks
     steps: dict[int, Settings] = field(default_factory=dict)  # overrides per step
     plan: bool = False

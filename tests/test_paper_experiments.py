@@ -109,7 +109,7 @@ def test_pre_dpo_has_the_beta_and_the_learning_rate_that_its_table_4_prints():
 
 
 OTHERS = [name for name in help.options("experiment") if name.startswith("published/")]
-QUICK = ("published/base", "published/snorkel", "published/pre_dpo_llama_3b_instruct")  # the others have their kinds
+QUICK = ("published/base", "published/snorkel", "published/online_rlhf")  # the others have their kinds
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import platform
 import sys
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -108,6 +109,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--parts: {unknown[0]} is none of {', '.join(parts.PARTS)}")
     if device == "cpu" and (needs := [part for part in args.parts if part in parts.ON_GPU]):
         parser.error(f"--parts: {needs[0]} needs a GPU")
+    if not find_spec("trl") and (needs := [part for part in args.parts if part in parts.WITH_TRL]):
+        parser.error(f"--parts: {needs[0]} needs TRL: pip install -r requirements-dev.txt, as `make test` does")
     if args.pairs % args.pairs_per_update or any(args.pairs_per_update % size for size in args.trl_batches):
         parser.error("--pairs must be a multiple of --pairs-per-update, and this one of each of --trl-batches")
     return args
@@ -149,7 +152,7 @@ def _prepare(args: argparse.Namespace, part: str, folder: Path) -> Work:
 
 
 def _machine(device: str) -> dict:
-    names = ("torch", "transformers", "trl")
+    names = [name for name in ("torch", "transformers", "trl") if find_spec(name)]
     card = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else None
     versions = {name: version(name) for name in names}
     return {"platform": platform.platform(), "cpus": os.cpu_count(), "gpu": card} | versions

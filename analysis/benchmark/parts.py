@@ -21,6 +21,7 @@ from sdpo.run.folder import write_json
 SIDES = ("trl_default", "trl_tuned", "engine", "trl_lora", "engine_lora")
 ON_GPU = ("1b", "3b", "7b", "attention", "head", "small")
 PARTS = (*SIDES, "agreement", "steps", *ON_GPU)
+WITH_TRL = ("trl_default", "trl_tuned", "trl_lora", "agreement")
 QUIET = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
 
 

@@ -23,7 +23,7 @@ def measure(name: str, model: Artifact, runner: Runner, local: str | None, batch
     Raises UserError if `local` is not a folder.
     """
     if find_spec("lm_eval") is None:
-        raise UserError(f"evaluate={name} needs lm-eval: pip install 'sdpo[eval]'")
+        raise UserError(f"evaluate={name} needs lm-eval: pip install '.[eval]'")
     from sdpo.evals import eval_harness  # here, because lm-eval takes seconds to import
 
     folder = Path(local) if local else None

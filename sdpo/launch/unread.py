@@ -79,7 +79,7 @@ def _reads_score(job: DictConfig) -> bool:
 
 # What a command may set -> whether a run reads it, and what to do if it does not.
 READERS = {
-    "T": (_reads_t, "set split.num_chunks (or split.num), or choose an arm that reads T, as easy_to_hard does"),
+    "T": (_reads_t, "set split.num_chunks (or split.num), or choose an arm that reads T, as easy_moving_chained does"),
     "data.limit": (lambda job: job.data.name != "lab", "the laboratory has data.lab.sources.NAME.num_pairs"),
     "data.held_out_sets": (_reads_sets, "add preference to evaluate, and use data=local or data=hub"),
     "data.held_out_limit": (_reads_held_out, "name held-out data, or set data.held_out_share"),

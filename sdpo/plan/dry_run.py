@@ -6,7 +6,7 @@ not on this machine, or are not scored yet, placeholders stand for them.
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from sdpo.curriculum import chunking, crossfit
 from sdpo.curriculum.build import build, why_unknown
 from sdpo.curriculum.rounds import KIND, Round
 from sdpo.data import readers
+from sdpo.data.tokenize import content_hash
 from sdpo.model import hub
 from sdpo.model.packing import tokens_of
 from sdpo.plan import placeholders
@@ -128,6 +129,12 @@ def _missing_from_hub(config: Config) -> str | None:
     return missing[0] if missing else None
 
 
+def _missing_judge(config: Config) -> str | None:
+    """The reward model of on-policy rounds if it is not on this machine; its weights are part of their key."""
+    path = config.rounds.path if config.rounds.judge == "reward_model" else None
+    return path if path and not hub.is_here(path, config.rounds.revision) else None
+
+
 def _chunks(config: Config, prepared: Prepared, history: list[Artifact]) -> Iterator[tuple[Chunk, str | None]]:
     """Each step's chunk, and the reason if its pairs are placeholders. The caller appends each M_t to `history`."""
     inputs, unknown = prepared.inputs, prepared.unknown
@@ -152,6 +159,10 @@ def _in_round(
     """These pairs as the chunk of a step, or the answers that `newest` gave or will give to their prompts."""
     if config.rounds.name == "given":
         return inputs.chunk(indices), unknown
+    if missing := _missing_judge(config):
+        pairs = inputs.chunk(indices)
+        about = {"rounds": asdict(config.rounds), "seed": config.seed, "model": newest.key}
+        return placeholders.mark(pairs, prompts=content_hash(pairs.rows), **about), f"{missing} is not on this machine"
     on_policy = Round(inputs, config, indices, newest)
     if inputs.runner.store.has(KIND, on_policy.key):
         return on_policy.chunk(), unknown

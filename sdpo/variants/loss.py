@@ -210,8 +210,8 @@ def rpo(
 ) -> Tensor:
     """-log sigmoid(beta * margin) + alpha * nll_w: DPO plus the NLL of the chosen response.
 
-    Two losses have this name. `over_tokens=mean` is Pang et al. 2404.19733, who also count the prompt's tokens in the
-    mean (TRL: `sigmoid` and `sft` with weights 1 and alpha). `over_tokens=sum` is Liu et al. 2405.16436.
+    Two losses have this name. `over_tokens=mean` is Pang et al. 2404.19733 (TRL: `sigmoid` and `sft` with weights 1 and
+    alpha). `over_tokens=sum` is Liu et al. 2405.16436.
     """
     nll_B = _over(over_tokens, -policy.chosen, lengths.chosen)
     return -F.logsigmoid(beta * _margin(policy, reference)) + alpha * nll_B
@@ -227,7 +227,8 @@ def sft(policy: ChosenRejected, lengths: ChosenRejected, *, over_tokens: OverTok
 
 def sampo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float) -> Tensor:
     """DPO on as many tokens of the longer response as the shorter one has, drawn at random (SamPO, Lu et al.
-    2406.10957). token_weights.py draws them, once per pair and step.
+    2406.10957). token_weights.py draws them, once per pair and step, for policy and reference alike, as in the paper.
+    The authors' code draws anew in every forward pass, for each of the two.
     """
     return dpo(policy, reference, beta=beta)
 

@@ -123,6 +123,14 @@ def test_what_cannot_be_measured_is_refused(arguments, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_a_side_that_is_not_installed_is_refused_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(__main__, "find_spec", lambda name: None)
+    assert __main__._parse(["--device", "cpu", "--parts", "engine,steps"]).parts == ["engine", "steps"]
+    with pytest.raises(SystemExit):
+        __main__._parse(["--device", "cpu"])
+    assert "--parts: trl_default needs TRL: pip install" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_whole_benchmark_agrees_with_trl(tmp_path):
     result = __main__.main(

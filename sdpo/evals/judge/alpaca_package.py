@@ -19,13 +19,13 @@ NO_SECRETS = "PYTHON_DOTENV_DISABLED"  # no keys from a file .env above the fold
 def alpaca_eval() -> ModuleType:
     """The package. Raises UserError if it is not installed or cannot be imported."""
     if find_spec("alpaca_eval") is None:
-        raise UserError("evaluate.judge.protocol=alpaca_eval needs the package alpaca_eval: pip install 'sdpo[judge]'")
+        raise UserError("evaluate.judge.protocol=alpaca_eval needs the package alpaca_eval: pip install '.[judge]'")
     try:
         with _contained():
             import alpaca_eval.annotators
     except ImportError as error:
         raise UserError(
-            f"the package alpaca_eval cannot be imported ({one_line(error)}): pip install 'sdpo[judge]' has the "
+            f"the package alpaca_eval cannot be imported ({one_line(error)}): pip install '.[judge]' has the "
             "versions that work"
         ) from error
     return alpaca_eval
