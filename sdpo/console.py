@@ -17,7 +17,7 @@ STEP_MEASURES = ("lab/gold", "preference/reward_accuracy_initial", "preference/r
 
 
 class Progress(tqdm):
-    """Progress on stderr: a bar on a terminal, elsewhere a plain line now and then, nothing if `quiet`.
+    """Progress of rank 0 on stderr: on a terminal a bar, after two seconds, elsewhere a plain line now and then.
 
     Both show the units and tokens per second, the time left, and what `show` was given. The rates are averages over
     the time since the start, without the first `done` units.
@@ -25,8 +25,8 @@ class Progress(tqdm):
 
     monitor_interval = 0  # tqdm's monitor is a thread, and a sweep forks its runs from a process with one thread
 
-    def __init__(self, total: int, description: str, unit: str, quiet: bool, done: int):
-        self._stream = sys.stderr
+    def __init__(self, total: int, description: str, unit: str = "pairs", done: int = 0):
+        self._stream, quiet = sys.stderr, not distributed.is_main()
         self._prints_lines = not (quiet or self._stream.isatty())
         self._description, self._unit, self._done = description, unit, done
         self._tokens, self._note = 0, ""
@@ -92,11 +92,6 @@ class Progress(tqdm):
         """What tqdm draws: its own numbers and the facts."""
         fields = super().format_dict
         return fields | {"postfix": ", ".join(self._facts(fields["elapsed"]))}
-
-
-def progress(total: int, description: str, unit: str = "pairs", quiet: bool = False, done: int = 0) -> Progress:
-    """Show progress on stderr if the work takes more than two seconds; `done` units were done before."""
-    return Progress(total, description, unit, quiet, done)
 
 
 def tell(line: str) -> None:

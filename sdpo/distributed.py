@@ -21,7 +21,7 @@ STOPS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)  # what asks a run to st
 SHARING = "SDPO_SHARING"  # environment variable: the file with the number of runs that share this run's GPUs
 _stops: list[int] = []  # the signals that asked this process to stop
 _background: list[Any] = []  # the second process group, if it was joined
-# PyTorch then asks the driver whether there is a GPU. Else the question starts CUDA, which forked runs could not use.
+# torch.cuda.is_available() then asks the driver (NVML) and does not start CUDA, which forked runs could not use.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
@@ -59,13 +59,13 @@ def device(name: str = "auto") -> "torch.device":
 
 
 def runs_on_gpu() -> int | None:
-    """Return the most runs of this sweep that used this run's GPUs at a time so far; None without a sweep on GPUs."""
+    """Return how many of a sweep's runs used this run's GPUs at once, at most, so far; None without a sweep on GPUs."""
     file = os.environ.get(SHARING)
     return int(Path(file).read_text()) if file else None
 
 
 def shares_device() -> bool:
-    """Return whether a sweep runs other runs on this rank's GPU, by the memory that the plan says each needs."""
+    """Return whether a sweep may start other runs on this rank's GPU; it places runs by the memory of their plans."""
     return SHARES in os.environ
 
 

@@ -10,7 +10,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sdpo.errors import UserError
 
-OF_TRL = {  # what TRL's settings are called here
+OF_TRL = {  # TRL's name of a setting -> ours
     "learning_rate": "optim.lr",
     "lr_scheduler_type": "optim.schedule",
     "warmup_ratio": "optim.warmup",
@@ -68,8 +68,9 @@ def sentence(error: OmegaConfBaseException, root: str = "the configuration") -> 
         similar = _inner_keys(error.parent_node, error.full_key) if parent == root else []
         keys = ", ".join(error.parent_node) or "none"
         exists = f"did you mean {' or '.join(similar)}?" if similar else f"{parent} has {keys}"
-        if ours := OF_TRL.get(str(error.full_key).rpartition(".")[2]):
-            exists = f"what TRL calls so is {ours} here (docs/trl.md has all its settings)"
+        name = str(error.full_key).rpartition(".")[2]
+        if ours := OF_TRL.get(name):
+            exists = f"TRL's {name} is {ours} here (docs/trl.md lists all of TRL's settings)"
         return f"unknown key {error.full_key}; {exists}"
     if "is not a ListConfig" in str(error):
         return f"{error.full_key} is a list; write '{error.full_key}=[...]'"

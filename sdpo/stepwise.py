@@ -39,17 +39,18 @@ def run(config: Config, folder: Path) -> dict:
         complete = curriculum.complete and config.rounds.name == "given"
         spans = whole_run(list(map(len, curriculum.chunks)), complete, config)
         evaluator = Evaluator(inputs, config, recorder)
+        # Score all rows that a later step or the trajectory reads under S, while S is loaded. The store keeps them.
         runner.logprobs_of(inputs.initial, inputs.followed(curriculum.chunks))
         evaluator.add_initial()
         for t in range(1, curriculum.num_steps + 1):
-            step_began, chunk = time.monotonic(), curriculum.chunk(t - 1, history[-1])
+            step_began, indices = time.monotonic(), curriculum.indices(t - 1, history[-1])
             step_config, followed = for_step(config, t), inputs.followed(curriculum.chunks)
             start = history[-1] if step_config.start == "previous" else history[0]
-            pairs = rounds.chunk(inputs, config, chunk, history[-1])
-            spec = StepSpec(t, step_config, start, list(history), pairs, spans.get(t), followed)
+            chunk = rounds.chunk(inputs, config, indices, history[-1])
+            spec = StepSpec(t, step_config, start, list(history), chunk, spans.get(t), followed)
             step = take_step(spec, runner, partial(evaluator.log, "train", t), in_background=True)
-            runner.logprobs_of(step.model, followed)
-            evaluator.add(step, chunk, time.monotonic() - step_began)
+            runner.logprobs_of(step.model, followed)  # the same under M_t
+            evaluator.add(step, indices, time.monotonic() - step_began)
             history.append(step.model)
         store.join()
         return results.write(folder, curriculum, evaluator, time.monotonic() - began)

@@ -22,12 +22,17 @@ class TokenPair(NamedTuple):
     prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray  # empty in a demonstration
-    weights: Any = None  # of the tokens of chosen and rejected in sums of log-probs, a pair of arrays; None: all 1
+    weights: Any = None  # of the chosen and the rejected tokens in the summed log-probs, two arrays; None: all 1
 
     @property
     def ids(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Prompt, chosen and rejected."""
         return self.prompt, self.chosen, self.rejected
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longer response."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
 class Chunk(NamedTuple):
@@ -41,9 +46,9 @@ class Chunk(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The log-probs of N held-out pairs under a model, its step's reference and S; None where S itself has none.
+    """Summed log-probs of N held-out pairs under the model, its step's reference and S, and numbers of tokens: [N, 2].
 
-    `lengths` are numbers of tokens. All are [N, 2].
+    `reference` is None for S and for losses without a reference; `initial` is None for S.
     """
 
     policy: np.ndarray
@@ -58,7 +63,7 @@ class SplitRow(NamedTuple):
     id: str
     source: str
     prompt: Hashable  # pairs with equal values share a chunk
-    tokens: int  # as many as pass through the network in training
+    tokens: int  # that pass through the network in training
 
 
 Chunks = list[list[str]]  # what a split returns: the ids of each step's pairs
@@ -67,8 +72,8 @@ Chunks = list[list[str]]  # what a split returns: the ids of each step's pairs
 class Window(NamedTuple):
     """Consecutive updates with one frozen reference, and the reference's weights as {handle: coefficient}.
 
-    If there is a `bound`, the window ends early, whenever the policy is further than that from the reference (the
-    `kl_proxy` of an update's pairs, nats per token). The policy is then the reference of the next one.
+    With a `bound`, the window ends after the first update whose `kl_proxy` (nats per token) exceeds it. The policy of
+    that time is the reference of the next window.
     """
 
     num_updates: int

@@ -62,7 +62,7 @@ SETTINGS = {
         "no held-out pair of 1 is left after tokenisation (1 long); raise data.max_tokens=40",
     ),
     "fewer pairs than steps": (["split=random", "split.num_chunks=9"], "9 chunks were asked for, but there are only"),
-    "a key of TRL": (["+learning_rate=1e-5"], "unknown key learning_rate; what TRL calls so is optim.lr here"),
+    "a key of TRL": (["+learning_rate=1e-5"], "unknown key learning_rate; TRL's learning_rate is optim.lr here"),
     "unknown key in a sweep": (
         ["experiment=demo", "seed=0,1", "foo=1"],
         "unknown key foo; the configuration has",

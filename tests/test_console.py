@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sdpo.console import columns, progress, step_line
+from sdpo.console import Progress, columns, step_line
 
 
 class Terminal(io.StringIO):
@@ -33,7 +33,7 @@ def test_a_terminal_gets_a_bar_after_two_seconds_and_no_thread(watched):
     screen = Terminal()
     clock = watched(screen)
     num_threads = threading.active_count()
-    with progress(10, "step 1", done=2) as bar:
+    with Progress(10, "step 1", done=2) as bar:
         bar.advance(2, tokens=400)
         bar.show("loss 0.5000")
         assert screen.getvalue() == ""
@@ -49,7 +49,7 @@ def test_a_terminal_gets_a_bar_after_two_seconds_and_no_thread(watched):
 def test_without_a_terminal_a_line_every_thirty_seconds(watched):
     log = io.StringIO()
     clock = watched(log)
-    with progress(1000, "step 1", done=100) as bar:
+    with Progress(1000, "step 1", done=100) as bar:
         bar.advance(100, tokens=500)
         bar.show("loss 0.5000")
         clock.now += 29
@@ -71,7 +71,7 @@ def test_without_a_terminal_a_line_every_thirty_seconds(watched):
 def test_a_sweep_counts_runs_and_knows_no_rate_at_first(watched):
     log = io.StringIO()
     clock = watched(log)
-    with progress(4, "demo", "runs", done=1) as bar:
+    with Progress(4, "demo", "runs", done=1) as bar:
         clock.now += 60
         bar.update(0)
         clock.now += 60
@@ -80,9 +80,10 @@ def test_a_sweep_counts_runs_and_knows_no_rate_at_first(watched):
 
 
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()])
-def test_quiet_prints_nothing(watched, stream):
+def test_other_ranks_print_nothing(watched, stream, monkeypatch):
     clock = watched(stream)
-    with progress(2, "step 1", quiet=True) as bar:
+    monkeypatch.setenv("RANK", "1")
+    with Progress(2, "step 1") as bar:
         clock.now += 1e6
         bar.advance(1, tokens=5)
         bar.advance(1, tokens=5)
@@ -128,7 +129,7 @@ def test_columns_are_as_wide_as_their_widest_cell():
 def test_a_line_says_that_nothing_has_ended(watched):
     stream = io.StringIO()
     clock = watched(stream)
-    with progress(9, "demo", "runs") as bar:
+    with Progress(9, "demo", "runs") as bar:
         bar.show("each run tells more in its log.txt")
         clock.now += 119
         bar.wait()

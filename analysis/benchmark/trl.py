@@ -142,7 +142,7 @@ def make_trainer(work: Work, model: PreTrainedModel, options: Options, meter: Me
 
 def longest_first(rows: list[TokenPair]) -> list[TokenPair]:
     """The pairs in the order of their longer sequences."""
-    return sorted(rows, key=lambda row: len(row.prompt) + max(len(row.chosen), len(row.rejected)), reverse=True)
+    return sorted(rows, key=lambda row: row.longest, reverse=True)
 
 
 class TimedTrainer(DPOTrainer):

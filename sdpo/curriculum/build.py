@@ -48,7 +48,7 @@ class Curriculum:
     def complete(self) -> bool:
         return len(self.chunks) == self.num_steps
 
-    def chunk(self, number: int, newest: Artifact) -> np.ndarray:
+    def indices(self, number: int, newest: Artifact) -> np.ndarray:
         """The pairs of a step (from 0). `newest` is the model of the step before, which may have to score pairs."""
         if number == len(self.chunks):
             assert self.left is not None and self.score_N is not None
@@ -57,7 +57,7 @@ class Curriculum:
         return self.chunks[number]
 
     def why_unknown(self, number: int, newest: Artifact) -> str | None:
-        """Why `chunk` would have to load a model; None if the store has what it reads."""
+        """Why `indices` would have to load a model; None if the store has what it reads."""
         if number < len(self.chunks):
             return None
         assert self.left is not None and self.score

@@ -25,9 +25,9 @@ class Texts(NamedTuple):
 class ChatFormat:
     """How one tokenizer and template write a prompt and its answer. Raises UserError for an unusable template.
 
-    `bos` (id or None) begins a prompt if the text begins with it or `adds_bos` is set: a tokenizer's own template
-    writes BOS itself if the model wants one, the named ones leave it to the tokenizer. `stop` is the id that ends an
-    answer, the first special token behind it, else EOS; `stop_text` is "" if the template does not write it.
+    `bos` is the id of BOS, or None. A tokenizer's own template writes BOS itself; the named ones do not, and `adds_bos`
+    says whether the tokenizer then puts it first. `stop` is the id that ends an answer: the first special token that
+    the template writes behind it, else EOS. `stop_text` is that token's text, "" if the template writes none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, date: str = Data.template_date):

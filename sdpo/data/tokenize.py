@@ -53,8 +53,8 @@ def encode(
     boundary mismatch, which is counted), the response is tokenised alone. `max_tokens` bounds prompt + chosen and
     prompt + rejected. Truncation keeps the end of a prompt behind its BOS, or the beginning of a response, which
     then has no stop token: its text goes on. A pair is dropped and counted if a cut leaves nothing of a part, if the
-    responses are equal, or with `on_bad_row="skip"` if the template cannot write it. An error calls the pairs `side`,
-    and `max_tokens` by the name of its option, `limit`.
+    responses are equal, or with `on_bad_row="skip"` if the template cannot write it. `side` and
+    `limit` are what error messages call the pairs and the option behind `max_tokens`.
 
     Raises UserError for a template that is missing or fails, for a pair that the template cannot write, for a pair over
     the limit if `on_long="error"`, and if nothing is left, also of one source of training pairs.
@@ -68,9 +68,9 @@ def encode(
         for (pair, _), row in zip(written, _tokenise(written, chat, counts), strict=True):
             tally = counts[pair.source]
             kept: TokenPair | None = row
-            if _num_tokens(row) > max_tokens:
+            if row.longest > max_tokens:
                 tally["long"] += 1
-                long[pair.id] = _num_tokens(row)
+                long[pair.id] = row.longest
                 kept = _shorten(row, max_tokens, settings.on_long, num_bos=int(chat.bos in row.prompt[:1]))
                 tally["truncated" if kept else "dropped_long"] += 1
             if kept and (flaw := _flaw(kept, demonstration=not pair.rejected)):
@@ -201,10 +201,6 @@ def _explain_long(lengths: dict[str, int], num_pairs: int, limit: str) -> str:
         f"pair {first} has {length} tokens, more than {limit} (too long: {len(lengths)} of {num_pairs} pairs, the "
         f"longest of {max(lengths.values())} tokens); raise it{shorter if limit.startswith('data.') else ''}"
     )
-
-
-def _num_tokens(row: TokenPair) -> int:
-    return len(row.prompt) + max(len(row.chosen), len(row.rejected))
 
 
 def _shorten(row: TokenPair, max_tokens: int, on_long: str, *, num_bos: int) -> TokenPair | None:

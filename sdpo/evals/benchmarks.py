@@ -18,7 +18,7 @@ from sdpo.train.runner import Runner
 
 
 def measure(name: str, model: Artifact, runner: Runner, local: str | None, batch_size: int, **options: Any) -> Measures:
-    """The measures of the function `name` of sdpo.evals.eval_harness, which takes `local` and the options.
+    """Run `eval_harness.<name>(lm, local, **options)` on a model, or read its measures from the store.
 
     Raises UserError if `local` is not a folder.
     """
@@ -47,7 +47,7 @@ def measure(name: str, model: Artifact, runner: Runner, local: str | None, batch
     if name == "h4":
         determinants["mmlu"] = "mean over subjects"
     else:
-        determinants["ranks"] = distributed.world_size()  # each has its own random numbers, if answers are sampled
+        determinants["ranks"] = distributed.world_size()  # each has random numbers of its own for sampled answers
 
     def compute() -> Measures:
         lm = eval_harness.DistributedHFLM(load_alone(model, runner), tokenizer, batch_size)

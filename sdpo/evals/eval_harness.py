@@ -79,7 +79,7 @@ def _of_leaderboard(results: dict) -> Measures:
 def benchmark(
     lm: "DistributedHFLM", local: str | None, limit: int | None, tasks: list[str], asking: dict[str, Any]
 ) -> Measures:
-    """Every metric of any tasks and groups of lm-eval, and of all tasks in these groups, as `task/metric`.
+    """All metrics of the given lm-eval tasks and groups, and of every task in a group, as `task/metric`.
 
     `asking` are the fields of Asking. The other options are those of `h4`. Raises UserError if lm-eval does not know a
     name.
@@ -180,8 +180,8 @@ def run(
 def _measures(results: dict, asking: Asking) -> dict[str, Measures]:
     """Every metric of every task and group: lm-eval's value, with the Student interval from its standard error.
 
-    A metric that is a share of items has Wilson's interval. Only a mean of zeros and ones has the standard error
-    sqrt(p (1 - p) / (n - 1)), the largest that numbers from 0 to 1 can have.
+    A metric counts as a share, with Wilson's interval, if its standard error is sqrt(p (1 - p) / (n - 1)), which only a
+    mean of zeros and ones has.
     """
     scores: dict[str, Measures] = {}
     for name, found in results["results"].items():

@@ -7,7 +7,7 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
 from sdpo import distributed
-from sdpo.console import progress
+from sdpo.console import Progress
 from sdpo.data.prompt_and_answer import ChatFormat
 from sdpo.data.prompts import Prompt
 from sdpo.data.schemas import Message, Turns
@@ -107,7 +107,7 @@ def generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int]
     with (
         own_attention(network),
         torch.random.fork_rng(),
-        progress(len(prompts), "answers", "prompts", quiet=not distributed.is_main()) as bar,
+        Progress(len(prompts), "answers", "prompts") as bar,
     ):
         for number in range(distributed.rank(), len(batches), distributed.world_size()):
             members = batches[number]

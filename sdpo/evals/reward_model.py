@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from sdpo import config, distributed
 from sdpo.config import Settings
-from sdpo.console import progress
+from sdpo.console import Progress
 from sdpo.data import preferences
 from sdpo.data.pair_table import PairTable
 from sdpo.data.preferences import Pair
@@ -179,7 +179,7 @@ def _classify(network: PreTrainedModel, sequences: list[np.ndarray], runner: Run
         text_config.pad_token_id = -1  # no token is padding, but transformers refuses batches if this is not set
     batches = _batches(sequences, scoring_budget(runner.config.launch))[distributed.rank() :: distributed.world_size()]
     rewards = torch.zeros(len(sequences), device=runner.device, dtype=network.dtype)
-    with torch.no_grad(), progress(len(sequences), "rewards", "answers", quiet=not distributed.is_main()) as bar:
+    with torch.no_grad(), Progress(len(sequences), "rewards", "answers") as bar:
         for members in batches:
             tokens_BT = torch.from_numpy(np.stack([sequences[i] for i in members])).long().to(runner.device)
             rewards[members] = network(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT)).logits[:, 0]

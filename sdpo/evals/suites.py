@@ -61,13 +61,13 @@ def lab(model: Artifact, initial_model: Artifact, exam: lab_exam.Exam | None, ru
     measures = runner.store.make_json(
         "evaluation",
         {"suite": "lab", "initial": initial_model.key, "shares": "wilson", **determinants},
-        lambda: lab_measures.measure(load(model), load(initial_model), runner.tokenizer, exam, seed=0),
+        lambda: lab_measures.measure(load(model), load(initial_model), runner.tokenizer, exam),
     )
     if model.key == initial_model.key:
         measures |= runner.store.make_json(
             "evaluation",
             {"suite": "best_of_n", **determinants},
-            lambda: lab_measures.best_of_n(load(model), runner.tokenizer, exam, seed=0),
+            lambda: lab_measures.best_of_n(load(model), runner.tokenizer, exam),
         )
     return measures
 
@@ -192,9 +192,19 @@ def judge(
     `sdpo.evals.judge.chat_endpoint.ask` do, and before anything is asked if the prompts cannot be judged so.
     """
     rules = protocols.choose(protocol, references, opponent)
-    limit = rules.asking.max_tokens if max_tokens is None else max_tokens
-    where = Endpoint(url, model_name, key_variable, limit, concurrency, timeout, price_in, price_out, max_cost)
-    endpoint = where._replace(temperature=rules.asking.temperature, top_logprobs=rules.asking.top_logprobs)
+    endpoint = Endpoint(
+        url=url,
+        model=model_name,
+        key_variable=key_variable,
+        max_tokens=rules.asking.max_tokens if max_tokens is None else max_tokens,
+        concurrency=concurrency,
+        timeout=timeout,
+        price_in=price_in,
+        price_out=price_out,
+        max_cost=max_cost,
+        temperature=rules.asking.temperature,
+        top_logprobs=rules.asking.top_logprobs,
+    )
     prompts = prompt_files.read(file)
     rules.check(prompts)
     decoding = choose(preset, temperature, top_p, max_new_tokens, batch_size, seed)

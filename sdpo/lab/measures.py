@@ -25,10 +25,9 @@ def measure(
     initial_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     exam: Exam,
-    seed: int,
 ) -> Measures:
-    """All measures of a model except best of n; `initial_model` is S. A seed gives models equal random numbers."""
-    answers = sample(model, tokenizer, exam.prompts, exam.num_samples, seed)
+    """All measures of a model except best of n; `initial_model` is S. All models get equal random numbers."""
+    answers = sample(model, tokenizer, exam.prompts, exam.num_samples, seed=0)
     greedy_P = sample(model, tokenizer, exam.prompts, 1, seed=None).text
     text_PK = np.array(answers.text).reshape(-1, exam.num_samples)
     right_P = np.array([world.answer(prompt) for prompt in exam.prompts])
@@ -47,13 +46,13 @@ def measure(
     }
 
 
-def best_of_n(initial_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, seed: int) -> Measures:
+def best_of_n(initial_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam) -> Measures:
     """`lab/best_of/<n>`: the gold reward of the best of n answers of S. Its KL to S is at most log n - (n - 1)/n.
 
     Of K answers, the expected best of n <= K has an unbiased estimate: the i-th smallest is the best of
     (i - 1 choose n - 1) of the (K choose n) subsets.
     """
-    seeds = range(seed, seed + BEST_OF[-1] // ANSWER_BATCH)
+    seeds = range(BEST_OF[-1] // ANSWER_BATCH)
     batches = (sample(initial_model, tokenizer, exam.prompts, ANSWER_BATCH, one).text for one in seeds)
     gold_PK = np.concatenate([_gold(exam.prompts, text) for text in batches], axis=1)
     return {f"lab/best_of/{n}": mean(_expected_best(gold_PK, n)) for n in BEST_OF}

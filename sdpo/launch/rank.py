@@ -129,7 +129,7 @@ def _join_process_group(launch: Launch, with_deepspeed: bool) -> None:
 
 
 def follow_parent(descriptor: int) -> None:
-    """Watch the other end of `descriptor` in a thread: a byte stops this process, which also ends with its parent."""
+    """Watch the parent's end of a pipe or socket in a thread: a byte sends SIGTERM to this process, its end ends it."""
 
     def watch() -> None:
         with suppress(ConnectionError):

@@ -51,7 +51,7 @@ def run(sweep: Sweep) -> bool:
     _prepare(sweep, todo)
     try:
         finished = len(sweep.runs) - len(todo)
-        with console.progress(len(sweep.runs), sweep.folder.name, "runs", done=finished) as bar:
+        with console.Progress(len(sweep.runs), sweep.folder.name, "runs", done=finished) as bar:
             bar.show("each run tells more in its log.txt")
             if todo and sweep.backend == "slurm":
                 from sdpo.launch import cluster  # here, because most sweeps do not need submitit

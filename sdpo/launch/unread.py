@@ -1,6 +1,6 @@
-"""Settings that nothing would read, or that would make an arm's name false. They are refused.
+"""Refuses settings that a run would not read, and settings that contradict its arm.
 
-Two equal runs would look like two results, or a result would have another one's name.
+Otherwise two equal runs would look like two results, or a result would carry the name of an arm that it is not of.
 """
 
 from collections.abc import Mapping, Sequence

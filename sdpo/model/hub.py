@@ -110,10 +110,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """The content hash of all that a model made elsewhere carries, not of its path.
+    """The content hash of a model from outside the store; its path does not count.
 
-    This is its weights, configuration and code, its tokenizer and chat template, and its generation config, because
-    a step's folder carries them on.
+    It covers weights, configuration, code, tokenizer, chat template and generation config, because M_t inherits all.
     """
     carried = {path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()}
     files = hash_files(folder, carried - {*weight_files(folder)})
@@ -126,7 +125,7 @@ def fingerprint_files(folder: Path) -> str:
 
 
 def fingerprint_weights(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
-    """The content hash of weights by their names in a file, after a cast to `dtype`: that of a file with these."""
+    """The content hash that a file with these weights, cast to `dtype`, has."""
     blocks = {}
     for name, weight in weights.items():
         content = weight.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data
@@ -142,7 +141,7 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def load(folder: Path, trust_remote_code: bool = False, as_stored: bool = False) -> PreTrainedModel:
-    """The model of a folder in eval mode, with its own attention: in fp32, or in bf16 if it is wanted `as_stored` so.
+    """The model of a folder in eval mode with its own attention, in fp32; `as_stored`: in bf16 if all its weights are.
 
     Weights in the dtype of their file are mapped into memory and not copied: all processes of a machine share them.
     Raises UserError if its files are damaged, lack weights, which transformers would initialise at random, have others
@@ -173,7 +172,7 @@ def load(folder: Path, trust_remote_code: bool = False, as_stored: bool = False)
 
 
 def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Move a module to a device and cast its parameters to `dtype` there, one by one: fp32 weights never fill it.
+    """Move a module to a device and cast it to `dtype` there, one parameter at a time, so that fp32 never fills it.
 
     Packed 4-bit weights keep their integer dtype. Buffers keep theirs too, as in `from_pretrained(dtype=...)` and in
     DeepSpeed: rotary frequencies in bf16 would change log-probs by a tenth of a nat per token at a thousand tokens.

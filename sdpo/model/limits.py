@@ -15,15 +15,14 @@ def check_rows(rows: Iterable[TokenPair], folder: Path, trust_remote_code: bool 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
     longest = rotary.longest_readable(config)
     for row in rows:
-        length = len(row.prompt) + max(len(row.chosen), len(row.rejected))
         largest = max(int(ids.max(initial=0)) for ids in row.ids)
         if largest >= config.vocab_size:
             raise UserError(
                 f"row {row.id} has token {largest}, but the model in {folder} knows {config.vocab_size} tokens, from 0 "
                 "on; its tokenizer belongs to another model, or has tokens that were never added to the embedding"
             )
-        if length > longest:
+        if row.longest > longest:
             raise UserError(
-                f"row {row.id} has {length} tokens, but the model in {folder} reads at most {longest:.0f}; set "
+                f"row {row.id} has {row.longest} tokens, but the model in {folder} reads at most {longest:.0f}; set "
                 f"data.max_tokens={longest:.0f}"
             )

@@ -41,7 +41,7 @@ class Pack(NamedTuple):
     @property
     def longest(self) -> int:
         """Number of tokens of the longest prompt with its whole response."""
-        return max((len(row.prompt) + max(len(row.chosen), len(row.rejected)) for row in self.rows), default=0)
+        return max((row.longest for row in self.rows), default=0)
 
     def apart(self) -> list["Pack"]:
         """One pack per sequence, chosen and rejected in turn, for models that read a sequence's length off its pack.

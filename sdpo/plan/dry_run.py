@@ -148,7 +148,7 @@ def _chunks(config: Config, prepared: Prepared, history: list[Artifact]) -> Iter
         if curriculum and not unknown:
             unknown = curriculum.why_unknown(t, history[-1])
         if curriculum and not unknown:
-            yield _in_round(inputs, config, curriculum.chunk(t, history[-1]), history[-1], None)
+            yield _in_round(inputs, config, curriculum.indices(t, history[-1]), history[-1], None)
         else:
             yield placeholders.ordered(inputs.chunk(guess), inputs, config, history[-1]), unknown
 

@@ -25,8 +25,8 @@ def lines(size: Size, chosen: int | None, limit: float, is_auto: bool) -> list[s
     found = [
         f"{size.weights:.3g} weights{reference}, {size.ranks} ranks on {size.nodes} nodes, {size.precision}, "
         f"optim.states={size.states}: GB per GPU (of {limit / GB:.3g}), besides activations: {', '.join(stages)}",
-        f"  activations: {pack:.3g} GB for {size.pack} tokens, which are halved until they fit; at least {pair:.3g} GB "
-        f"for a pair of {size.pair} tokens, recomputed",
+        f"  activations: {pack:.3g} GB for a micro-batch of {size.pack} tokens, which is halved until it fits; at "
+        f"least {pair:.3g} GB for one pair of {size.pair} tokens with recomputation",
         f"  deepspeed={name_of(chosen)}: {size.per_node(chosen) / GB:.3g} GB of host memory per node; a step takes "
         f"{size.step_on_disk / GB:.3g} GB of disk, {size.checkpoint / GB:.3g} GB more while it is trained, and about "
         f"{size.fixed_seconds:.3g} s besides its updates",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sdpo import distributed
 from sdpo.config import Config, Optim, Record
-from sdpo.console import columns, number, progress
+from sdpo.console import Progress, columns, number
 from sdpo.errors import UserError
 from sdpo.plan import dry_run, flops, memory
 from sdpo.plan.dry_run import Planned
@@ -46,7 +46,7 @@ def show(asked: list[Run]) -> None:
 def foresee(asked: list[Run]) -> list[Foreseen]:
     """Every run with its planned steps. Raises UserError if a run would fail before its first step."""
     store, prepared, foreseen = ReadOnly(), dict[str, dry_run.Prepared](), []
-    bar = progress(len(asked), "plan", "runs")
+    bar = Progress(len(asked), "plan", "runs")
     with _offline(asked), redirect_stderr(io.StringIO()):  # the run itself warns about a doubtful order
         for run in asked:
             reads = _read_by_prepare(run.config)

@@ -143,7 +143,7 @@ def failure(folder: Path) -> str | None:
     if not path.is_file():
         return None
     lines = path.read_text().splitlines()
-    return lines[0] if lines else "it failed, and why could not be written: the disk may be full"
+    return lines[0] if lines else "the run failed, but its error could not be written: the disk may be full"
 
 
 def stamp(config: Config) -> str:

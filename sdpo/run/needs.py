@@ -94,11 +94,13 @@ class Size(NamedTuple):
     def training(self, stage: int | None) -> float:
         """The bytes of weights, masters, gradients, moments and DeepSpeed's buffers.
 
-        off: w P + 16 A in bf16, 12 A in fp32; with optim.states=8bit 6 A less, and with host w P + 4 A. ZeRO-1: w P +
-        4 A + 16 A / N and buffers of 1 GB. ZeRO-2: w P + 20 A / N and buffers of 1 GB. ZeRO-3: (w P + 16 A) / N and
-        7 GB, 3 of them gathered layers and 4 at the update, in fp32 twice as much. Small models have smaller buffers:
-        5 A, and 11 P at stage 3. A reference beside the policy takes w P more. With offload, the host has masters,
-        moments and their gradients, and under ZeRO-3 the weights too.
+        off    w P      16 A in bf16, 12 A in fp32; optim.states=8bit: 6 A less; host: 4 A
+        zero1  w P      4 A + 16 A / N      buffers: 1 GB, at most 5 A
+        zero2  w P      20 A / N            buffers: 1 GB, at most 5 A
+        zero3  w P / N  16 A / N            gathered layers: 3 GB, the update: 4 GB; at most 11 P; in fp32 twice
+
+        A reference beside the policy doubles w P. With offload, the host has masters, moments and their gradients, and
+        under ZeRO-3 the weights too.
         """
         weights, trained = (2 if self.beside else 1) * self._bytes_per_weight * self.weights, self._trained
         share = trained / self.ranks

@@ -49,8 +49,8 @@ def key_of(kind: str, determinants: dict) -> str:
 class Store:
     """Artifacts below one folder: `root`, else `SDPO_STORE`, else `store/` in the checkout.
 
-    An installed package has no checkout; its store is `store/` in the working directory. As a context manager it ends
-    when all is whole.
+    An installed package has no checkout; its store is `store/` in the working directory. As a context manager it
+    waits on exit until every artifact is complete.
     """
 
     def __init__(self, root: Path | None = None):
@@ -254,7 +254,7 @@ def _in_thread(work: Callable[[], None], then: Callable[[], None], held: ExitSta
 def try_lock(file: IO) -> bool:
     """Lock the file until it is closed. Returns False if another process has locked it.
 
-    On a disk without locks every process works: a lock saves work, but no result depends on it.
+    On a file system without locks it returns True: locks avoid doing work twice, and no result depends on them.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -67,7 +67,8 @@ def hash_weights(paths: Iterable[Path]) -> str:
 def hash_files(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
     """Return the hash of each file among `paths`, by its path relative to `folder`; folders are left out.
 
-    It is the SHA-256 of the file, or of a safetensors file that of the hashes of its header and its tensors.
+    For most files it is the SHA-256 of the bytes; for a safetensors file, the hash of the hashes of its header and its
+    tensors.
     """
     hashes = {}
     for path in sorted(filter(Path.is_file, paths)):

@@ -20,7 +20,7 @@ _own: set[Path] = set()  # the folders that this process is writing
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A new folder beside `final`, which all ranks share; at its end it is removed, unless it was renamed."""
+    """A temporary folder beside `final`, shared by all ranks; on exit it is removed unless it was renamed."""
     temporary = distributed.broadcast(_temporary(final))
     _own.add(temporary)
     if distributed.is_main():
@@ -36,12 +36,12 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def _temporary(final: Path) -> Path:
-    """A new name beside `final`, which tells the process that uses it."""
+    """A new temporary name beside `final`, with the process id and the host in it."""
     return final.with_name(f"tmp-{final.name}-{os.getpid()}-{uuid4().hex[:8]}-{socket.gethostname()}")
 
 
 def remove_abandoned(folder: Path, name: str = "*") -> None:
-    """Remove what ended processes of this machine left in `folder` of what would have been called `name`."""
+    """Remove the temporary folders for `name` in `folder` whose process, on this machine, has ended."""
     for abandoned in folder.glob(f"tmp-{name}-*-{socket.gethostname()}"):
         if abandoned not in _own and not _is_alive(int(abandoned.name.split("-")[2])):
             shutil.rmtree(abandoned, ignore_errors=True)  # another process may be removing it

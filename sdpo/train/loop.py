@@ -13,7 +13,7 @@ import torch
 
 from sdpo import distributed
 from sdpo.binding import inputs_of
-from sdpo.console import progress, tell
+from sdpo.console import Progress, tell
 from sdpo.data.tokenize import response_lengths
 from sdpo.errors import UserError
 from sdpo.metrics import under_trl_names
@@ -29,9 +29,9 @@ from sdpo.train.schedule import Span, learning_rate
 from sdpo.train.step_key import StepSpec
 from sdpo.types import ChosenRejected, TokenPair
 
-# Of the margin gate: the relative difference of log-probs that passes unasked; how many times the model's rounding a
-# larger one may be; and the number of pairs on which that rounding is measured.
-EXACT, MOST_ROUNDINGS, NUM_GAUGED = 1e-5, 3, 8
+EXACT = 1e-5  # relative differences up to this one pass the margin gate without a measurement of the rounding
+MOST_ROUNDINGS = 3  # larger differences may be this many times the model's rounding
+NUM_GAUGED = 8  # pairs on which that rounding is measured
 OF_REFERENCE = ("ref_chosen_logp", "ref_rejected_logp", "above_share")  # the last one: reward accuracy without ties
 STATS = (
     *("loss", "margin", "lambda_mean", "lambda_square", "reward_accuracy", "kl_proxy", "chosen_logp", "rejected_logp"),
@@ -75,7 +75,7 @@ class TrainingLoop:
         self.device = distributed.device(self.config.launch.device)
         self.lengths_N2 = response_lengths(self.chunk.rows).astype(np.float32)
         self.budget = scoring_budget(self.config.launch)
-        self.ranks: list[list[int]] = [[0, distributed.world_size()]]  # updates before, and the ranks from there on
+        self.ranks: list[list[int]] = [[0, distributed.world_size()]]  # [updates before, ranks from then on] per change
 
     def run(self, reference: ReferenceLogprobs, start_N2: np.ndarray, checkpoint: Checkpoint) -> Iterator[dict]:
         """Do all updates and yield one log entry per update, in groups of `record.every`.
@@ -97,7 +97,7 @@ class TrainingLoop:
         pending: list[Pending] = []
         began = time.monotonic()
         total, done = (sum(map(len, updates)) for updates in (self.plan, self.plan[: len(entries)]))
-        with progress(total, checkpoint.name, quiet=not distributed.is_main(), done=done) as bar:
+        with Progress(total, checkpoint.name, done=done) as bar:
             for number in range(len(entries), len(self.plan)):
                 if entries and reference.bound is not None:
                     reference.see(entries[-1]["kl_proxy"], number, len(self.plan))
@@ -217,8 +217,9 @@ class TrainingLoop:
                 "the stored log-probs, the weights or the tokens have changed"
             )
         tell(
-            f"rounding: this processor's {self.config.precision} log-probs depend on a pair's pack, or the reference "
-            f"was scored on another one: they are off by {error:.1e} nats times the root of a response's tokens"
+            f"rounding: this processor's {self.config.precision} log-probs depend on a pair's pack, or another "
+            f"processor scored the reference: the first update's differ by {error:.1e} nats times the root of a "
+            "response's tokens"
         )
 
     def _rounding(self) -> float:

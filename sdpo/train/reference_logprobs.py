@@ -32,9 +32,9 @@ HashFirst = Callable[[], str | None]  # the hash of the first window's weights, 
 class ReferenceLogprobs:
     """The log-probs that a step's loss reads; `logps_N2` holds those of the present window.
 
-    `first_N2` are the log-probs of the whole chunk under the first window's model, whose weights `hash_first`
-    identifies; it is asked late, because the model may not be whole in the store before. A `placebo` replaces the
-    log-probs of every window. `probes` are scored under every later window too.
+    `first_N2` are the log-probs of the whole chunk under the first window's model. `hash_first` returns the hash of its
+    weights; only the report calls it, because the store may still be writing that model before. A `placebo` replaces
+    the log-probs of every window. `probes` are scored under every later window too.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ReferenceLogprobs:
             self.weights = deltas.as_whole_matrices(engine.scorer, engine.weights(everywhere=True))
 
     def see(self, distance: float, update: int, num_updates: int) -> None:
-        """Let the next window begin at this update if the one before it was beyond the bound, by its `kl_proxy`."""
+        """Begin a new window at this update if the `kl_proxy` of the last one, `distance`, exceeded the bound."""
         if self.bound is not None and distance > self.bound:
             self.begins[update] = {"num_updates": num_updates - update, "weights": {"policy": 1.0}}
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sdpo import distributed
 from sdpo.binding import bind
 from sdpo.config import Config
-from sdpo.console import progress, tell
+from sdpo.console import Progress, tell
 from sdpo.data.prompt_and_answer import as_trained
 from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
@@ -50,7 +50,7 @@ class Runner:
         self._checked: set[tuple[str, ...]] = set()
         self._engine: Engine | None = None
         self._loaded: str | None = None  # the key of the weights in memory
-        self._is_exact = False  # whether a model that is not trained was loaded without rounding it
+        self._is_exact = False  # whether the weights in memory are the file's, not rounded to bf16, as training needs
         self._adapter: adapters.AdapterSpec | None = None  # if one is trained
 
     def load(self, model: Artifact) -> Engine:
@@ -212,7 +212,7 @@ class Runner:
 
         def build(folder: Path) -> None:
             module, budget = self.load(model).module, scoring_budget(self.config.launch)
-            bar = progress(len(rows), "log-probs", quiet=not distributed.is_main())
+            bar = Progress(len(rows), "log-probs")
             with bar, explained("in the log-probs", budget), CLOCK.counting("reference"):
                 began = time.monotonic()
                 logps_N2 = score(module, rows, budget, bar.advance)

@@ -26,8 +26,8 @@ from sdpo.train.runner import Runner
 from sdpo.train.step_key import StepSpec
 from sdpo.train.throughput import Pace, Speed
 
-MOST_RANKS = 1024  # that launch.any_ranks looks for
-ANY = "any"  # the number of ranks in the key of a step that one number may begin and another one go on with
+MOST_RANKS = 1024  # launch.any_ranks looks for steps made by 1 to this many ranks
+ANY = "any"  # stands for the number of ranks in the key of a step that another number of ranks may resume
 Record = Callable[[dict], None]  # takes the log entry of one update
 
 
@@ -67,14 +67,14 @@ def name_step(spec: StepSpec, runner: Runner) -> NamedStep:
 
 
 def _as_found(determinants: dict, store: Store) -> dict:
-    """What decides the same step as the store has it, made by any number of ranks, or by some of each."""
+    """The determinants under which the store has this step: with this run's ranks, ANY, 1, 2, ...; else ANY."""
     own = determinants | {"ranks": ANY}
     all_ways = chain([determinants, own], _by_each_number(determinants))
     return next((made for made in all_ways if store.holds("step", made)), own)
 
 
 def _by_each_number(determinants: dict) -> Iterator[dict]:
-    """What decides the same step as each number of ranks makes it."""
+    """The determinants of this step for each number of ranks."""
     return (determinants | {"ranks": ranks} for ranks in range(1, MOST_RANKS + 1))
 
 

@@ -35,7 +35,7 @@ def dpo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, label
     `label_smoothing` is the probability that a label is flipped (cDPO, Mitchell 2023). Raises UserError unless
     0 <= label_smoothing < 0.5.
     """
-    _check_share("label_smoothing", label_smoothing)
+    _check_smoothing(label_smoothing)
     logits_B = beta * _margin(policy, reference)
     return -(1 - label_smoothing) * F.logsigmoid(logits_B) - label_smoothing * F.logsigmoid(-logits_B)
 
@@ -46,7 +46,7 @@ def robust(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, la
 
     Raises UserError unless 0 <= label_smoothing < 0.5.
     """
-    _check_share("label_smoothing", label_smoothing)
+    _check_smoothing(label_smoothing)
     logits_B = beta * _margin(policy, reference)
     kept_B = (1 - label_smoothing) * F.logsigmoid(logits_B)
     flipped_B = label_smoothing * F.logsigmoid(-logits_B)
@@ -85,7 +85,7 @@ def exo(policy: ChosenRejected, reference: ChosenRejected, *, beta: float, label
 
     Raises UserError unless 0 < label_smoothing < 0.5.
     """
-    _check_share("label_smoothing", label_smoothing)
+    _check_smoothing(label_smoothing)
     if label_smoothing == 0:
         raise UserError("loss.label_smoothing must be above 0 for loss=exo, because at 0 the loss is infinite")
     logits_B = beta * _margin(policy, reference)
@@ -289,6 +289,6 @@ def _log1mexp(logp_B: Tensor) -> Tensor:
     return torch.log(-torch.expm1(logp_B))
 
 
-def _check_share(name: str, share: float) -> None:
-    if not 0 <= share < 0.5:
-        raise UserError(f"loss.{name} must be at least 0 and below 0.5, not {share}")
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 0.5:
+        raise UserError(f"loss.label_smoothing must be at least 0 and below 0.5, not {label_smoothing}")

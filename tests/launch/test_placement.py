@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdpo import config, distributed
-from sdpo.console import progress
+from sdpo.console import Progress
 from sdpo.errors import UserError
 from sdpo.launch import forks, placement
 from sdpo.launch.order import Turn
@@ -132,7 +132,7 @@ def test_a_run_that_runs_out_of_memory_beside_another_is_done_again_alone(tmp_pa
             raise
 
     monkeypatch.setattr(forks.launch, "run", work)
-    with progress(2, "test", "runs", quiet=True) as bar:
+    with Progress(2, "test", "runs") as bar:
         forks.execute([a, b], 2, bar)
     assert (a.error, b.error) == (None, None)
     assert [(one.folder / "shared").read_text() for one in (a, b)] == ["2", "1"]

@@ -107,7 +107,7 @@ def test_an_error_that_no_disk_had_room_for_is_one_sentence(tmp_path):
         run_folder.fail(tmp_path, UserError("the cause"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert run_folder.failure(tmp_path) == "it failed, and why could not be written: the disk may be full"
+    assert run_folder.failure(tmp_path) == "the run failed, but its error could not be written: the disk may be full"
 
 
 def test_a_run_of_other_settings_or_without_its_models_is_not_finished(finished, tmp_path):

@@ -1,4 +1,4 @@
-"""AlpacaEval's prompts, order of answers, parsing and length control: its package's, with replies of our endpoint.
+"""Judges with the package alpaca_eval: prompts, order of answers, parsing, length control. Replies are our endpoint's.
 
 As AlpacaEval 2 prescribes, each prompt is asked once, in an order that the package draws from the instruction. Of the
 annotator's settings, those of its endpoint (model, price, client) are replaced by evaluate.judge's.

@@ -33,9 +33,9 @@ def alpaca_eval() -> ModuleType:
 
 @contextmanager
 def _contained() -> Iterator[None]:
-    """The environment and the log's level are as before; `pkg_resources`, which is gone from setuptools 82, is there.
+    """Import alpaca_eval in here: the log's level and NO_SECRETS are restored behind it.
 
-    alpaca_eval 0.6.6 asks it for the versions of packages only.
+    It stands in for `pkg_resources`, which setuptools 82 removed and alpaca_eval 0.6.6 asks for versions alone.
     """
     level, before = logging.getLogger().level, os.environ.get(NO_SECRETS)
     missing = find_spec("pkg_resources") is None

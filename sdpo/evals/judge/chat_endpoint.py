@@ -20,7 +20,7 @@ from urllib.request import getproxies, proxy_bypass
 import urllib3
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
-from sdpo.console import progress, tell
+from sdpo.console import Progress, tell
 from sdpo.errors import UserError, one_line
 from sdpo.store.artifacts import Store
 
@@ -67,7 +67,7 @@ class Reply(NamedTuple):
 
 
 def digest(content: Any) -> str:
-    """A short hash of JSON. Unlike a key it is the same under all numerics: what was paid for is not paid for again."""
+    """A short hash of JSON, without NUMERICS_VERSION, so that new versions of this code find replies that were paid."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -98,7 +98,7 @@ def _ask_for(missing: dict[str, Conversation], endpoint: Endpoint, ledger: "Ledg
     with (
         _connections(endpoint, ending) as pool,
         ThreadPoolExecutor(endpoint.concurrency) as workers,
-        progress(len(missing), "judge", "replies") as bar,
+        Progress(len(missing), "judge", "replies") as bar,
     ):
         _refuse_unreachable(endpoint, pool)
         asked = [
@@ -128,7 +128,7 @@ class _Retry(urllib3.Retry):
     def sleep(self, response: urllib3.BaseHTTPResponse | None = None) -> None:
         pause = (response and self.get_retry_after(response)) or self.get_backoff_time()
         if self._ending.wait(pause):
-            raise HTTPError("no request is repeated any more")
+            raise HTTPError("asking has ended; the request is not repeated")
 
 
 def _connections(endpoint: Endpoint, ending: threading.Event) -> urllib3.PoolManager:
@@ -151,7 +151,7 @@ def _connections(endpoint: Endpoint, ending: threading.Event) -> urllib3.PoolMan
 
 
 def _refuse_unreachable(endpoint: Endpoint, pool: urllib3.PoolManager) -> None:
-    """Raise UserError if nobody answers at the address; any answer will do. Else retries would hide it for minutes."""
+    """Raise UserError if the endpoint cannot be reached; any HTTP status will do. Retries would delay it by minutes."""
     try:
         pool.request("GET", f"{endpoint.url.rstrip('/')}/models", retries=False)
     except HTTPError as error:
@@ -225,7 +225,7 @@ def _request(endpoint: Endpoint, turns: Conversation) -> dict[str, Any]:
 
 
 def _reply(endpoint: Endpoint, turns: Conversation, pool: urllib3.PoolManager) -> dict[str, Any]:
-    """A reply with its version and cost. What was lost on the way, and may be billed, counts with its estimate."""
+    """A reply with its version and cost. A request without a usable reply may be billed: it adds its estimate."""
     lost = 0
     for _ in range(NONSENSE_RETRIES):
         response = _post(endpoint, turns, pool)
@@ -246,7 +246,7 @@ def _reply(endpoint: Endpoint, turns: Conversation, pool: urllib3.PoolManager) -
         line = {"text": text, "version": version, "cost": cost + lost * endpoint.estimate(turns)}
         return line | ({"logprobs": _checked(logprobs, endpoint)} if endpoint.top_logprobs else {})
     raise UserError(
-        f"{endpoint.url} does not answer as chat completions do ({one_line(problem)}): check evaluate.judge.url"
+        f"{endpoint.url} does not answer as chat completions do ({one_line(problem)}): check the url"
     ) from problem
 
 

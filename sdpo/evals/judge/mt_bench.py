@@ -39,7 +39,7 @@ class MTBench:
             raise UserError(
                 f"{file}: is not FastChat's judge_prompts.jsonl ({error!r}); MT-Bench grades with {', '.join(NAMES)}"
             ) from error
-        self.file, self.references = file, references
+        self.references = references
         self.label = {"protocol": "MT-Bench", "prompt": digest(self.prompts)}
 
     def check(self, prompts: list[Prompt]) -> None:

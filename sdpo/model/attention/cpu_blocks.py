@@ -1,6 +1,6 @@
 """Causal attention on a CPU in blocks of query rows, so that the scores of a block stay in the cache.
 
-PyTorch's fused kernel takes about half as long again, and needs a mask if there are fewer queries than keys.
+PyTorch's fused kernel takes about 1.5 times as long, and needs a mask if there are fewer queries than keys.
 
 Shapes: N sequences of L tokens, of which the last M have queries; H heads; B = N times H; D head dimension; R query
 rows and K keys of a block.

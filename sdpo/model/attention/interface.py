@@ -57,7 +57,7 @@ def refusal(model: PreTrainedModel, reason: str) -> str:
 
 
 @contextmanager
-def own_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
     """Context in which the model uses its own attention, for example to generate; undone at the end.
 
     This is transformers' default for the model, or `eager` for a model with soft caps, which `sdpa` ignored in earlier
@@ -67,7 +67,7 @@ def own_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     own = "eager" if _has_softcap(model) else model.get_correct_attn_implementation(None)
     model.set_attn_implementation(own)
     try:
-        yield model
+        yield
     finally:
         model.set_attn_implementation(before)
 
@@ -89,7 +89,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in every layer, which is why its parameters have transformers' names.
 
-    Some models tell a layer's sliding window by `sliding_window`, others by the mask alone, which is `_window` here.
+    Some models pass a layer's sliding window as `sliding_window`. Others state it in the mask alone: for them `_window`
+    returns the window in place of a mask, and transformers passes it as `attention_mask`.
     Returns the output [1, T, H, D]. Raises UserError if the forward pass was given no pack.
     """
     if packed is None:
@@ -109,7 +110,7 @@ def leave_out_of_graphs() -> None:
 
 
 def _window(local_size: int | None = None, **_arguments: Any) -> int | None:
-    """The window of a mask in place of the mask, which would be [T, T]: the backends know what else a token sees."""
+    """Return the window instead of a [T, T] mask; the backends derive everything else from the pack."""
     return local_size
 
 

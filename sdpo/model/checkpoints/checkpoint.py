@@ -25,7 +25,7 @@ from sdpo.model.zero import Zero
 from sdpo.store.artifacts import Store, differing
 from sdpo.store.publishing import remove, remove_abandoned
 
-SPARING = 20  # times as long as a checkpoint took, no other one is made
+SPARING = 20  # the next checkpoint is at least this many times as far away as the last one took
 
 
 class Saved(NamedTuple):
@@ -38,8 +38,8 @@ class Saved(NamedTuple):
 class Checkpoint:
     """The checkpoints of one step: the newest one and the one before. `name` is shown in the progress bar.
 
-    Between two of them pass `minutes`, or 20 times the seconds that the last one took; with 0 every update has one.
-    If there is none, those of the same step under `other_keys` will do.
+    The next one is due after `minutes`, or after 20 times as long as the last one took, whichever is longer; with 0,
+    after every group of updates. If there is none, one of the same step under `other_keys` is used.
     """
 
     def __init__(self, store: Store, key: str, name: str, minutes: float, other_keys: Iterable[str] = ()):

@@ -1,8 +1,8 @@
-"""Masters and moments in the files of one number of ranks, read by another number of ranks.
+"""Reads masters and moments that another number of ranks saved.
 
-Under ZeRO 1 and 2 the ranks divide one row of all trained numbers, under ZeRO 3 each parameter by itself. What is
-divided is cut into shares of one size, the last ones filled with zeros. A rank's stream are its shares, one after the
-other; its tensors are pieces of the stream.
+Under ZeRO 1 and 2 all trained weights form one flat vector; under ZeRO 3 each parameter is a flat vector. Each vector
+is padded with zeros and cut into equal shares, one per rank. A rank's stream is the concatenation of its shares; the
+tensors in its file are consecutive pieces of that stream.
 """
 
 from pathlib import Path

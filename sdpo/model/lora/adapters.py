@@ -52,8 +52,9 @@ class AdapterSpec(NamedTuple):
 def spec_for(adapter: Adapter, start: Artifact, history: list[Artifact]) -> AdapterSpec:
     """The specification of the adapter of a step from `start`; `history` holds M_0 .. M_{t-1}.
 
-    With `stack`, a start whose own base belongs to another run is a base itself; so is S from elsewhere, whatever lies
-    beside its weights, because its key does not say so.
+    With `stack`, the base is that of the start's own adapter. If that model is not in `history`, because another run
+    made it, the start itself is the base. So is a start from outside the store, even if a folder `adapter` lies beside
+    its weights, because its key does not cover that folder.
     """
     lineage = start.folder / FOLDER / LINEAGE
     if not start.is_stored or not lineage.is_file():
@@ -76,8 +77,8 @@ class Loading(NamedTuple):
 def load(spec: AdapterSpec, seed: int, loading: Loading) -> PreTrainedModel:
     """The start of a step with a new adapter. Before training, its outputs are those of the start.
 
-    Only the adapter and the modules of `modules_to_save` require gradients. The first of a chain of adapters says what
-    it adapts. Raises UserError if targets or modules cannot be adapted or trained, or do not exist.
+    Only the adapter and the modules of `modules_to_save` require gradients. Only the first adapter of a chain
+    prints what it adapts. Raises UserError if targets or modules cannot be adapted or trained, or do not exist.
     """
     from peft import LoraModel
 
