@@ -51,7 +51,7 @@ SETTINGS = {
         ["data.template=llama"],
         "data.template is 'llama'; it can be null, alpaca, zephyr, chatml, plain",
     ),
-    "too long": (["data.max_tokens=4"], "pair a-"),
+    "too long": (["data.max_tokens=4"], "a.jsonl, row 1 has "),
     "no such model": (["model.path=nowhere"], "nowhere holds no config.json"),
     "no attention of ours": (["model.path=mamba"], "MambaForCausalLM cannot share prompts: "),
     "no tokenizer": (["model.path=bare"], "bare holds no tokenizer; save one there with tokenizer.save_pretrained"),
@@ -144,6 +144,11 @@ def test_a_bad_row_is_named_with_its_file_and_field(refused, kind):
     said = refused(rows=[GOOD | {"id": "first"}, row, *MORE])
     assert said.startswith(f"a.jsonl, row 2: {sentence}") and said.endswith("repair it or set data.on_bad_row=skip")
     assert not Path("run").exists()
+
+
+def test_a_row_that_the_template_cannot_write_is_named_too(refused):
+    said = refused(rows=[GOOD, GOOD | {"prompt": "</s>"}, *MORE])
+    assert said.startswith("a.jsonl, row 2: field 'prompt' has a turn of nothing but special tokens; repair it or set")
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

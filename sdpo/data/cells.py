@@ -58,14 +58,26 @@ def parse_cells(row: dict[str, Any]) -> dict[str, Any]:
 def template_inputs(row: dict[str, Any]) -> dict[str, Any]:
     """What the chat template reads beside the turns: tools, and the settings in chat_template_kwargs. Raises BadRow."""
     nested = row["input"].get("tools") if isinstance(row.get("input"), dict) else None
-    tools = _structure(row.get("tools") or nested or [], "tools", list)
-    settings = _structure(row.get("chat_template_kwargs") or {}, "chat_template_kwargs", dict)
+    tools = structure(row.get("tools") or nested or [], "tools", list)
+    settings = structure(row.get("chat_template_kwargs") or {}, "chat_template_kwargs", dict)
     if not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("tools", "tools", "is not a list of JSON objects")
     if taken := sorted(RESERVED & settings.keys()):
         raise BadRow("chat_template_kwargs", "chat_template_kwargs", f"sets {taken[0]}, which no row can set")
     said = {name: value for name, value in _pruned(settings).items() if value not in ("", [], {})}
-    return said | ({"tools": _pruned(tools)} if tools else {})
+    inputs = said | ({"tools": _pruned(tools)} if tools else {})
+    if not is_utf8(json.dumps(inputs, ensure_ascii=False, default=str)):
+        raise BadRow("invalid_utf8", "tools" if tools else "chat_template_kwargs", "is not valid UTF-8")
+    return inputs
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written: readers leave invalid bytes, and JSON's lone surrogates, as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_structure(value: Any) -> bool:
@@ -84,7 +96,8 @@ def _holds_turns(text: str) -> bool:
     return any(isinstance(item, dict) and any(key in item for key in OF_TURNS) for item in items)
 
 
-def _structure(value: Any, field: str, kind: type) -> Any:
+def structure(value: Any, field: str, kind: type) -> Any:
+    """A list or dictionary, which may be written as text. Raises BadRow."""
     value = _parse(value, field, reason=field) if isinstance(value, str) else value
     if not isinstance(value, kind):
         raise BadRow(field, field, f"is {type(value).__name__}, not a JSON {'list' if kind is list else 'object'}")

@@ -35,6 +35,12 @@ class Pair:
     rejected_rating: float | None = None
     inputs: dict[str, Any] = field(default_factory=dict)  # what the chat template reads beside the turns: tools, ...
     pair_score: float | None = None  # how easy the pair is, for score=column
+    place: str = field(default="", compare=False, repr=False)  # file and row
+
+    @property
+    def called(self) -> str:
+        """What messages call the pair: a user finds its row; an id made of its content stands in no file."""
+        return self.place or f"pair {self.id} of source {self.source}"
 
 
 class Preferences(NamedTuple):
@@ -116,6 +122,7 @@ def write_jsonl(path: Path, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
             row = asdict(pair)
             row["messages"] = row.pop("prompt")
+            del row["place"]
             for name in ("inputs", "pair_score"):
                 if row[name] in (None, {}):
                     del row[name]
@@ -182,6 +189,7 @@ class _Intake:
     def _pair(self, table: Table, number: int, row: Any, reserved: Mapping[str, str]) -> tuple[Pair, str]:
         row = parse_row(row)
         if self.settings.columns:
+            self.unread[table.name] |= {str(name) for name in row.keys() - self.settings.columns.values() if row[name]}
             row = rename(row, self.settings.columns)
         normal = normalise(row)
         self.unread[table.name] |= normal.unread
@@ -195,8 +203,8 @@ class _Intake:
             id = check_id(row["id"])
         if id in self.taken:
             raise BadRow("duplicate_id", "id", f"{id!r} was used before, by {self.taken[id]}")
-        self.taken[id] = f"{table.name}, row {number}"
-        return Pair(id, source, *normal[1:-1]), normal.layout
+        self.taken[id] = place = f"{table.name}, row {number}"
+        return Pair(id, source, *normal[1:-1], place=place), normal.layout
 
     def _made_id(self, source: str, digest: str) -> str:
         """An id made of the content, the same in every file and order; a pair that comes again gets a number too."""

@@ -65,6 +65,8 @@ class ChatFormat:
             raise BadRow("empty", "prompt", "has a turn of nothing but special tokens")
         try:
             prompt = self.writer.write(turns, invite=True, inputs=inputs)
+            if lost := [i for i in range(len(turns)) if self._is_left_out(turns, i, prompt, inputs)]:
+                raise UserError(f"the chat template leaves out turn {lost[0] + 1}, of the {turns[lost[0]]['role']}")
             chosen, rejected = (self._body(turns, prompt, answer, counts, inputs) for answer in answers)
         except UserError as error:
             raise BadRow("template", None, str(error)) from error
@@ -72,6 +74,20 @@ class ChatFormat:
             if getattr(pair, field) and _words(body) in ("", self._around_answer):
                 raise BadRow("empty", field, "is left with nothing by the chat template and without special tokens")
         return Texts(prompt, chosen, rejected, counts)
+
+    def _is_left_out(self, turns: Turns, number: int, prompt: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether a turn of the system or the user is not in the prompt, and the prompt is the same without it.
+
+        A template may replace words that switch something, such as /no_think. Of earlier answers it may leave out
+        thoughts.
+        """
+        turn = turns[number]
+        if turn["role"] == "assistant" or _words(turn["content"]) in _words(prompt):
+            return False
+        try:
+            return self.writer.write([*turns[:number], *turns[number + 1 :]], invite=True, inputs=inputs) == prompt
+        except UserError:
+            return False
 
     def _harmless(self, value: Any, counts: Counter[str]) -> Any:
         value, removed = self.writer.harmless(value)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdpo.data.cells import BadRow, parse_row
+from sdpo.data.cells import BadRow, is_utf8, parse_cells, parse_row, structure
 from sdpo.data.preferences import Pair
 from sdpo.data.readers import READERS, Table, read_file, read_hub
 from sdpo.data.schemas import Message, Turns
@@ -13,7 +13,8 @@ from sdpo.errors import UserError
 
 ID_COLUMNS = ("question_id", "uid", "id")
 PROMPT_COLUMNS = ("instruction", "prompt", "turns")
-UNREAD = ("input", "system")  # parts of a prompt in other layouts
+# Parts of a prompt in other layouts.
+UNREAD = ("input", "system", "system_prompt", "messages", "history", "tools", "chat_template_kwargs")
 
 
 class Prompt(NamedTuple):
@@ -75,16 +76,24 @@ def _lines(name: str) -> Table:
 def _prompt(table: Table, number: int, row: Any) -> Prompt:
     place = f"{table.name}, row {number}"
     try:
-        row = parse_row(row)
+        row = parse_cells(parse_row(row))
+        turns = row.get("turns")
+        if isinstance(turns, str) and turns.lstrip().startswith("["):
+            row["turns"] = structure(turns, "turns", list)
     except BadRow as bad:
         raise UserError(f"{place}: {bad}") from bad
     if unread := next((column for column in UNREAD if row.get(column)), None):
         raise UserError(f"{place}: the field '{unread}' is not read; write its text into the prompt")
     asked = next((row[column] for column in PROMPT_COLUMNS if column in row), None)
     asked = asked if isinstance(asked, list) else [asked]
-    said = [turn["content"] if isinstance(turn, dict) and turn.keys() == {"content"} else turn for turn in asked]
-    turns = [turn for turn in said if isinstance(turn, str) and turn.strip()]
+    turns = [turn for turn in map(_said, asked) if isinstance(turn, str) and turn.strip() and is_utf8(turn)]
     if not turns or len(turns) < len(asked):
-        raise UserError(f"{place}: has no text in one of the fields {', '.join(PROMPT_COLUMNS)}")
+        raise UserError(f"{place}: has no text of a user in one of the fields {', '.join(PROMPT_COLUMNS)}")
     id = next((row[column] for column in ID_COLUMNS if column in row), number)
     return Prompt(id, turns, row.get("dataset", row.get("category", table.source)))
+
+
+def _said(turn: Any) -> Any:
+    """The text of a user's turn; anything else as it is."""
+    is_user = isinstance(turn, dict) and turn.keys() <= {"role", "content"} and turn.get("role", "user") == "user"
+    return turn.get("content") if is_user else turn

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypedDict
 
-from sdpo.data.cells import BadRow, parse_cells, template_inputs
+from sdpo.data.cells import BadRow, is_utf8, parse_cells, template_inputs
 
 Row = dict[str, Any]
 
@@ -18,7 +18,12 @@ RATINGS = {  # ours, argilla's, UltraFeedback's
 PROMPT_COLUMNS = {"messages": "messages", "conversations": "sharegpt", "question": "orca", "prompt": "plain"}
 # What a text cannot hold, or what is not written as text here.
 UNSUPPORTED_COLUMNS = ("images", "image", "videos", "audio", "tool_calls", "reasoning_content")
-UNSUPPORTED_IN_TURNS = (*UNSUPPORTED_COLUMNS, "tool_call_id", "function_call", "reasoning", "thinking", "name")
+UNSUPPORTED_IN_TURNS = (
+    *UNSUPPORTED_COLUMNS,
+    *("name", "tools", "functions", "function_call", "function_calls", "tool_call_id", "tool_plan", "documents"),
+    *("citations", "reasoning", "reasoning_details", "thinking", "thought", "thoughts"),
+)
+READ_IN_TURNS = {"role", "content", "from", "value"}
 ANSWERS = ("chosen", "rejected")
 OPENAI = ("input", "preferred_output", "non_preferred_output")
 READ_IN_ALL_LAYOUTS = {  # or refused
@@ -27,6 +32,7 @@ READ_IN_ALL_LAYOUTS = {  # or refused
     *(name for names in RATINGS.values() for name in names),
 }
 TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:|\n\nHuman:", re.DOTALL)  # how Anthropic/hh-rlhf writes prompts
+WHOLE_TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
 WORDS_NOT_REPEATED_BY_CHANCE = 5
 
 
@@ -70,6 +76,7 @@ def normalise(row: Row) -> Normal:
     said = {"", chosen.strip(), rejected.strip(), *(turn["content"].strip() for turn in prompt)}
     rest = row.keys() - READ_IN_ALL_LAYOUTS - set(columns)
     unread = {str(column) for column in rest if not _texts(row[column]) <= said}
+    unread |= {f"{column}[].{key}" for column in columns for key in _unread_keys(row[column])}
     return Normal(layout, prompt, chosen, rejected, *ratings, template_inputs(row), score, unread)
 
 
@@ -89,10 +96,8 @@ def check_text(value: Any, field: str) -> str:
         raise BadRow("not_text", field, f"is {type(value).__name__}, not text")
     if not value.strip():
         raise BadRow("empty", field, "is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # a reader leaves invalid bytes, and JSON's lone surrogates, as surrogates
-        raise BadRow("invalid_utf8", field, "is not valid UTF-8") from None
+    if not is_utf8(value):
+        raise BadRow("invalid_utf8", field, "is not valid UTF-8")
     return value
 
 
@@ -104,8 +109,15 @@ def check_id(value: Any) -> str:
 def _texts(value: Any) -> set[str]:
     """The texts of a cell that holds turns, or one text; anything else as Python writes it."""
     turns = value if isinstance(value, list) else [value]
-    contents = (turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn for turn in turns)
+    contents = (_first(turn, "content", "value") if isinstance(turn, dict) else turn for turn in turns)
     return {content.strip() if isinstance(content, str) else repr(content) for content in contents}
+
+
+def _unread_keys(value: Any) -> set[str]:
+    """The keys with a value that nothing reads in the turns of a cell."""
+    value = value.get("messages", value) if isinstance(value, dict) else value
+    turns = [turn for turn in (value if isinstance(value, list) else [value]) if isinstance(turn, dict)]
+    return {str(key) for turn in turns for key in turn.keys() - READ_IN_TURNS if turn[key]}
 
 
 def _read(row: Row) -> tuple[str, tuple[str, ...], Turns, Any, Any]:
@@ -117,10 +129,13 @@ def _read(row: Row) -> tuple[str, tuple[str, ...], Turns, Any, Any]:
             raise _missing(column, row)
     if isinstance(row["chosen"], list | dict):
         return "conversation", ANSWERS, *_conversation(row)
+    row = {column: _with_unix_lines(value) for column, value in row.items()}
     for column, layout in PROMPT_COLUMNS.items():
         if column in row:
             if isinstance(row[column], str) and TRANSCRIPT.match(row[column]):
                 return "transcript", (*ANSWERS, column), *_transcript(_complete(row, column))
+            if all(WHOLE_TRANSCRIPT.match(str(row[side])) for side in ANSWERS):
+                return "transcript", ANSWERS, *_transcript({side: "\n\n" + row[side].strip() for side in ANSWERS})
             chosen, rejected, repeated = _without_prompt(row, column)
             return layout + repeated, (*ANSWERS, column), _prompt(row[column], column), chosen, rejected
     if "\n\nAssistant:" in str(row["chosen"]):
@@ -180,9 +195,15 @@ def _complete(row: Row, column: str) -> Row:
     head = "\n\n" + row[column].strip().removesuffix("Assistant:").rstrip()
     whole = {}
     for side in ("chosen", "rejected"):
-        answer = check_text(row[side], side).strip()
+        answer = check_text(row[side], side).strip().removeprefix("Assistant:").strip()
         whole[side] = "\n\n" + answer if ("\n\n" + answer).startswith(head) else f"{head}\n\nAssistant: {answer}"
     return whole
+
+
+def _with_unix_lines(value: Any) -> Any:
+    """A transcript whose lines end with \\r\\n, as some CSV files have it, with \\n; anything else as it is."""
+    windows = isinstance(value, str) and re.search(r"\r\n\r\n(Human|Assistant):", value)
+    return value.replace("\r\n", "\n") if windows else value
 
 
 def _transcript(row: Row):
@@ -218,7 +239,7 @@ def _turns(value: Any, field: str) -> Turns:
     for number, turn in enumerate([value] if isinstance(value, dict) else value if isinstance(value, list) else []):
         if not isinstance(turn, dict):
             raise BadRow("bad_conversation", field, f"holds {type(turn).__name__}, not messages")
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role, content = (_first(turn, *names) for names in (("role", "from"), ("content", "value")))
         if not isinstance(role, str) or role not in ROLES:
             raise BadRow("bad_conversation", field, f"has the role {role!r}; known are {', '.join(ROLES)}")
         for key in UNSUPPORTED_IN_TURNS:
@@ -229,6 +250,11 @@ def _turns(value: Any, field: str) -> Turns:
     if not turns:
         raise BadRow("empty" if isinstance(value, list) else "bad_conversation", field, "holds no messages")
     return tuple(turns)
+
+
+def _first(turn: Row, *names: str) -> Any:
+    """The first value that is not null: parquet files write null for the keys of other layouts."""
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
 def _answer(turns: Turns, field: str) -> str:

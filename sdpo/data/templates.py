@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from functools import cache
 from os.path import commonprefix
 from types import MappingProxyType
 from typing import Any, cast
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
 from sdpo.config import Data
@@ -38,6 +39,7 @@ TEMPLATES = {
 }
 REASONING = ("<think>", "</think>")  # part of an answer if the template reads or writes them
 MARK = re.compile(r"[<\[{].*[>\]}]", re.DOTALL)  # how the marks of templates look: <|im_end|>, </s>, [INST]
+GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # tags of transformers, which Jinja does not know
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 # What a Jinja template raises on messages that it does not expect.
 FAILURES = (TemplateError, LookupError, TypeError, ValueError, AttributeError)
@@ -63,6 +65,13 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None, tools: l
 def any_of(marks: Iterable[str]) -> re.Pattern[str]:
     """A pattern that finds each of the marks, and where several of them begin the longest one."""
     return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
+
+
+@cache
+def _variables(template: str) -> set[str]:
+    """The names that a template reads from outside, apart from those of its own variables and of parts of messages."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    return meta.find_undeclared_variables(environment.parse(GENERATION.sub("", template)))
 
 
 class Writer:
@@ -97,7 +106,7 @@ class Writer:
         Raises UserError if the template fails or does not read an input.
         """
         template = self.template(inputs.get("tools"))
-        if unread := [name for name in inputs if name not in template]:
+        if unread := [name for name in inputs if name not in _variables(template)]:
             raise UserError(f"the chat template does not read {unread[0]}, which the row has")
         try:
             text = self.tokenizer.apply_chat_template(
@@ -117,12 +126,12 @@ class Writer:
         return CLOCK.sub(lambda reading: repr(self._now.strftime(reading[2])), template)
 
     def harmless(self, value: Any) -> tuple[Any, int]:
-        """Text, or lists and dictionaries of text, without special tokens, and how many were removed."""
+        """Text, or lists and dictionaries of text, keys too, without special tokens, and how many were removed."""
         if isinstance(value, str):
             return self._without_marks(value)
         if isinstance(value, Mapping):
-            inner, removed = self.harmless(list(value.values()))
-            return dict(zip(value, inner, strict=True)), removed
+            parts, removed = self.harmless([*value, *value.values()])
+            return dict(zip(parts[: len(value)], parts[len(value) :], strict=True)), removed
         if isinstance(value, list | tuple):
             parts = [self.harmless(part) for part in value]
             return [part for part, _ in parts], sum(removed for _, removed in parts)

@@ -61,7 +61,7 @@ def encode(
     """
     chat, max_tokens = ChatFormat(tokenizer, settings.template, settings.template_date), settings.max_tokens
     rows: dict[str, TokenPair] = {}
-    long: dict[str, int] = {}  # id of a pair over the limit -> its tokens
+    long: dict[str, int] = {}  # what a pair over the limit is called -> its tokens
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for start in range(0, len(pairs), BATCH):
         written = list(_write(pairs[start : start + BATCH], chat, settings.on_bad_row, counts))
@@ -70,7 +70,7 @@ def encode(
             kept: TokenPair | None = row
             if row.longest > max_tokens:
                 tally["long"] += 1
-                long[pair.id] = row.longest
+                long[pair.called] = row.longest
                 kept = _shorten(row, max_tokens, settings.on_long, num_bos=int(chat.bos in row.prompt[:1]))
                 tally["truncated" if kept else "dropped_long"] += 1
             if kept and (flaw := _flaw(kept, demonstration=not pair.rejected)):
@@ -140,9 +140,7 @@ def _write(
             texts = chat.texts(pair)
         except BadRow as bad:
             if on_bad_row == "error":
-                raise UserError(
-                    f"pair {pair.id} of source {pair.source}: {bad}; repair it or set data.on_bad_row=skip"
-                ) from bad
+                raise UserError(f"{pair.called}: {bad}; repair it or set data.on_bad_row=skip") from bad
             tally[f"dropped_{bad.reason}"] += 1
         else:
             tally.update(texts.counts)
@@ -198,7 +196,7 @@ def _explain_long(lengths: dict[str, int], num_pairs: int, limit: str) -> str:
     first, length = next(iter(lengths.items()))
     shorter = " or set data.on_long to one of drop, truncate_prompt, truncate_response"
     return (
-        f"pair {first} has {length} tokens, more than {limit} (too long: {len(lengths)} of {num_pairs} pairs, the "
+        f"{first} has {length} tokens, more than {limit} (too long: {len(lengths)} of {num_pairs} pairs, the "
         f"longest of {max(lengths.values())} tokens); raise it{shorter if limit.startswith('data.') else ''}"
     )
 

@@ -14,6 +14,8 @@ PROBE = (
     "Na\u00efve cafe\u0301, \u4f60\u597d \U0001f600 'S l'\u00e9t\u00e9 "
 )
 
+MOST_MARKS = 256  # added tokens behind which words are compared; some tokenizers reserve thousands
+
 
 def load(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder with a tokenizer.json, or with code of its own if that is trusted.
@@ -23,23 +25,26 @@ def load(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBa
     """
     settings = _read_json(folder / "tokenizer_config.json")
     own_code = trust_remote_code and "AutoTokenizer" in settings.get("auto_map", {})
-    described = None if own_code and not (folder / "tokenizer.json").is_file() else _read_tokenizer_json(folder)
+    described = {} if own_code and not (folder / "tokenizer.json").is_file() else _read_tokenizer_json(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        ids = described and tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids
+        ids = {text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in described}
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise UserError(f"the tokenizer of {folder} cannot be loaded ({_first_line(error)})") from error
     if ids != described:
         raise UserError(
             f"{folder}/tokenizer.json and the class {type(tokenizer).__name__}, which transformers chooses, read the "
             'same text as different tokens; set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json '
-            "if tokenizer.json is right"
+            "if tokenizer.json is right (of a model of the Hub in a copy, with model=local)"
         )
     return tokenizer
 
 
-def _read_tokenizer_json(folder: Path) -> list[int] | None:
-    """The ids of PROBE as tokenizer.json describes them; None if it does not know all of its characters."""
+def _read_tokenizer_json(folder: Path) -> dict[str, list[int]]:
+    """The ids of PROBE and of words behind every added token, by text, as tokenizer.json describes them.
+
+    Empty if it does not know all of their characters.
+    """
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(
@@ -52,10 +57,12 @@ def _read_tokenizer_json(folder: Path) -> list[int] | None:
         raise UserError(f"{file} is damaged ({_first_line(error)}); copy it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    marks = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    texts = (PROBE, "".join(f"{mark}Hi there " for mark in marks[:MOST_MARKS]))
     try:
-        return tokenizer.encode(PROBE, add_special_tokens=False).ids
+        return {text: tokenizer.encode(text, add_special_tokens=False).ids for text in texts}
     except Exception:  # a character that its model has no token for; the tokenizers library raises nothing narrower
-        return None
+        return {}
 
 
 def _read_json(file: Path) -> dict:

@@ -84,8 +84,10 @@ def prepare(config: Config, store: Store, take: TakeStep = take_step) -> Inputs:
     if base.key in runner.foreign:
         raise UserError(f"reference.path={config.model.path} is S itself: use reference=initial")
     if config.model.name != "lab":
-        rows = [row for table in (train, held_out, *more) for row in table.rows]
-        limits.check_rows(rows, base.folder, config.model.trust_remote_code)
+        tables = (train, held_out, *more)
+        rows = [row for table in tables for row in table.rows]
+        called = {pair.id: pair.called for table in tables for pair in table.pairs}
+        limits.check_rows(rows, base.folder, config.model.trust_remote_code, called)
     if config.tune.get("quantize", "none") != "none":
         initial = adapters.rounded(initial, runner.loading, store, runner.tokenizer)
     sets = dict(zip(preferences.held_out_sets, more, strict=True))

@@ -16,7 +16,7 @@ def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path):
     assert asked == [(1, ["Why?"]), (3, ["A page\x0cand\u2028a line."])]
 
 
-@pytest.mark.parametrize("field", ["input", "system"])
+@pytest.mark.parametrize("field", ["input", "system", "system_prompt", "tools", "chat_template_kwargs"])
 def test_a_part_of_a_prompt_that_is_not_read_is_refused(tmp_path, field):
     file = tmp_path / "asked.jsonl"
     file.write_text(json.dumps({"instruction": "Translate.", field: "Good morning"}))
@@ -24,6 +24,17 @@ def test_a_part_of_a_prompt_that_is_not_read_is_refused(tmp_path, field):
         prompts.read(str(file))
     file.write_text(json.dumps({"instruction": "Translate.", field: ""}))
     assert [prompt.turns for prompt in prompts.read(str(file))] == [["Translate."]]
+
+
+def test_turns_that_are_written_as_text_are_turns(tmp_path):
+    file = tmp_path / "asked.jsonl"
+    talk = json.dumps([{"role": "user", "content": "Why?"}])
+    file.write_text("\n".join(map(json.dumps, [{"turns": '["Why?", "And how?"]'}, {"prompt": talk}])))
+    assert [prompt.turns for prompt in prompts.read(str(file))] == [["Why?", "And how?"], ["Why?"]]
+    for bad in ({"prompt": talk.replace("user", "system")}, {"prompt": "\ud800"}, {"turns": "[Why?"}):
+        file.write_text(json.dumps(bad))
+        with pytest.raises(UserError, match="row 1: "):
+            prompts.read(str(file))
 
 
 def test_the_first_prompts_of_every_source_are_asked_as_they_were():

@@ -71,6 +71,31 @@ def test_a_prompt_column_of_a_transcript_is_turns():
             assert normalise({"prompt": prompt, **row})[:4] == ("transcript", turns, "Good.", "Oh.\n\nNo.")
 
 
+def test_transcripts_beside_a_prompt_in_words_and_with_other_line_ends():
+    asked, good, bad = ({"role": "user", "content": "Fine?"},), "\n\nAssistant: Good.", "\n\nAssistant: Oh.\n\nNo."
+    rows = [
+        {"prompt": "Fine?", "chosen": f"\n\nHuman: Fine?{good}", "rejected": f"Human: Fine?{bad}"},
+        {"prompt": "\n\nHuman: Fine?", "chosen": good, "rejected": bad},
+    ]
+    rows += [{column: text.replace("\n", "\r\n") for column, text in row.items()} for row in rows]
+    for row in rows:
+        assert normalise(row)[:4] == ("transcript", asked, "Good.", "Oh.\n\nNo.") and not normalise(row).unread
+    lines = {"prompt": "Human: a\r\nb", "chosen": "c\r\nd", "rejected": "e"}  # no transcript: its lines stay
+    assert normalise(lines).prompt[0]["content"] == lines["prompt"] and normalise(lines).chosen == lines["chosen"]
+
+
+def test_keys_of_a_turn_that_nothing_reads_are_named():
+    kept = {**said(GOOD), "weight": 1, "model": "", "value": None}
+    assert normalise(TALK | {"chosen": [RULES, ASK, kept]}).unread == {"chosen[].weight"}
+    asked = {"messages": [RULES, ASK | {"time": 3}]}
+    assert normalise({**LAYOUTS["openai"], "input": asked}).unread == {"input[].time"}
+
+
+def test_null_keys_of_another_layout_are_no_turns():
+    turns = [{"from": "human", "value": ASK["content"], "role": None, "content": None}]
+    assert normalise({**LAYOUTS["sharegpt"], "system": "", "conversations": turns}).prompt == (ASK,)
+
+
 def test_answers_that_repeat_the_prompt():
     row = {"prompt": ASK["content"], "chosen": f"{ASK['content']} {GOOD}", "rejected": f"{ASK['content']}\n\n{BAD}"}
     assert normalise(row)[:4] == ("plain, prompt repeated", (ASK,), GOOD, BAD)
@@ -170,7 +195,9 @@ FLAWS = [
     (PLAIN | {"tools": {"name": "find"}}, "tools", "tools"),
     (PLAIN | {"chat_template_kwargs": [1]}, "chat_template_kwargs", "chat_template_kwargs"),
     (PLAIN | {"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", "chat_template_kwargs"),
+    (PLAIN | {"tools": [{"name": "\ud800"}]}, "invalid_utf8", "tools"),
     (PLAIN | {"images": ["cat.png"]}, "images", "images"),
+    (TALK | {"chosen": [RULES | {"functions": "[]"}, ASK, said(GOOD)]}, "functions", "chosen[0].functions"),
     (PLAIN | {"prompt": [ASK | {"name": "Ann"}]}, "name", "prompt[0].name"),
     (TALK | {"chosen": [RULES, ASK, {**said(GOOD), "tool_calls": [{}]}]}, "tool_calls", "chosen[2].tool_calls"),
     (TALK | {"rejected": [RULES, ASK, {**said(BAD), "reasoning_content": "Hm."}]}, "reasoning_content", REASONED),

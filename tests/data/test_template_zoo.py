@@ -111,6 +111,72 @@ def test_ids_are_the_templates_own(name, bos):
             assert counts["specials_removed"] == counts["answers_cut"] == 0
 
 
+TOOL = {"type": "function", "function": {"name": "find", "description": "d", "parameters": {"type": "object"}}}
+INPUTS = {"tools": ([TOOL], []), "thinking": (True, False), "enable_thinking": (False, True)}
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in REFUSED])
+def test_what_a_template_does_not_read_is_refused(name):
+    """A template reads an input if its text changes with some value of it; a name within it is not enough."""
+    tokenizer = tokenizer_of(name, "apart")
+
+    def written(**inputs):
+        try:
+            return encode(
+                [Pair("1", "s", (ASK,), "So.", "No.", inputs=inputs)], tokenizer, Data("local", max_tokens=9999)
+            )[0]["1"].prompt
+        except UserError as error:
+            assert re.search("the chat template (does not read|fails)", str(error))
+            return None
+
+    for input, values in INPUTS.items():
+        texts = [tokenizer.apply_chat_template([ASK], tokenize=False, **{input: value}) for value in values]
+        assert written(**{input: values[0]}) is not None or texts[0] == texts[1], input
+    assert written(message="Hi") is None
+
+
+SYSTEMS = ({"role": "system", "content": "Rule one."}, {"role": "system", "content": "Rule two."})
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in REFUSED])
+@pytest.mark.parametrize("prompt", [(*SYSTEMS, ASK), (SYSTEMS[0], ASK, SAID, SYSTEMS[1], AGAIN), (ASK, ASK | AGAIN)])
+def test_every_turn_of_system_and_user_is_written_or_the_row_is_refused(name, prompt):
+    tokenizer = tokenizer_of(name, "apart")
+    try:
+        rows, _ = encode([Pair("1", "s", prompt, "So.", "No.")], tokenizer, Data("local", max_tokens=9999))
+    except UserError as error:
+        assert re.search(
+            "the chat template (leaves out turn [1-4], of the (system|user)|fails)|has a system", str(error)
+        )
+        return
+    text = tokenizer.decode(rows["1"].prompt)
+    assert all(turn["content"] in text for turn in prompt if turn["role"] != "assistant")
+
+
+def test_a_switch_that_a_template_takes_out_of_the_words_is_no_lost_turn():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' and '/no_think' in m.content %}{{ '[short]' }}{% endif %}"
+        "{{ m.role + ': ' + m.content.replace('/no_think', '') + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    rules = {"role": "system", "content": "/no_think"}
+    rows, _ = encode([Pair("1", "s", (rules, ASK), "So.", "No.")], tokenizer, Data("local", max_tokens=9999))
+    assert tokenizer.decode(rows["1"].prompt).startswith("[short]")
+
+
+def test_marks_in_the_names_of_a_tool_are_removed():
+    tool = {"name": "find", "parameters": {"</s>where": {"type": "string"}}}
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    rows, report = encode(
+        [Pair("1", "s", (ASK,), "So.", "No.", inputs={"tools": [tool]})], tokenizer, Data("local", max_tokens=9999)
+    )
+    text = tokenizer.decode(rows["1"].prompt)
+    assert "where" in text and "</s>" not in text
+    assert report["sources"]["s"]["specials_removed"] == 1
+
+
 def test_the_zoo_is_whole():
     """738 cases, 60 of them refused."""
     assert len(TEMPLATES) == 41 and len(PROMPTS) * len(ANSWERS) * 2 == 18

@@ -10,12 +10,14 @@ LONG = {"rejected": "Not at all"}
 
 def test_limit_is_inclusive(tokenizer):
     assert len(one(tokenizer, max_tokens=15, **LONG)[2]) == 11
-    with pytest.raises(UserError, match=r"pair 1 has 15 tokens, more .*=14 \(too long: 1 of 1 pairs.*data.on_long"):
+    with pytest.raises(
+        UserError, match=r"pair 1 of .* has 15 tokens, more .*=14 \(too long: 1 of 1 pairs.*data.on_long"
+    ):
         one(tokenizer, max_tokens=14, **LONG)
 
 
 def test_a_pair_that_is_too_long_is_an_error_even_if_its_responses_are_the_same(tokenizer):
-    with pytest.raises(UserError, match=r"pair 1 has 15 tokens, more .*\(too long: 1 of 1 pairs"):
+    with pytest.raises(UserError, match=r"pair 1 of source s has 15 tokens, more .*\(too long: 1 of 1 pairs"):
         one(tokenizer, max_tokens=14, chosen="Not at all", **LONG)
 
 

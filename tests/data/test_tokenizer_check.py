@@ -58,6 +58,35 @@ def test_a_class_that_reads_text_in_another_way(folder):
         tokenizer_check.load(folder)
 
 
+@pytest.mark.parametrize(("legacy", "is_right"), [(True, True), (False, False), (None, False)])
+def test_a_class_that_reads_words_behind_a_special_token_in_another_way(folder, legacy, is_right):
+    """Llama 2's tokenizer.json puts a space before every piece of text, its class only before the first one."""
+    file = folder / "tokenizer.json"
+    described = json.loads(file.read_text())
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    letters = sorted({*(tokenizer_check.PROBE + "Hi there").replace(" ", "\u2581")})
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {letter: id for id, letter in enumerate(letters, 3)}
+    described |= {
+        "normalizer": {"type": "Sequence", "normalizers": [prepend, space]},
+        "pre_tokenizer": None,
+        "decoder": None,
+    }
+    described["model"] |= {"vocab": vocab, "merges": []}
+    described["added_tokens"] = described["added_tokens"][1:]
+    file.write_text(json.dumps(described))
+    set_class(folder, "LlamaTokenizer")
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | ({} if legacy is None else {"legacy": legacy})))
+    if is_right:
+        tokenizer_check.load(folder)
+    else:
+        with pytest.raises(
+            UserError, match="LlamaTokenizer, which transformers chooses, read the same text as different"
+        ):
+            tokenizer_check.load(folder)
+
+
 def test_a_class_that_cannot_be_made(folder):
     set_class(folder, "GemmaTokenizer")
     with pytest.raises(UserError, match="the tokenizer of .* cannot be loaded"):

@@ -33,6 +33,19 @@ def test_columns_that_nothing_reads_are_named(toy, tmp_path, capsys):
     assert f"{file}: columns that are not read: system_prompt (data.columns names those that are)\n" in said
 
 
+def test_columns_that_are_not_mapped_are_named(toy, tmp_path):
+    rows = [json.loads(line) for line in (toy / "a.jsonl").read_text().splitlines()[:12]]
+    rows = [
+        {"ask": row["prompt"], "good": row["chosen"], "bad": row["rejected"], "images": [], "lead": 0} for row in rows
+    ]
+    rows[3] |= {"images": ["cat.png"], "lead": -2}
+    file = tmp_path / "more.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    columns = "data.columns={prompt:ask,chosen:good,rejected:bad}"
+    _, inputs = prepare(toy, tmp_path / "store", f"data.train=[{file}]", columns)
+    assert inputs.report["files"][0]["unread_columns"] == ["images", "lead"]
+
+
 @pytest.mark.parametrize("cell", ['"Yes, it is', '"Yes" is right'])
 def test_a_stray_quote_swallows_no_rows(tmp_path, cell):
     file = tmp_path / "a.csv"

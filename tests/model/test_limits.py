@@ -16,11 +16,11 @@ from sdpo.model.limits import check_rows
 @pytest.mark.parametrize(
     ("architecture", "settings", "sentence"),
     [
-        ("llama", {"vocab_size": 100}, "row [abc]-[0-9a-f]+ has token [0-9]{3}, but the model .* knows 100 tokens"),
+        ("llama", {"vocab_size": 100}, "[abc].jsonl, row [0-9]+ has token [0-9]{3}, but the model .* knows 100 tokens"),
         (
             "gpt2",
             {"max_position_embeddings": 60},
-            "row [abc]-[0-9a-f]+ has [0-9]+ tokens, .* at most 60; set data.max_tokens=60",
+            "[abc].jsonl, row [0-9]+ has [0-9]+ tokens, .* at most 60; set data.max_tokens=60",
         ),
         ("llama", {"max_position_embeddings": 60}, "at most 60; set data.max_tokens=60"),
     ],
