@@ -68,4 +68,4 @@ def test_log_probs_from_another_processor_are_used(run, monkeypatch, capsys):
     assert "rounding" not in capsys.readouterr().err
     round_otherwise(monkeypatch)
     run(*BF16, "loss.beta=0.2")
-    assert "or the reference was scored on another one" in capsys.readouterr().err
+    assert "or another processor scored the reference" in capsys.readouterr().err
