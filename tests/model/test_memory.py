@@ -13,11 +13,13 @@ import pytest
 import torch
 from conftest import compose, random_model, read_lines
 
+from sdpo.config import Optim
 from sdpo.errors import UserError
 from sdpo.model import layers, memory
 from sdpo.model.engine import Plain, open_engine
 from sdpo.model.logprobs import Scorer, score
 from sdpo.model.packing import pack, tokens_of
+from sdpo.model.parameters import growth, moments_of
 from sdpo.types import TokenPair
 
 CPU = torch.device("cpu")
@@ -132,6 +134,28 @@ def test_the_error_names_a_pair_that_never_fits():
     engine, launch = engine_of()
     with memory_left(40), pytest.raises(UserError, match=r"pair r1 \(300 tokens\) does not fit"):
         memory.fitting_budget(engine, [rows_of((9, 9, 9), (110, 90, 102))], launch)
+
+
+@pytest.mark.parametrize("states", ["fp32", "host"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_trial_holds_as_much_as_the_first_update_adds(precision, states, monkeypatch):
+    """The sums of gradients and the moments; a gradient that has its sum is held by nobody."""
+    engine = Plain(Scorer(random_model(), "sdpa"), Optim(states=states), precision, CPU)
+    rows, held, find = rows_of((9, 9, 9), (30, 1, 7)), [], torch.autograd.grad
+    monkeypatch.setattr(memory, "growth", lambda *asked: held.extend(growth(*asked)) or held)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *asked, **more: held.extend(find(*asked, **more)) or held)
+    memory._run_once(engine, rows, None)
+    engine.backward(torch.stack(list(engine.module(pack(rows)))).sum(), last=True)
+    added = sum(total.grad.nbytes for total in engine.sums)
+    engine.update(1e-3)
+    added += sum(moment.nbytes for each in engine.parts for moment in moments_of(engine.optimizer, each).values())
+    num_weights = sum(param.numel() for param in engine.params.values())
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == pytest.approx(added, abs=4 * len(held))
+    assert added == pytest.approx(12 * num_weights, abs=4 * len(held))
+    assert all(
+        total.grad is None and not param._backward_hooks
+        for param, total in zip(engine.params.values(), engine.sums, strict=True)
+    )
 
 
 def test_all_ranks_halve_if_one_of_them_runs_out(monkeypatch):
