@@ -165,8 +165,10 @@ Engine = Plain | Zero
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device has bf16 arithmetic: a GPU, or a processor with avx512_bf16 or AMX."""
-    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether a device has bf16 arithmetic: a GPU of 2020 (Ampere) or later, or a processor with avx512_bf16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def open_engine(
@@ -175,10 +177,11 @@ def open_engine(
     """The engine for these settings; its masters equal the scorer's fp32 weights.
 
     With all parameters frozen, ZeRO 1 and 2 have nothing to divide, and the engine is Plain. Raises UserError for bf16
-    on a processor without bf16 arithmetic, where bf16 is 50 times slower than fp32.
+    on a device without bf16 arithmetic: on such a processor bf16 is 50 times slower than fp32.
     """
     if precision == "bf16" and not has_bf16(device):
-        raise UserError("precision=bf16: this processor has neither avx512_bf16 nor AMX; use precision=fp32")
+        lack = "processor has neither avx512_bf16 nor AMX" if device.type == "cpu" else "GPU has no bf16 arithmetic"
+        raise UserError(f"precision=bf16: this {lack}; use precision=fp32")
     if deepspeed.stage is None or (deepspeed.stage < 3 and not trained_parameters(scorer)):
         return Plain(scorer, optim, precision, device)
     return Zero(scorer, optim, precision, device, deepspeed)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from sdpo import config, distributed, validate
 from sdpo.errors import UserError
-from sdpo.model.engine import open_engine
+from sdpo.model.engine import has_bf16, open_engine
 from sdpo.model.hub import fingerprint_weights
 from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import pack
@@ -112,3 +112,12 @@ def test_parameters_that_no_rank_uses_stay_as_they_are():
 def test_stage_1_is_refused_in_bf16_where_its_gradients_are_whole_and_fp32():
     with pytest.raises(UserError, match="deepspeed=zero1 with precision=bf16 .* than deepspeed=zero2"):
         validate.check(compose("deepspeed=zero1", "precision=bf16"))
+
+
+def test_bf16_is_refused_on_a_gpu_that_emulates_it(monkeypatch):
+    cuda, settings = torch.device("cuda"), compose("precision=bf16")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(UserError, match="precision=bf16: this GPU has no bf16 arithmetic; use precision=fp32"):
+        open_engine(Scorer(random_model(), "sdpa"), settings.optim, "bf16", settings.deepspeed, cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert has_bf16(cuda)
