@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import random_model
 from test_packing import rows_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdpo.errors import UserError
 from sdpo.model.attention import cuda as cuda_attention
@@ -122,6 +123,30 @@ def test_a_window_that_is_not_applied_is_refused_at_any_length_that_is_scored(ar
 def test_a_model_that_computes_with_its_mask_is_refused_by_name():
     with pytest.raises(UserError, match="DogeForCausalLM.*reads its mask.*launch.attention=plain"):
         Scorer(random_model("doge", sliding_window=8))
+
+
+class Sizes(TorchDispatchMode):
+    """Lists the dtypes of all tensors of at least so many elements that an operation makes."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.dtypes = least, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.untyped_storage().nbytes() >= self.least * found.element_size():
+            self.dtypes.add(found.dtype)
+        return found
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_the_mask_of_flex_is_made_of_booleans_alone(window):
+    num_tokens = len(PACK.tokens_T)
+    with Sizes(num_tokens**2) as made:
+        mask = Flex(PACK)._mask(window)
+    assert made.dtypes == {torch.bool}
+    at = torch.arange(num_tokens)
+    assert torch.equal(mask.mask_mod(0, 0, at[:, None], at), seen(window))
 
 
 MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
