@@ -57,6 +57,8 @@ def fitting_budget(engine: Engine, updates: list[list[TokenPair]], launch: Launc
     if (budget, recomputed) != (first, launch.recompute_activations):
         values = f"launch.tokens_per_pack={budget} launch.recompute_activations={str(recomputed).lower()}"
         tell(f"the heaviest micro-batch did not fit in memory; it fits with {values}: set these to skip this search")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the trial's peak is not that of training
     return budget
 
 

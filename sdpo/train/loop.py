@@ -265,7 +265,7 @@ class TrainingLoop:
         return {"update": update.number + 1, **entry, **self._cost(update.number, seconds), **samples}
 
     def _cost(self, number: int, seconds: float) -> dict[str, float]:
-        """What an update took: `seconds`, the speed of all ranks together, and the peak of memory on this rank so far.
+        """What an update took: `seconds`, the speed of all ranks together, and this rank's peak of memory.
 
         The speed is that of the update alone, also if the reference moved before it; what is unknown of it is left out.
         """

@@ -50,7 +50,7 @@ def peak(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes used so far: allocated by PyTorch on a GPU, else resident memory of this process (Linux)."""
+    """The most bytes used: allocated by PyTorch on a GPU since the last trial, else resident so far (Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

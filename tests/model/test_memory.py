@@ -169,7 +169,8 @@ def test_without_a_budget_a_gpu_tries_the_largest_packs_first(monkeypatch):
     engine, launch = engine_of()
     assert launch.tokens_per_pack is None and memory.scoring_budget(launch) == 8192
     monkeypatch.setattr(memory.distributed, "device", lambda name: torch.device("cuda"))
-    tried = []
+    tried, resets = [], []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: resets.append((device.type, len(tried))))
 
     def fits(engine, rows, beside):
         tried.append(sum(map(tokens_of, rows)))
@@ -179,11 +180,13 @@ def test_without_a_budget_a_gpu_tries_the_largest_packs_first(monkeypatch):
     updates = [rows_of(*[(9, 9, 9)] * 2000)]  # 50,000 tokens
     assert memory.fitting_budget(engine, updates, launch) == memory.scoring_budget(launch) == 16384
     assert len(tried) == 2 and 16384 < tried[0] <= 32768
+    assert resets == [("cuda", 2)]  # once, after the trial: what training takes is measured from then on
     with monkeypatch.context() as shared:
         shared.setenv(memory.distributed.SHARES, "1")  # the plan counts the memory of 8192
         assert memory.fitting_budget(engine, updates, launch) == memory.scoring_budget(launch) == 8192
     engine.stage = 3  # no trial
     assert memory.fitting_budget(engine, updates, launch) == 8192 and len(tried) == 3
+    assert len(resets) == 2
 
 
 def test_out_of_memory_later_names_the_budget_and_the_step_continues(run, monkeypatch):
