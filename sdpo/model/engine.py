@@ -144,7 +144,7 @@ class Plain:
         """Copy the masters to the parameters that the forward pass reads."""
         if self.is_mixed:
             for name, param in self.params.items():
-                param.copy_(self.masters[name])
+                param.copy_(self.masters[name].to(param.device))  # then the device rounds, not one thread of the host
 
     def close(self) -> None:
         """Release what the garbage collector does not: here nothing."""
