@@ -53,9 +53,11 @@ class Plain:
         self.masters: dict[str, torch.Tensor] = dict(self.params)
         self.on_host = optim.states == "host"
         self.is_mixed = precision != "fp32" or self.on_host
-        if self.is_mixed:
-            home = torch.device("cpu") if self.on_host else device
-            self.masters = {name: p.detach().to(home).to(torch.float32, copy=True) for name, p in self.params.items()}
+        home = torch.device("cpu") if self.on_host else device
+        for name, param in self.params.items() if self.is_mixed else ():
+            self.masters[name] = param.detach().to(home).to(torch.float32, copy=True)
+            if not self.on_host:  # the weights cross to the device once
+                param.data = self.masters[name].to(DTYPES[precision])
         cast(scorer, device, DTYPES[precision])
         self.sums = self.parts
         if self.on_host:
