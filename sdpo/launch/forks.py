@@ -129,8 +129,8 @@ def _child(turn: Turn, place: Place, alive: tuple[int, int]) -> None:
     os.close(write)
     follow_parent(read)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent kills its children
-    os.environ["CUDA_VISIBLE_DEVICES"] = place.gpus
-    if place.gpus:
+    if place.gpus:  # else the variable stays: there may be GPUs that nobody could count
+        os.environ["CUDA_VISIBLE_DEVICES"] = place.gpus
         os.environ[SHARING] = str(_sharing_file(one))
         if place.most > 1 and not turn.need.alone:
             os.environ[SHARES] = "1"

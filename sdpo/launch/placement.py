@@ -88,7 +88,19 @@ def need(config: Config, size: Size) -> Need:
 def _gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return query_gpus("index") if visible is None else [gpu for gpu in visible.split(",") if gpu not in NO_GPU]
+    if visible is None:
+        return query_gpus("index") or [str(index) for index in range(_count_gpus())]
+    return [gpu for gpu in visible.split(",") if gpu not in NO_GPU]
+
+
+def _count_gpus() -> int:
+    """The number of GPUs that the driver (NVML) counts; 0 if it is not there or PyTorch cannot use them.
+
+    `torch.cuda.device_count` would start CUDA if there is no NVML, and a process that did cannot fork.
+    """
+    import torch  # here, because it takes seconds
+
+    return max(0, torch.cuda._device_count_nvml()) if torch.backends.cuda.is_built() else 0
 
 
 def _free_memory(gpus: str) -> float:

@@ -53,9 +53,11 @@ class Plain:
         self.masters: dict[str, torch.Tensor] = dict(self.params)
         self.on_host = optim.states == "host"
         self.is_mixed = precision != "fp32" or self.on_host
-        if self.is_mixed:
-            home = torch.device("cpu") if self.on_host else device
-            self.masters = {name: p.detach().to(home).to(torch.float32, copy=True) for name, p in self.params.items()}
+        home = torch.device("cpu") if self.on_host else device
+        for name, param in self.params.items() if self.is_mixed else ():
+            self.masters[name] = param.detach().to(home).to(torch.float32, copy=True)
+            if not self.on_host:  # the weights cross to the device once
+                param.data = self.masters[name].to(DTYPES[precision])
         cast(scorer, device, DTYPES[precision])
         self.sums = self.parts
         if self.on_host:
@@ -144,7 +146,7 @@ class Plain:
         """Copy the masters to the parameters that the forward pass reads."""
         if self.is_mixed:
             for name, param in self.params.items():
-                param.copy_(self.masters[name])
+                param.copy_(self.masters[name].to(param.device))  # then the device rounds, not one thread of the host
 
     def close(self) -> None:
         """Release what the garbage collector does not: here nothing."""
@@ -165,8 +167,10 @@ Engine = Plain | Zero
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device has bf16 arithmetic: a GPU, or a processor with avx512_bf16 or AMX."""
-    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether a device has bf16 arithmetic: a GPU of 2020 (Ampere) or later, or a processor with avx512_bf16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def open_engine(
@@ -175,10 +179,11 @@ def open_engine(
     """The engine for these settings; its masters equal the scorer's fp32 weights.
 
     With all parameters frozen, ZeRO 1 and 2 have nothing to divide, and the engine is Plain. Raises UserError for bf16
-    on a processor without bf16 arithmetic, where bf16 is 50 times slower than fp32.
+    on a device without bf16 arithmetic: on such a processor bf16 is 50 times slower than fp32.
     """
     if precision == "bf16" and not has_bf16(device):
-        raise UserError("precision=bf16: this processor has neither avx512_bf16 nor AMX; use precision=fp32")
+        lack = "processor has neither avx512_bf16 nor AMX" if device.type == "cpu" else "GPU has no bf16 arithmetic"
+        raise UserError(f"precision=bf16: this {lack}; use precision=fp32")
     if deepspeed.stage is None or (deepspeed.stage < 3 and not trained_parameters(scorer)):
         return Plain(scorer, optim, precision, device)
     return Zero(scorer, optim, precision, device, deepspeed)

@@ -5,12 +5,16 @@ graphs: generation and the naive check run the layer as its model defines it.
 """
 
 import logging
+import os
+import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
+from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 from weakref import ref
@@ -32,12 +36,22 @@ NO_LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # Lig
 
 
 def kernels_of(launch: Launch, device: torch.device) -> str:
-    """`liger` or `plain`: the kernels of these settings. Raises UserError if they name Liger, which is not there."""
-    found = device.type == "cuda" and find_spec("liger_kernel") is not None
+    """`liger` or `plain`: the kernels of these settings. Raises UserError if they name Liger, which cannot run here."""
+    found = device.type == "cuda" and find_spec("liger_kernel") is not None and can_build()
     if launch.kernels == "liger" and not found:
-        raise UserError("launch.kernels=liger needs a GPU and the package liger-kernel; use launch.kernels=auto")
+        raise UserError(
+            "launch.kernels=liger needs a GPU, the package liger-kernel, a C compiler and Python's headers; "
+            "use launch.kernels=auto"
+        )
     is_free = not launch.compile and launch.attention != "plain"
     return "liger" if found and is_free and launch.kernels != "plain" else "plain"
+
+
+def can_build() -> bool:
+    """Whether there is what Triton builds the start of its kernels with: a C compiler and Python's headers."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    headers = Path(sysconfig.get_path("include", "posix_prefix"))
+    return any(map(shutil.which, compilers)) and (headers / "Python.h").is_file()
 
 
 def prepare(model: PreTrainedModel, launch: Launch, device: torch.device) -> str:
@@ -49,7 +63,8 @@ def prepare(model: PreTrainedModel, launch: Launch, device: torch.device) -> str
         compile_layers(model)
         return "compiled"
     if kernels_of(launch, device) == "plain":
-        return "plain"
+        lacks = device.type == "cuda" and launch.kernels == "auto" and not can_build()
+        return "plain, because Triton finds no C compiler or no Python.h" if lacks else "plain"
     if fuse(model):
         return "liger"
     unknown = f"liger-kernel does not know the type {model.config.model_type}"

@@ -50,7 +50,7 @@ class Scorer(nn.Module):
         if attention != "plain":
             backends.share_prompts(model)
         self.decode = model.get_decoder().__call__  # a bound method: a submodule would register its parameters twice
-        self.reshapes_scores = backends.reshapes_scores(model)
+        self.shape = backends.reshapes_scores(model), backends.head_sizes(model)
         self.longest_packed = rotary.longest_with_fixed_frequencies(model.config.get_text_config())
         rotary.forget_lengths(model)
         self.train(model.training)
@@ -61,7 +61,7 @@ class Scorer(nn.Module):
     def backend(self) -> str:
         """The attention backend for the model's present device and dtype."""
         weight = self.head.weight
-        return backends.choose_backend(self.attention, weight.device, weight.dtype, self.reshapes_scores)
+        return backends.choose_backend(self.attention, weight.device, weight.dtype, *self.shape)
 
     def forward(self, pack: Pack, reference: "Scorer | None" = None) -> ChosenRejected | tuple[ChosenRejected, ...]:
         """Summed log-probs [B], fp32, in nats, of the chosen and the rejected responses; 0 for an empty response.

@@ -5,7 +5,7 @@ If no trial was run, running out of memory becomes an error that names the budge
 
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -57,6 +57,8 @@ def fitting_budget(engine: Engine, updates: list[list[TokenPair]], launch: Launc
     if (budget, recomputed) != (first, launch.recompute_activations):
         values = f"launch.tokens_per_pack={budget} launch.recompute_activations={str(recomputed).lower()}"
         tell(f"the heaviest micro-batch did not fit in memory; it fits with {values}: set these to skip this search")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the trial's peak is not that of training
     return budget
 
 
@@ -123,11 +125,14 @@ def _run_once(engine: Engine, rows: list[TokenPair], beside: Scorer | None) -> N
     """One forward and backward pass, while as much memory is taken as the first update adds.
 
     `autograd.grad` returns the gradients instead of accumulating them, so that the engine's hooks, in which ranks wait
-    for each other, do not run.
+    for each other, do not run. Each gradient is freed at once: its sum is part of what the update adds.
     """
     trained = list(trained_parameters(engine.scorer).values())
     update_memory = growth(engine.optimizer, engine.sums)
     found = engine.scorer(pack(rows).to(trained[0].device), beside)
     values = [*found[0], *found[1]] if beside else found
-    torch.autograd.grad(torch.stack(values).sum(), trained, allow_unused=True)
+    with ExitStack() as hooks:
+        for param in trained:
+            hooks.enter_context(param.register_hook(lambda grad: grad.new_zeros(()).expand(grad.shape)))
+        torch.autograd.grad(torch.stack(values).sum(), trained, allow_unused=True)
     del update_memory

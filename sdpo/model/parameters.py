@@ -75,7 +75,7 @@ def set_moments(optimizer: torch.optim.Optimizer, master: torch.Tensor, moments:
 
 def growth(optimizer: torch.optim.Optimizer, sums: list[torch.Tensor]) -> list[torch.Tensor]:
     """Empty tensors that take as much memory as the first update adds: sums of gradients, and the missing moments."""
-    added = [torch.empty(one.shape, device=one.device) for one in sums]
+    added = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in sums]
     for group in optimizer.param_groups:
         for master in group["params"]:
             if not optimizer.state.get(master):

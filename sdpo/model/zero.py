@@ -150,7 +150,11 @@ class Zero:
 
     @property
     def sums(self) -> list[torch.Tensor]:
-        return self.parts
+        """DeepSpeed also keeps the bucket in which it reduces gradients, and at stage 1 whole gradients."""
+        params = list(trained_parameters(self.scorer).values())
+        bucket = params[0].detach().new_zeros(()).expand(self.zero.reduce_bucket_size)
+        num_buckets = 1 + self.zero.overlap_comm if self.zero.contiguous_gradients else 0
+        return [*self.parts, *[bucket] * num_buckets, *(params if self.stage == 1 else [])]
 
     @property
     def parts(self) -> list[torch.Tensor]:

@@ -106,7 +106,7 @@ class TrainingLoop:
                 waits = reference.bound is None and len(pending) < self.config.record.every
                 if waits and number < len(self.plan) - 1:
                     continue
-                for entry in self._entries(pending, time.monotonic() - began):
+                for entry in self._entries(pending, began):
                     entries.append(entry)
                     yield entry
                 bar.show(f"loss {entries[-1]['loss']:.4f}")
@@ -238,12 +238,13 @@ class TrainingLoop:
     def _rows(self, number: int) -> list[TokenPair]:
         return [self.chunk.rows[i] for i in self.plan[number]]
 
-    def _entries(self, pending: list[Pending], seconds: float) -> Iterator[dict]:
-        """The log entries of some updates, which took `seconds` together; statistics are summed over all ranks."""
+    def _entries(self, pending: list[Pending], began: float) -> Iterator[dict]:
+        """The log entries of some updates that started at `began`; statistics are summed over all ranks."""
         totals = distributed.total(torch.stack([update.stats for update in pending])).cpu().double()
         norms = torch.stack([update.norm for update in pending]).tolist()  # of all ranks together, on every rank
+        seconds = (time.monotonic() - began) / len(pending)  # the lines above waited for the device to finish
         for update, sums, norm in zip(pending, totals, norms, strict=True):
-            yield self._entry(update, sums / len(self.plan[update.number]), norm, seconds / len(pending))
+            yield self._entry(update, sums / len(self.plan[update.number]), norm, seconds)
 
     def _entry(self, update: Pending, means: torch.Tensor, norm: float, seconds: float) -> dict:
         entry: dict[str, Any] = dict(zip(STATS, means.tolist(), strict=True))
@@ -264,7 +265,7 @@ class TrainingLoop:
         return {"update": update.number + 1, **entry, **self._cost(update.number, seconds), **samples}
 
     def _cost(self, number: int, seconds: float) -> dict[str, float]:
-        """What an update took: `seconds`, the speed of all ranks together, and the peak of memory on this rank so far.
+        """What an update took: `seconds`, the speed of all ranks together, and this rank's peak of memory.
 
         The speed is that of the update alone, also if the reference moved before it; what is unknown of it is left out.
         """

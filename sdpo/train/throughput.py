@@ -11,8 +11,9 @@ from sdpo import distributed
 from sdpo.config import Config, Settings
 from sdpo.model import hub
 
-# Dense bf16 peak in operations per second (the makers' data sheets), by a part of the device's name.
-PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+# Dense bf16 peak in operations per second (the makers' data sheets), by the first of these parts of the device's name.
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+PEAKS |= {"A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 class Pace(NamedTuple):
@@ -44,13 +45,15 @@ def speed(config: Config, num_weights: int | None, trained: Pace, scored: Pace) 
 
 
 def peak(device: torch.device) -> float | None:
-    """The peak of a GPU in operations per second; None if it is not in PEAKS."""
+    """The peak of a GPU in operations per second; None if it is not in PEAKS, and for a slice of one (MIG)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if "MIG" in name:
+        return None
     return next((flops for part, flops in PEAKS.items() if part in name), None)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes used so far: allocated by PyTorch on a GPU, else resident memory of this process (Linux)."""
+    """The most bytes used: allocated by PyTorch on a GPU since the last trial, else resident so far (Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

@@ -102,6 +102,18 @@ def test_what_stands_for_no_gpu_is_no_gpu(tmp_path, monkeypatch):
     assert [place.gpus for place in places_for([asked(tmp_path, "a")], "auto")] == [""]
 
 
+def test_without_nvidia_smi_the_driver_counts_the_gpus(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for is_built, counted, gpus in ((True, 2, ["0", "1"]), (True, -1, [""]), (False, 2, [""])):
+        monkeypatch.setattr(torch.cuda, "_device_count_nvml", lambda counted=counted: counted)
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda is_built=is_built: is_built)
+        places = places_for([asked(tmp_path, "a")], "auto")
+        assert [place.gpus for place in places] == gpus
+        assert all(place.most == 1 or not place.gpus for place in places)  # how much memory is free is not known
+    assert not torch.cuda.is_initialized()
+
+
 def test_a_run_that_runs_out_of_memory_beside_another_is_done_again_alone(tmp_path, monkeypatch, capsys):
     """`b` fails in its process for a real lack of memory, once; `a` runs until then, and a little longer."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -140,9 +152,10 @@ def test_a_run_that_runs_out_of_memory_beside_another_is_done_again_alone(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("need", "most", "told"), [(Need(1.0), 8, "1"), (Need(alone=True), 8, None), (Need(1.0), 1, None)]
+    ("gpus", "need", "most", "told"),
+    [("0", Need(1.0), 8, "1"), ("0", Need(alone=True), 8, None), ("0", Need(1.0), 1, None), ("", Need(1.0), 8, None)],
 )
-def test_a_run_knows_whether_others_may_come_to_its_gpu(need, most, told, tmp_path, monkeypatch):
+def test_a_run_knows_its_gpu_and_whether_others_may_come_to_it(gpus, need, most, told, tmp_path, monkeypatch):
     for name in (distributed.SHARING, distributed.SHARES, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "")  # restored at the end
         del os.environ[name]
@@ -151,5 +164,5 @@ def test_a_run_knows_whether_others_may_come_to_its_gpu(need, most, told, tmp_pa
     monkeypatch.setattr(forks.launch, "run", lambda config, folder: found.append(os.environ.get(distributed.SHARES)))
     found, one = [], asked(tmp_path, "a")
     one.folder.mkdir()
-    forks._child(forks.Turn(one, need), Place("0", most, inf), (0, 0))
-    assert found == [told] and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    forks._child(forks.Turn(one, need), Place(gpus, most, inf), (0, 0))
+    assert found == [told] and os.environ.get("CUDA_VISIBLE_DEVICES") == (gpus or None)  # without a GPU it stays

@@ -1,15 +1,27 @@
 """Every backend against a dense softmax over the tokens that each token may see."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import random_model
 from test_packing import rows_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdpo.errors import UserError
 from sdpo.model.attention import cuda as cuda_attention
 from sdpo.model.attention import sdpa
 from sdpo.model.attention.cpu_blocks import attend_in_blocks
-from sdpo.model.attention.interface import Flex, Rule, Sdpa, Varlen, choose_backend, own_attention, reshapes_scores
+from sdpo.model.attention.interface import (
+    Flex,
+    Rule,
+    Sdpa,
+    Varlen,
+    choose_backend,
+    head_sizes,
+    own_attention,
+    reshapes_scores,
+)
 from sdpo.model.logprobs import Scorer, check_packing, naive_logprobs
 from sdpo.model.packing import pack
 
@@ -113,14 +125,64 @@ def test_a_model_that_computes_with_its_mask_is_refused_by_name():
         Scorer(random_model("doge", sliding_window=8))
 
 
+class Sizes(TorchDispatchMode):
+    """Lists the dtypes of all tensors of at least so many elements that an operation makes."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.dtypes = least, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.untyped_storage().nbytes() >= self.least * found.element_size():
+            self.dtypes.add(found.dtype)
+        return found
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_the_mask_of_flex_is_made_of_booleans_alone(window):
+    num_tokens = len(PACK.tokens_T)
+    with Sizes(num_tokens**2) as made:
+        mask = Flex(PACK)._mask(window)
+    assert made.dtypes == {torch.bool}
+    at = torch.arange(num_tokens)
+    assert torch.equal(mask.mask_mod(0, 0, at[:, None], at), seen(window))
+
+
+MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+MLA |= {"head_dim": 16, "num_key_value_heads": 4, "first_k_dense_replace": 2}
+
+
+@pytest.mark.filterwarnings("ignore:.*RoPE")
+@pytest.mark.parametrize(
+    ("architecture", "more", "sizes", "chosen"),
+    [
+        ("llama", {"head_dim": 256}, (256, 256), "varlen"),
+        ("llama", {"head_dim": 512}, (512, 512), "sdpa"),
+        ("llama", {"head_dim": 36}, (36, 36), "sdpa"),
+        ("gemma2", {"head_dim": 512}, (512, 512), "sdpa"),
+        ("gemma2", {"head_dim": 36}, (36, 36), "flex"),
+        ("gpt2", {}, (8, 8), "varlen"),
+        ("deepseek_v3", MLA, (48, 32), "flex"),
+        ("deepseek_v3", MLA | {"v_head_dim": 8}, (48, 8), "sdpa"),
+    ],
+)
+def test_auto_takes_a_backend_that_has_the_sizes_of_the_heads(architecture, more, sizes, chosen):
+    scorer = Scorer(random_model(architecture, **more), longest=16)
+    assert scorer.backend == "sdpa"
+    del scorer.head  # a module, in whose place nothing else can be put
+    scorer.head = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16))
+    assert (head_sizes(scorer.model), scorer.backend) == ({sizes}, chosen)
+
+
 @pytest.mark.filterwarnings("ignore:.*RoPE")
 def test_the_backend_depends_on_device_precision_and_model():
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert choose_backend("auto", cpu, torch.bfloat16, False) == "sdpa"
-    assert choose_backend("auto", cuda, torch.float32, False) == "sdpa"
-    assert choose_backend("auto", cuda, torch.bfloat16, False) == "varlen"
-    assert choose_backend("auto", cuda, torch.bfloat16, True) == "flex"
-    assert choose_backend("flex", cuda, torch.bfloat16, False) == "flex"
+    cuda, cpu, size = torch.device("cuda"), torch.device("cpu"), {(16, 16)}
+    assert choose_backend("auto", cpu, torch.bfloat16, False, size) == "sdpa"
+    assert choose_backend("auto", cuda, torch.float32, False, size) == "sdpa"
+    assert choose_backend("auto", cuda, torch.bfloat16, False, size) == "varlen"
+    assert choose_backend("auto", cuda, torch.bfloat16, True, size) == "flex"
+    assert choose_backend("flex", cuda, torch.bfloat16, False, size) == "flex"
     assert [reshapes_scores(random_model(name)) for name in ("llama", "gemma2", "gpt_oss")] == [False, True, True]
 
 

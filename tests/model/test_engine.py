@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from sdpo import config, distributed, validate
 from sdpo.errors import UserError
-from sdpo.model.engine import open_engine
+from sdpo.model import engine, hub
+from sdpo.model.engine import has_bf16, open_engine
 from sdpo.model.hub import fingerprint_weights
 from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import pack
@@ -112,3 +113,30 @@ def test_parameters_that_no_rank_uses_stay_as_they_are():
 def test_stage_1_is_refused_in_bf16_where_its_gradients_are_whole_and_fp32():
     with pytest.raises(UserError, match="deepspeed=zero1 with precision=bf16 .* than deepspeed=zero2"):
         validate.check(compose("deepspeed=zero1", "precision=bf16"))
+
+
+def test_bf16_is_refused_on_a_gpu_that_emulates_it(monkeypatch):
+    cuda, settings = torch.device("cuda"), compose("precision=bf16")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(UserError, match="precision=bf16: this GPU has no bf16 arithmetic; use precision=fp32"):
+        open_engine(Scorer(random_model(), "sdpa"), settings.optim, "bf16", settings.deepspeed, cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert has_bf16(cuda)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_parameters_are_rounded_from_masters_so_that_weights_cross_to_the_device_once(stored, monkeypatch):
+    scorer, left = Scorer(random_model().to(stored), "sdpa"), []
+    weights = {name: param.detach().clone() for name, param in scorer.named_parameters()}
+    places = {name: param.data_ptr() for name, param in scorer.named_parameters()}
+
+    def cast(module, device, dtype):
+        left.extend(name for name, param in module.named_parameters() if param.data_ptr() == places[name])
+        return hub.cast(module, device, dtype)
+
+    monkeypatch.setattr(engine, "cast", cast)
+    opened = engine.Plain(scorer, config.Optim(), "bf16", torch.device("cpu"))
+    assert left == []  # nothing is left to move
+    for name, weight in weights.items():
+        assert torch.equal(opened.masters[name], weight.float())
+        assert torch.equal(opened.params[name], weight.to(torch.bfloat16))

@@ -83,6 +83,7 @@ def test_other_types_stay_as_they_are_and_a_fused_model_is_freed(kernels):
     assert not layers.fuse(random_model("qwen2"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "find_spec", lambda name: True)
+        patch.setattr(layers, "can_build", lambda: True)
         assert layers.prepare(random_model(), chosen, cuda) == "liger"
         with pytest.raises(UserError, match="does not know the type qwen2"):
             layers.prepare(random_model("qwen2"), chosen, cuda)
@@ -100,6 +101,7 @@ def test_other_types_stay_as_they_are_and_a_fused_model_is_freed(kernels):
 
 def test_the_key_names_kernels_that_are_not_pytorchs(monkeypatch):
     monkeypatch.setattr(layers, "find_spec", lambda name: name == "liger_kernel" or None)
+    monkeypatch.setattr(layers, "can_build", lambda: True)
     assert "kernels" not in Numerics(compose("launch.device=cpu")).all
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     on_gpu = {"": "liger", "launch.kernels=plain": None, "launch.compile=true": None, "launch.attention=plain": None}
@@ -109,6 +111,24 @@ def test_the_key_names_kernels_that_are_not_pytorchs(monkeypatch):
         assert "kernels" not in numerics.of_packs()
     with pytest.raises(UserError, match="needs a GPU"):
         Numerics(compose("launch.device=cpu", "launch.kernels=liger"))
+
+
+def test_without_a_c_compiler_or_headers_layers_run_as_their_model_defines_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "find_spec", lambda name: True)
+    monkeypatch.setattr(layers.sysconfig, "get_path", lambda name, scheme: str(tmp_path / name))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    cuda, auto, liger = torch.device("cuda"), compose().launch, compose("launch.kernels=liger").launch
+    for name, follows in (("include/Python.h", "plain"), ("clang", "liger")):
+        assert layers.kernels_of(auto, cuda) == "plain"
+        assert layers.prepare(random_model(), auto, cuda) == "plain, because Triton finds no C compiler or no Python.h"
+        with pytest.raises(UserError, match="needs .* a C compiler and Python's headers"):
+            layers.kernels_of(liger, cuda)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch(0o755)
+        assert layers.kernels_of(auto, cuda) == follows
+    monkeypatch.setenv("CC", "missing")  # it decides
+    assert layers.kernels_of(auto, cuda) == "plain"
 
 
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])

@@ -13,11 +13,13 @@ import pytest
 import torch
 from conftest import compose, random_model, read_lines
 
+from sdpo.config import Optim
 from sdpo.errors import UserError
 from sdpo.model import layers, memory
 from sdpo.model.engine import Plain, open_engine
 from sdpo.model.logprobs import Scorer, score
 from sdpo.model.packing import pack, tokens_of
+from sdpo.model.parameters import growth, moments_of
 from sdpo.types import TokenPair
 
 CPU = torch.device("cpu")
@@ -134,6 +136,28 @@ def test_the_error_names_a_pair_that_never_fits():
         memory.fitting_budget(engine, [rows_of((9, 9, 9), (110, 90, 102))], launch)
 
 
+@pytest.mark.parametrize("states", ["fp32", "host"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_trial_holds_as_much_as_the_first_update_adds(precision, states, monkeypatch):
+    """The sums of gradients and the moments; a gradient that has its sum is held by nobody."""
+    engine = Plain(Scorer(random_model(), "sdpa"), Optim(states=states), precision, CPU)
+    rows, held, find = rows_of((9, 9, 9), (30, 1, 7)), [], torch.autograd.grad
+    monkeypatch.setattr(memory, "growth", lambda *asked: held.extend(growth(*asked)) or held)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *asked, **more: held.extend(find(*asked, **more)) or held)
+    memory._run_once(engine, rows, None)
+    engine.backward(torch.stack(list(engine.module(pack(rows)))).sum(), last=True)
+    added = sum(total.grad.nbytes for total in engine.sums)
+    engine.update(1e-3)
+    added += sum(moment.nbytes for each in engine.parts for moment in moments_of(engine.optimizer, each).values())
+    num_weights = sum(param.numel() for param in engine.params.values())
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == pytest.approx(added, abs=4 * len(held))
+    assert added == pytest.approx(12 * num_weights, abs=4 * len(held))
+    assert all(
+        total.grad is None and not param._backward_hooks
+        for param, total in zip(engine.params.values(), engine.sums, strict=True)
+    )
+
+
 def test_all_ranks_halve_if_one_of_them_runs_out(monkeypatch):
     engine, launch = engine_of("launch.tokens_per_pack=200")
     elsewhere = iter([True, False, False, True])  # another rank: can it run out? does each trial fit?
@@ -145,7 +169,8 @@ def test_without_a_budget_a_gpu_tries_the_largest_packs_first(monkeypatch):
     engine, launch = engine_of()
     assert launch.tokens_per_pack is None and memory.scoring_budget(launch) == 8192
     monkeypatch.setattr(memory.distributed, "device", lambda name: torch.device("cuda"))
-    tried = []
+    tried, resets = [], []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: resets.append((device.type, len(tried))))
 
     def fits(engine, rows, beside):
         tried.append(sum(map(tokens_of, rows)))
@@ -155,11 +180,13 @@ def test_without_a_budget_a_gpu_tries_the_largest_packs_first(monkeypatch):
     updates = [rows_of(*[(9, 9, 9)] * 2000)]  # 50,000 tokens
     assert memory.fitting_budget(engine, updates, launch) == memory.scoring_budget(launch) == 16384
     assert len(tried) == 2 and 16384 < tried[0] <= 32768
+    assert resets == [("cuda", 2)]  # once, after the trial: what training takes is measured from then on
     with monkeypatch.context() as shared:
         shared.setenv(memory.distributed.SHARES, "1")  # the plan counts the memory of 8192
         assert memory.fitting_budget(engine, updates, launch) == memory.scoring_budget(launch) == 8192
     engine.stage = 3  # no trial
     assert memory.fitting_budget(engine, updates, launch) == 8192 and len(tried) == 3
+    assert len(resets) == 2
 
 
 def test_out_of_memory_later_names_the_budget_and_the_step_continues(run, monkeypatch):

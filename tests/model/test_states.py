@@ -7,12 +7,13 @@ import pytest
 import torch
 from conftest import compose, random_model, read_lines
 from test_faults import Killed, final_bytes, interrupt_after
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdpo import validate
 from sdpo.config import Deepspeed, Optim
 from sdpo.errors import UserError
 from sdpo.model import parameters
-from sdpo.model.engine import open_engine
+from sdpo.model.engine import Plain, open_engine
 from sdpo.model.logprobs import Scorer
 from sdpo.model.packing import pack
 from sdpo.types import TokenPair
@@ -86,6 +87,30 @@ def test_on_the_host_no_master_has_a_gradient_and_the_device_has_no_master():
     engine.update(1e-3)
     assert all(tensor.grad is None for tensor in [*engine.sums, *engine.parts, *engine.params.values()])
     assert sum(one.numel() for one in parameters.growth(engine.optimizer, engine.sums)) == size
+
+
+class Copies(TorchDispatchMode):
+    """Lists the device and dtype of the two ends of every copy between devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.ends = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy):
+            ends = [(tensor.device.type, tensor.dtype) for tensor in (args[-1], found)]
+            self.ends += [ends] if ends[0][0] != ends[1][0] else []
+        return found
+
+
+def test_masters_on_the_host_are_rounded_on_the_device():
+    """A copy that also rounds would round on one thread of the host first. The device here has no memory (meta)."""
+    engine = Plain(Scorer(random_model(), "sdpa"), Optim(states="host"), "bf16", CPU)
+    engine.params = {name: param.to("meta") for name, param in engine.params.items()}
+    with Copies() as copies:
+        engine.refresh()
+    assert copies.ends == [[("cpu", torch.float32), ("meta", torch.float32)]] * len(engine.params)
 
 
 @pytest.mark.parametrize("states", ["8bit", "host"])

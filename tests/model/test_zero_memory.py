@@ -9,7 +9,7 @@ import torch
 from conftest import random_model
 
 from sdpo import config
-from sdpo.model import engine, hub
+from sdpo.model import engine, hub, parameters
 from sdpo.model.logprobs import Scorer, score
 from sdpo.model.packing import pack
 from sdpo.types import TokenPair
@@ -67,6 +67,29 @@ def masters(folder):
             found.append({"stage": stage, "stored": stored, "precision": precision, "same": same})
             opened.close()
     return found
+
+
+def growths():
+    """By stage, the bytes that a trial adds, of the fp32 weights, and of gradients that stay after a micro-batch."""
+    found = []
+    for stage in (1, 2):
+        opened = engine.open_engine(Scorer(random_model()), config.Optim(), "fp32", config.Deepspeed(stage), CPU)
+        added = sum(tensor.nbytes for tensor in parameters.growth(opened.optimizer, opened.sums))
+        size, bucket = 4 * sum(opened.numels), 4 * opened.zero.reduce_bucket_size
+        policy = opened.module(pack([PAIR]))
+        opened.backward(policy.rejected.sum() - policy.chosen.sum(), last=False)
+        whole = sum(param.grad.nbytes for param in opened.scorer.parameters() if param.grad is not None)
+        found.append({"added": added - bucket, "size": size, "whole": whole})
+        opened.close()
+    return found
+
+
+@pytest.mark.slow
+def test_a_trial_adds_sums_and_moments_and_at_stage_1_whole_gradients():
+    (found,) = forked.on_ranks(1, growths)
+    for each, copies in zip(found, (4, 3), strict=True):
+        assert each["added"] == pytest.approx(copies * each["size"], rel=0.01), each
+        assert each["whole"] == pytest.approx((copies - 3) * each["size"], rel=0.01), each
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import CHECKOUT, compose, read_lines
 
-from sdpo import stepwise
+from sdpo import distributed, stepwise
 from sdpo.errors import UserError
 from sdpo.model import engine
 from sdpo.run import folder as run_folder
@@ -46,6 +47,16 @@ def observed(monkeypatch, tmp_path):
 def lines(folder):
     """(step, update) of each line that was written for an update."""
     return [(entry["t"], entry["update"]) for entry in read_lines(folder, "train")]
+
+
+def test_seconds_include_the_wait_for_the_device(run, monkeypatch):
+    """A GPU does its work while the host waits for the statistics of a group of updates: here for 0.6 s."""
+    total = distributed.total
+    monkeypatch.setattr(distributed, "total", lambda tensor: (time.sleep(0.6), total(tensor))[1])
+    for entry in read_lines(run(*QUICK, "record.every=2"), "train"):
+        alone = entry["update"] == 3  # in its group
+        assert entry["seconds"] >= (0.6 if alone else 0.3)
+        assert entry["tokens_per_second"] == pytest.approx(entry["tokens"] / entry["seconds"])
 
 
 @pytest.mark.parametrize(

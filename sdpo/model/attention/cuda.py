@@ -98,11 +98,14 @@ class Flex:
         return output_1HTD[0].transpose(0, 1)
 
     def visible(self, q: Tensor, k: Tensor, window: Tensor) -> Tensor:
-        """Whether the token at stream index `q` sees the one at `k`, in its own sequence or in its shared prompt."""
+        """Whether the token at stream index `q` sees the one at `k`, in its own sequence or in its shared prompt.
+
+        The block mask asks for all pairs of tokens at once, so nothing but booleans may depend on both `q` and `k`.
+        """
         own = self.ids_T[k] == self.ids_T[q]
         shared = (self.ids_T[k] == self.parents_T[q]) & (self.positions_T[k] < self.prefix_T[q])
-        distance = self.positions_T[q] - self.positions_T[k]
-        return (own | shared) & (distance >= 0) & (distance < window)
+        is_near = (self.positions_T[k] <= self.positions_T[q]) & (self.positions_T[k] > self.positions_T[q] - window)
+        return (own | shared) & is_near
 
     def _mask(self, window: int | None) -> flex.BlockMask:
         if window not in self.masks:  # built once per pack and window, not once per layer

@@ -20,15 +20,32 @@ from sdpo.model.attention.sdpa import Rule, Sdpa
 
 NAME = "sdpo"
 BACKENDS = {"sdpa": Sdpa, "varlen": Varlen, "flex": Flex}
+LARGEST_HEAD = 256  # of FlashAttention, which also needs a multiple of 8; Triton has no memory for larger tiles of flex
+SMALLEST_HEAD = 16  # of FlexAttention
 
 
-def choose_backend(attention: str, device: torch.device, dtype: torch.dtype, reshapes_scores: bool) -> str:
-    """The name of the backend: `attention` itself, or for `auto` the one that suits device, dtype and model."""
+def choose_backend(
+    attention: str, device: torch.device, dtype: torch.dtype, reshapes_scores: bool, sizes: set[tuple[int, int]]
+) -> str:
+    """The name of the backend: `attention` itself, or for `auto` the one that suits device, dtype and model.
+
+    `sizes` are those of `head_sizes`. FlashAttention needs values as large as keys.
+    """
     if attention != "auto":
         return attention
-    if device.type != "cuda" or dtype == torch.float32:
+    every = {size for of_layer in sizes for size in of_layer}
+    if device.type != "cuda" or dtype == torch.float32 or any(size > LARGEST_HEAD for size in every):
         return "sdpa"
-    return "flex" if reshapes_scores else "varlen"
+    if reshapes_scores or any(key != value for key, value in sizes):
+        return "flex" if all(size >= SMALLEST_HEAD for size in every) else "sdpa"
+    return "varlen" if all(size % 8 == 0 for size in every) else "sdpa"
+
+
+def head_sizes(model: PreTrainedModel) -> set[tuple[int, int]]:
+    """The sizes of a key and of a value of one head, in all layers that say so: DeepSeek's values are smaller."""
+    layers = [vars(module) for module in model.modules() if hasattr(module, "layer_idx")]
+    keys = [(layer, layer.get("qk_head_dim", layer.get("head_dim"))) for layer in layers]
+    return {(key, layer.get("v_head_dim", key)) for layer, key in keys if key is not None}
 
 
 def reshapes_scores(model: PreTrainedModel) -> bool:
