@@ -48,8 +48,7 @@ def answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: 
 
 
 def _answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: Runner) -> list[list[Answer]]:
-    template = runner.config.data.template
-    chat = ChatFormat(runner.tokenizer, template, runner.config.data.template_date)
+    template, chat = runner.config.data.template, runner.chat
     first_turns = prompt_ids(chat, [prompt.opening() for prompt in prompts])
     determinants = {
         "weights": model.key,
@@ -58,6 +57,7 @@ def _answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner:
         "template": template or key_of("prompts", {"ids": first_turns}),
         "tokenizer": hub.fingerprint_tokenizer(runner.tokenizer),
         "decoding": decoding.determinants(),
+        **runner.determinants_of_stops(),
         **runner.numerics.of_own_forward(),
         **LIBRARIES,
     }

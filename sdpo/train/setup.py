@@ -24,6 +24,7 @@ from sdpo.lab import model as lab_model
 from sdpo.lab import pairs as lab_pairs
 from sdpo.model import hub, limits
 from sdpo.model.lora import adapters
+from sdpo.model.sampling import named_stops
 from sdpo.store.artifacts import Artifact, Store
 from sdpo.train import probes
 from sdpo.train.reference_windows import external
@@ -95,7 +96,7 @@ def prepare(config: Config, store: Store, take: TakeStep = take_step) -> Inputs:
 def open_runner(config: Config, store: Store) -> tuple[Runner, Artifact]:
     """A runner with the model's tokenizer, and the model before any training here."""
     base, tokenizer = _base_model(config, store)
-    return Runner(config, store, tokenizer), base
+    return Runner(config, store, tokenizer, named_stops(base.folder)), base
 
 
 def _encode(config: Config, runner: Runner, preferences: Preferences) -> tuple[list[PairTable], dict]:
