@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from sdpo import distributed
 from sdpo.config import Config
 from sdpo.data import prompts as prompt_files
 from sdpo.data.schemas import Message, Turns
 from sdpo.data.tokenize import prompt_ids
+from sdpo.model import limits
 from sdpo.model.attention.interface import own_attention
 from sdpo.model.engine import Engine
 from sdpo.model.logprobs import score
@@ -79,6 +80,12 @@ class Sampler:
             self._chat = runner.chat
             turns: list[Turns] = [(Message(role="user", content=question),) for question in self.questions]
             self._prompts = prompt_ids(self._chat, turns)
+
+    def check(self, model: PretrainedConfig) -> None:
+        """Raise UserError if a prompt of `probe.file` and its answer may be longer than the model reads."""
+        if self.questions:
+            most, file = self.settings.max_new_tokens, f"the prompts of probe.file={self.settings.file}"
+            limits.check_answers(self._prompts, most, model, "probe.max_new_tokens", file)
 
     def answers_if_due(self, num_updates: int, engine: Engine) -> list[dict[str, str]]:
         """The first rank's answers after every `answers_every` updates, as prompt and answer; else nothing."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from sdpo import distributed
 from sdpo.binding import bind, inputs_of
@@ -87,6 +87,8 @@ def prepare(config: Config, store: Store, take: TakeStep = take_step) -> Inputs:
     if config.model.name != "lab":
         rows = [row for table in (train, held_out, *more) for row in table.rows]
         limits.check_rows(rows, base.folder, config.model.trust_remote_code)
+        model = AutoConfig.from_pretrained(base.folder, trust_remote_code=config.model.trust_remote_code)
+        probes.Sampler(config, runner).check(model)
     if config.tune.get("quantize", "none") != "none":
         initial = adapters.rounded(initial, runner.loading, store, runner.tokenizer)
     sets = dict(zip(preferences.held_out_sets, more, strict=True))
