@@ -3,11 +3,15 @@
 import shutil
 
 import pytest
+import torch
 from conftest import compose, random_model
-from test_adapters import LORA
+from test_adapters import LORA, as_peft_reads_it
 
 from sdpo import validate
 from sdpo.errors import UserError
+from sdpo.model import hub
+from sdpo.model.lora import adapters
+from sdpo.store.artifacts import Artifact
 from sdpo.variants import tune
 
 REFUSED = {
@@ -58,6 +62,27 @@ def test_only_existing_modules_without_adapters_are_trained_whole(run, module, m
 def test_a_misspelt_target_among_right_ones_is_refused(run):
     with pytest.raises(UserError, match="tune.targets names v_porj, which LlamaForCausalLM does not have"):
         run("tune=lora", "tune.targets=[q_proj,v_porj]")
+
+
+MAMBA = {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 16, "expand": 2}
+
+
+@as_peft_reads_it
+def test_layers_of_mamba_that_peft_refuses_are_left_out_and_named(tmp_path, capsys):
+    """Its kernels read the weight of out_proj themselves, so that an adapter on it would do nothing."""
+    random_model("mamba2", **MAMBA).save_pretrained(tmp_path)
+    adapter = tune.Adapter(2, 4.0, 0.0, ["all-linear"], [], "merge", "none")
+    spec = adapters.spec_for(adapter, Artifact("S", tmp_path, reused=True), [])
+    loading = adapters.Loading(False, torch.float32, torch.device("cpu"))
+    model = adapters.load(spec, 0, loading)
+    said, total = capsys.readouterr().err, hub.count_weights(tmp_path)
+    assert f"leaves out_proj frozen ({2 * 64 * 32 / total:.1%})" in said and "adapts in_proj (" in said
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    assert trained and all(".in_proj.lora_" in name for name in trained)
+    merged = adapters.save_and_merge(spec, trained, tmp_path / "step", trust_remote_code=False)
+    assert merged.state_dict().keys() == hub.load(tmp_path).state_dict().keys()
+    with pytest.raises(UserError, match="tune.targets names backbone.layers.0.mixer.out_proj, which peft does not"):
+        adapters.load(spec._replace(adapter=adapter._replace(targets=["in_proj", "out_proj"])), 0, loading)
 
 
 def test_what_is_adapted_is_said_once(run, toy, tmp_path, capsys):
