@@ -15,7 +15,6 @@ import numpy as np
 from sdpo.config import Config
 from sdpo.console import tell
 from sdpo.curriculum import round_judges
-from sdpo.data.prompt_and_answer import ChatFormat
 from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
 from sdpo.evals import generation
@@ -69,6 +68,7 @@ class Round:
             "answers": self.config.rounds.answers,
             "judge": round_judges.determinants(self.config.rounds),
             "template": [self.config.data.template, self.config.data.template_date],
+            **self.inputs.runner.determinants_of_stops(),
             **self.inputs.runner.numerics.of_own_forward(),
             **LIBRARIES,
         }
@@ -134,9 +134,8 @@ class Round:
                 f"the longest prompt and an answer of rounds.max_new_tokens={self._decoding.max_new_tokens} have "
                 f"{longest} tokens, more than data.max_tokens={data.max_tokens}: lower the one or raise the other"
             )
-        chat = ChatFormat(runner.tokenizer, data.template, data.template_date)
         repeated = [ids for ids in prompts for _ in range(num)]
-        found = generation.generate(generation.load_alone(self.model, runner), chat, repeated, self._decoding)
+        found = generation.generate(generation.load_alone(self.model, runner), runner.chat, repeated, self._decoding)
         return [found[i : i + num] for i in range(0, len(found), num)]
 
 

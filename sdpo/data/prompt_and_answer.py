@@ -1,7 +1,7 @@
 """Where a prompt ends and where an answer stops in the text that a chat template writes."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -28,22 +28,31 @@ class ChatFormat:
     `bos` is the id of BOS, or None. A tokenizer's own template writes BOS itself; the named ones do not, and `adds_bos`
     says whether the tokenizer then puts it first. `stop` is the id that ends an answer: the first special token that
     the template writes behind it, else EOS. `stop_text` is that token's text, "" if the template writes none.
+    `further_stops` are the `named_stops`, those of S's generation config, that are neither `stop` nor EOS.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, date: str = Data.template_date):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None,
+        date: str = Data.template_date,
+        named_stops: Sequence[int] = (),
+    ):
         self.tokenizer = tokenizer
         self.writer = Writer(tokenizer, template, date)
         self.bos = tokenizer.bos_token_id
         self.adds_bos = template is not None and tokenizer("").input_ids[:1] == [self.bos]
         self.stop, self.stop_text = self._find_stop()
+        self.further_stops = [id for id in named_stops if id not in (self.stop, tokenizer.eos_token_id)]
         self._ending = self.writer.ending[self.writer.ending.index(self.stop_text) if self.stop_text else 0 :]
         body = self._body((QUESTION,), self.prompt((QUESTION,)), ANSWERS[0], Counter())
         self._around_answer = _words(body).replace(_words(ANSWERS[0]), "")
 
     @property
     def stops(self) -> list[int]:
-        """The ids at which the model is to stop: the stop token and EOS."""
-        return [id for id in dict.fromkeys((self.stop, self.tokenizer.eos_token_id)) if id is not None]
+        """The ids at which the model is to stop: the stop token, EOS, and the further ones."""
+        stops = (self.stop, self.tokenizer.eos_token_id, *self.further_stops)
+        return [id for id in dict.fromkeys(stops) if id is not None]
 
     @property
     def replaced_ending(self) -> str:
@@ -127,8 +136,8 @@ class ChatFormat:
         return eos, ""
 
 
-def as_trained(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    """A tokenizer that carries how a model was trained to talk, and the ids at which the model is to stop.
+def as_trained(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreTrainedTokenizerBase:
+    """A tokenizer that carries how a model was trained to talk.
 
     Its own chat template writes prompts with the ids of the training, including BOS. Its EOS is the stop token, unless
     the template writes EOS itself.
@@ -139,7 +148,7 @@ def as_trained(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tupl
         carrying.chat_template = "{{ bos_token }}" * begins_with_bos + TEMPLATES[template]
     if chat.stop_text and "eos_token" not in chat_template(carrying, None):
         carrying.eos_token = chat.stop_text
-    return carrying, chat.stops
+    return carrying
 
 
 def _words(text: str) -> str:

@@ -31,7 +31,7 @@ def measure(name: str, model: Artifact, runner: Runner, local: str | None, batch
         raise UserError(f"{folder} is not a folder; `local` names one with copies of the benchmarks' data")
     data, tokenizer = runner.config.data, runner.tokenizer
     if options.get("asking", {}).get("apply_chat_template"):
-        tokenizer, _ = as_trained(tokenizer, data.template)
+        tokenizer = as_trained(tokenizer, data.template)
         tokenizer.chat_template = Writer(tokenizer, None, data.template_date).template()
     determinants = {
         "suite": name,

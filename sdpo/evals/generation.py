@@ -12,9 +12,8 @@ from sdpo.data.prompt_and_answer import ChatFormat
 from sdpo.data.prompts import Prompt
 from sdpo.data.schemas import Message, Turns
 from sdpo.data.tokenize import prompt_ids
-from sdpo.errors import UserError
 from sdpo.evals.decoding import Decoding
-from sdpo.model import hub, rotary
+from sdpo.model import hub, limits
 from sdpo.model.attention.interface import own_attention
 from sdpo.model.sampling import continuations
 from sdpo.store.artifacts import Artifact, key_of
@@ -48,8 +47,7 @@ def answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: 
 
 
 def _answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner: Runner) -> list[list[Answer]]:
-    template = runner.config.data.template
-    chat = ChatFormat(runner.tokenizer, template, runner.config.data.template_date)
+    template, chat = runner.config.data.template, runner.chat
     first_turns = prompt_ids(chat, [prompt.opening() for prompt in prompts])
     determinants = {
         "weights": model.key,
@@ -58,6 +56,7 @@ def _answers(model: Artifact, prompts: list[Prompt], decoding: Decoding, runner:
         "template": template or key_of("prompts", {"ids": first_turns}),
         "tokenizer": hub.fingerprint_tokenizer(runner.tokenizer),
         "decoding": decoding.determinants(),
+        **runner.determinants_of_stops(),
         **runner.numerics.of_own_forward(),
         **LIBRARIES,
     }
@@ -93,13 +92,7 @@ def generate(network: PreTrainedModel, chat: ChatFormat, prompts: list[list[int]
     A batch's random numbers depend on the seed and its number, not on its rank. Raises UserError if a prompt and its
     answer are longer than the model can read.
     """
-    longest = max(map(len, prompts)) + decoding.max_new_tokens
-    context_length = rotary.longest_readable(network.config.get_text_config())
-    if longest > context_length:
-        raise UserError(
-            f"the model reads {context_length:.0f} tokens, but the longest prompt and its answer may have {longest}; "
-            f"lower max_new_tokens={decoding.max_new_tokens} or shorten the prompt"
-        )
+    limits.check_answers(prompts, decoding.max_new_tokens, network.config, "max_new_tokens", "the prompt")
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[i : i + decoding.batch_size] for i in range(0, len(order), decoding.batch_size)]
     network.generation_config = _generation_config(decoding, chat.stops)  # the model's own may cut off probabilities

@@ -1,10 +1,10 @@
-"""What a model can read: its vocabulary and its positions. Rows beyond them are refused before any work."""
+"""What a model can read: its vocabulary and its positions. What goes beyond them is refused before any work."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from sdpo.errors import UserError
 from sdpo.model import rotary
@@ -35,3 +35,18 @@ def check_rows(
                 f"{name} has {row.longest} tokens, but the model in {folder} reads at most {longest:.0f}; set "
                 f"data.max_tokens={longest:.0f}"
             )
+
+
+def check_answers(
+    prompts: Iterable[list[int]], max_new_tokens: int, config: PretrainedConfig, setting: str, shorten: str
+) -> None:
+    """Raise UserError if a prompt and its answer may be longer than a model reads.
+
+    The sentence says which setting to lower, `max_new_tokens` under its name in the settings, and what else to shorten.
+    """
+    longest, readable = max(map(len, prompts)) + max_new_tokens, rotary.longest_readable(config.get_text_config())
+    if longest > readable:
+        raise UserError(
+            f"the model reads {readable:.0f} tokens, but the longest prompt and its answer may have {longest}; "
+            f"lower {setting}={max_new_tokens} or shorten {shorten}"
+        )

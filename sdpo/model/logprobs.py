@@ -16,6 +16,7 @@ from sdpo.errors import UserError
 from sdpo.model import rotary
 from sdpo.model.attention import interface as backends
 from sdpo.model.head import Head
+from sdpo.model.hub import EXPERTS, share_of_experts
 from sdpo.model.packing import Pack, pack, scoring_packs
 from sdpo.types import ChosenRejected, TokenPair
 
@@ -116,7 +117,8 @@ def check_packing(scorer: Scorer, longest: int) -> None:
 
     The check catches models that do something with attention or logits that this code does not know: ALiBi, recurrence,
     another scaling. Pairs are longer than each limit that the configuration names (sliding windows, lengths from which
-    on rotary frequencies change), but not longer than `longest`, which no sequence that is scored exceeds.
+    on rotary frequencies change), but not longer than `longest`, which no sequence that is scored exceeds. If prompts
+    are shared, it also raises UserError if the log-probs of responses depend on those beside them in the pack.
     """
     config = scorer.model.config.get_text_config()
     named = {getattr(config, name, None) or 0 for name in LIMITS} | {scorer.longest_packed}
@@ -131,6 +133,7 @@ def check_packing(scorer: Scorer, longest: int) -> None:
     with torch.no_grad():
         try:
             packed = torch.stack(scorer(pack(rows).to(scorer.head.weight.device)), 1)
+            leaks = scorer.attention != "plain" and _read_each_other(scorer, rows[:2])
         except (AttributeError, TypeError) as error:  # of model code that computes with the mask
             raise UserError(backends.refusal(scorer.model, f"its attention reads its mask ({error})")) from error
         naive = torch.stack([torch.stack(naive_logprobs(scorer.model, row)) for row in rows])
@@ -138,6 +141,31 @@ def check_packing(scorer: Scorer, longest: int) -> None:
     if exceeds_rounding(packed.cpu().numpy(), naive.cpu().numpy(), rows, scorer.head.weight.dtype):
         reason = f"its log-probs would be {packed.tolist()}, not {naive.tolist()}"
         raise UserError(backends.refusal(scorer.model, reason))
+    if leaks:
+        raise UserError(backends.refusal(scorer.model, "each response of a pack would read those before it"))
+
+
+def _read_each_other(scorer: Scorer, rows: Sequence[TokenPair]) -> bool:
+    """Whether log-probs of the rejected responses change with the tokens of the chosen ones, or the reverse.
+
+    Rounding explains no change between packs of one shape, except with experts: their products depend on the routing.
+    """
+    vocabulary = scorer.model.config.get_text_config().vocab_size
+    other_chosen = [row._replace(chosen=(row.chosen + 1) % vocabulary) for row in rows]
+    other_rejected = [row._replace(rejected=(row.rejected + 1) % vocabulary) for row in rows]
+    device = scorer.head.weight.device
+    of_rows, of_other_chosen, of_other_rejected = (
+        torch.stack(scorer(pack(each).to(device)), 1).cpu().numpy() for each in (rows, other_chosen, other_rejected)
+    )
+    found_N2 = np.stack([of_other_rejected[:, 0], of_other_chosen[:, 1]], 1)
+    if _has_experts(scorer.model):
+        return exceeds_rounding(found_N2, of_rows, rows, scorer.head.weight.dtype)
+    return not np.array_equal(found_N2, of_rows)
+
+
+def _has_experts(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config().to_dict()  # the names of some models do not say it
+    return share_of_experts(config) < 1 or any(EXPERTS in name for name, _ in model.named_parameters())
 
 
 def exceeds_rounding(logps_N2: np.ndarray, naive_N2: np.ndarray, rows: Sequence[TokenPair], dtype: torch.dtype) -> bool:

@@ -5,7 +5,9 @@ Shapes: N prompts, S answers, P prompt tokens, R response tokens (padded with th
 and T tokens if they are padded.
 """
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,6 +25,13 @@ class Answers(NamedTuple):
     response_SR: Tensor
     mask_SR: Tensor
     text: list[str]
+
+
+def named_stops(folder: Path) -> list[int]:
+    """The ids at which a model's generation_config.json ends an answer; none if the folder has no such file."""
+    path = folder / "generation_config.json"
+    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    return named if isinstance(named, list) else [] if named is None else [named]
 
 
 def continuations(network: PreTrainedModel, prompts: list[list[int]], stops: list[int]) -> list[list[int]]:

@@ -13,18 +13,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig
 
 from sdpo import distributed
 from sdpo.config import Config
 from sdpo.data import prompts as prompt_files
-from sdpo.data.prompt_and_answer import ChatFormat
 from sdpo.data.schemas import Message, Turns
 from sdpo.data.tokenize import prompt_ids
+from sdpo.model import limits
 from sdpo.model.attention.interface import own_attention
 from sdpo.model.engine import Engine
 from sdpo.model.logprobs import score
 from sdpo.model.sampling import continuations
+from sdpo.train.runner import Runner
 from sdpo.types import TokenPair
 
 
@@ -70,15 +71,21 @@ class Probes:
 class Sampler:
     """Answers fixed prompts with the policy while it trains; greedily, so that no random number is drawn."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, config: Config, runner: Runner):
         """Read `probe.file`, if it is set. Raises UserError for a file that cannot be read."""
         self.settings = config.probe
         self.questions: list[str] = []
         if config.probe.file:
             self.questions = [prompt.turns[0] for prompt in prompt_files.read(config.probe.file)]
-            self._chat = ChatFormat(tokenizer, config.data.template, config.data.template_date)
+            self._chat = runner.chat
             turns: list[Turns] = [(Message(role="user", content=question),) for question in self.questions]
             self._prompts = prompt_ids(self._chat, turns)
+
+    def check(self, model: PretrainedConfig) -> None:
+        """Raise UserError if a prompt of `probe.file` and its answer may be longer than the model reads."""
+        if self.questions:
+            most, file = self.settings.max_new_tokens, f"the prompts of probe.file={self.settings.file}"
+            limits.check_answers(self._prompts, most, model, "probe.max_new_tokens", file)
 
     def answers_if_due(self, num_updates: int, engine: Engine) -> list[dict[str, str]]:
         """The first rank's answers after every `answers_every` updates, as prompt and answer; else nothing."""
@@ -95,5 +102,6 @@ class Sampler:
         finally:
             network.generation_config = before
             network.train(was_training)
-        texts = [str(self._chat.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
+        written = [ids[:-1] if ids[-1] in stops else ids for ids in answers]
+        texts = [str(self._chat.tokenizer.decode(ids, skip_special_tokens=True)) for ids in written]
         return [{"prompt": prompt, "answer": text} for prompt, text in zip(self.questions, texts, strict=True)]

@@ -6,6 +6,7 @@ Shape suffixes: N rows; columns are the chosen and the rejected response.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sdpo import distributed
 from sdpo.binding import bind
 from sdpo.config import Config
 from sdpo.console import Progress, tell
-from sdpo.data.prompt_and_answer import as_trained
+from sdpo.data.prompt_and_answer import ChatFormat, as_trained
 from sdpo.data.tokenize import content_hash
 from sdpo.errors import UserError
 from sdpo.metrics import CLOCK
@@ -40,8 +41,11 @@ NUM_AUDITED = 4  # rows of every reference table that are scored again when a st
 class Runner:
     """Loads models, scores rows with them, and saves what was trained."""
 
-    def __init__(self, config: Config, store: Store, tokenizer: PreTrainedTokenizerBase):
-        self.config, self.store, self.tokenizer = config, store, tokenizer
+    def __init__(
+        self, config: Config, store: Store, tokenizer: PreTrainedTokenizerBase, named_stops: Sequence[int] = ()
+    ):
+        """`named_stops` are the ids at which S's generation config ends an answer."""
+        self.config, self.store, self.tokenizer, self.named_stops = config, store, tokenizer, named_stops
         self.device = distributed.device(config.launch.device)
         self.numerics = Numerics(config)
         self.foreign: dict[str, dict[str, TokenPair]] = {}  # key of a model with another tokenizer -> row id -> its row
@@ -52,6 +56,17 @@ class Runner:
         self._loaded: str | None = None  # the key of the weights in memory
         self._is_exact = False  # whether the weights in memory are the file's, not rounded to bf16, as training needs
         self._adapter: adapters.AdapterSpec | None = None  # if one is trained
+
+    @property
+    def chat(self) -> ChatFormat:
+        """How prompts and answers are written, and at which ids the run's models stop."""
+        data = self.config.data
+        return ChatFormat(self.tokenizer, data.template, data.template_date, self.named_stops)
+
+    def determinants_of_stops(self) -> dict[str, list[int]]:
+        """What the ids at which answers stop add to their key: those that S's generation config alone names, if any."""
+        further_stops = self.chat.further_stops if self.named_stops else []
+        return {"stops": further_stops} if further_stops else {}
 
     def load(self, model: Artifact) -> Engine:
         """An engine that scores with this model; the present engine if it has the model's weights."""
@@ -179,9 +194,9 @@ class Runner:
         if not self._adapter:
             engine.round_to(dtype)
         model, share = self._merged(engine, folder) if self._adapter else (engine.scorer.model, engine.share(dtype))
-        tokenizer, stops = as_trained(self.tokenizer, self.config.data.template)
+        tokenizer = as_trained(self.tokenizer, self.config.data.template)
         share = {name.removeprefix("model."): tensor.detach().to(dtype) for name, tensor in share.items()}
-        hub.save_shares(model, share, tokenizer, folder, stops)
+        hub.save_shares(model, share, tokenizer, folder, self.chat.stops)
 
     def _merged(self, engine: Engine, folder: Path) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
         """The base with the trained adapter merged into it, and its weights by the scorer's names, all on rank 0."""

@@ -1,14 +1,14 @@
 """What a run starts from: S, its tokenizer, and the pairs as tokens. Each is made once and kept in the store."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from sdpo import distributed
 from sdpo.binding import bind, inputs_of
@@ -24,6 +24,7 @@ from sdpo.lab import model as lab_model
 from sdpo.lab import pairs as lab_pairs
 from sdpo.model import hub, limits
 from sdpo.model.lora import adapters
+from sdpo.model.sampling import named_stops
 from sdpo.store.artifacts import Artifact, Store
 from sdpo.train import probes
 from sdpo.train.reference_windows import external
@@ -84,20 +85,26 @@ def prepare(config: Config, store: Store, take: TakeStep = take_step) -> Inputs:
     if base.key in runner.foreign:
         raise UserError(f"reference.path={config.model.path} is S itself: use reference=initial")
     if config.model.name != "lab":
-        tables = (train, held_out, *more)
-        rows = [row for table in tables for row in table.rows]
-        called = {pair.id: pair.called for table in tables for pair in table.pairs}
-        limits.check_rows(rows, base.folder, config.model.trust_remote_code, called)
+        _check_readable(config, runner, base, (train, held_out, *more))
     if config.tune.get("quantize", "none") != "none":
         initial = adapters.rounded(initial, runner.loading, store, runner.tokenizer)
     sets = dict(zip(preferences.held_out_sets, more, strict=True))
     return Inputs(runner, initial, train, held_out, report, exam, sets)
 
 
+def _check_readable(config: Config, runner: Runner, base: Artifact, tables: Sequence[PairTable]) -> None:
+    """Raise UserError, which names the row or the file, for pairs or prompts of probe.file that S cannot read."""
+    rows = [row for table in tables for row in table.rows]
+    called = {pair.id: pair.called for table in tables for pair in table.pairs}
+    limits.check_rows(rows, base.folder, config.model.trust_remote_code, called)
+    model = AutoConfig.from_pretrained(base.folder, trust_remote_code=config.model.trust_remote_code)
+    probes.Sampler(config, runner).check(model)
+
+
 def open_runner(config: Config, store: Store) -> tuple[Runner, Artifact]:
     """A runner with the model's tokenizer, and the model before any training here."""
     base, tokenizer = _base_model(config, store)
-    return Runner(config, store, tokenizer), base
+    return Runner(config, store, tokenizer, named_stops(base.folder)), base
 
 
 def _encode(config: Config, runner: Runner, preferences: Preferences) -> tuple[list[PairTable], dict]:

@@ -137,7 +137,7 @@ def _check_stays(spec: StepSpec, windows: Windows) -> None:
 
 def _keep_asked_samples(entries: list[dict], spec: StepSpec, runner: Runner) -> None:
     """Remove answers to prompts that this run does not ask while it trains; say so if it lacks those."""
-    asked, every = Sampler(spec.config, runner.tokenizer).questions, spec.config.probe.answers_every
+    asked, every = Sampler(spec.config, runner).questions, spec.config.probe.answers_every
     for entry in entries:
         if kept := [answer for answer in entry.pop("samples", ()) if answer["prompt"] in asked]:
             entry["samples"] = kept
@@ -160,7 +160,7 @@ def _train(
     engine, reference, start_N2 = _prepare(spec, named.windows, runner)
     num_weights = throughput.multiplied(engine.scorer.model)
     beside = runner.load_beside(named.windows.first) if spec.reads_divergence and named.windows.first else None
-    loop, entries = TrainingLoop(spec, engine, num_weights, Sampler(config, runner.tokenizer), beside), []
+    loop, entries = TrainingLoop(spec, engine, num_weights, Sampler(config, runner), beside), []
     with CLOCK.counting("updates"):
         for entry in loop.run(reference, start_N2, checkpoint):
             entries.append(entry)

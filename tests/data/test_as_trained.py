@@ -37,12 +37,25 @@ def test_a_model_trained_with_chatml_answers_in_chatml(run, tmp_path):
     assert answer.tolist() == [own.eos_token_id] and own.decode(answer, skip_special_tokens=True) == ""
 
 
+@pytest.mark.parametrize(("named", "kept"), [([7, 2, 5], [259, 2, 7, 5]), (5, [259, 2, 5]), (2, [259, 2])])
+def test_a_model_keeps_the_stops_that_s_names_behind_its_own(run, tmp_path, named, kept):
+    tokenizer, folder = byte_tokenizer(), tmp_path / "model"
+    tokenizer.add_tokens([AddedToken("<|im_end|>", normalized=False)])
+    tokenizer.save_pretrained(folder)
+    random_model().save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    trained = run(f"model.path={folder}", "data.template=chatml", "split.keep=0.5", "split=random", "evaluate=[]")
+    for t in (1, 2):
+        saved = json.loads((trained / "steps" / str(t) / "generation_config.json").read_text())
+        assert saved["eos_token_id"] == kept
+
+
 @pytest.mark.parametrize("template", [None, *TEMPLATES])
 @pytest.mark.parametrize("marks", [[], ["<|im_start|>", "<|im_end|>"]])
 def test_a_trained_tokenizer_has_the_ids_of_the_training_in_its_own_template(bos_tokenizer, template, marks, tmp_path):
     bos_tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
     bos_tokenizer.chat_template = SPLITS_THOUGHTS
-    carrying, stops = as_trained(bos_tokenizer, template)
+    carrying, stops = as_trained(bos_tokenizer, template), ChatFormat(bos_tokenizer, template).stops
     carrying.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     asked = [pair(turns=TURNS), pair("2")]

@@ -1,6 +1,7 @@
 """Answers to prompts: equal to one prompt at a time, with an exact KL, stored, and in the formats of benchmarks."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from conftest import byte_tokenizer, random_model, read_lines
 from toys import prepare, reward_model
 
+from sdpo.curriculum.rounds import Round
 from sdpo.data import prompts
 from sdpo.errors import UserError
 from sdpo.evals import answer_formats, generation, kl, suites
@@ -109,6 +111,42 @@ def test_answers_are_generated_once_and_again_for_other_settings(made, questions
     assert generation.answers(made.initial, questions, warm, made.runner) == first
     with pytest.raises(pytest.fail.Exception, match="again"):
         generation.answers(made.initial, questions[:2], warm, made.runner)
+
+
+@pytest.fixture(scope="module")
+def stops_at_7(toy, tmp_path_factory):
+    """The folder of a model that always says token 7, and whose generation config names it as a stop."""
+    folder = tmp_path_factory.mktemp("stops") / "model"
+    shutil.copytree(toy / "model", folder)
+    model = random_model("phi")
+    with torch.no_grad():
+        model.lm_head.bias[7] = 100
+    model.generation_config.eos_token_id = [2, 7]
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_answers_end_at_every_stop_that_s_names_and_only_then_have_another_key(made, stops_at_7, toy, tmp_path):
+    rounds = ["rounds=on_policy", f"rounds.path={stops_at_7}"]
+    config, inputs = prepare(toy, tmp_path, f"model.path={stops_at_7}", *rounds)
+    asked = [prompts.Prompt(1, ["abc"], "a"), prompts.Prompt(2, ["defg"], "a")]
+    for (answer,) in generation.answers(inputs.initial, asked, GREEDY, inputs.runner):
+        assert (answer["ids"], answer["text"], answer["ended"]) == ([7], "", True)
+    (manifest,) = (tmp_path / "answers").glob("*/manifest.json")
+    assert json.loads(manifest.read_text())["stops"] == [7]
+    assert Round(inputs, config, np.arange(3), inputs.initial).determinants["stops"] == [7]
+    generation.answers(made.initial, asked, GREEDY, made.runner)
+    kept = [json.loads(path.read_text()) for path in made.runner.store.root.glob("answers/*/manifest.json")]
+    assert kept and not any("stops" in one for one in kept)
+    assert "stops" not in Round(made, config, np.arange(3), made.initial).determinants
+
+
+def test_answers_while_a_step_trains_end_at_every_stop_that_s_names(run, stops_at_7, tmp_path):
+    (tmp_path / "ask.txt").write_text("abc\nde\n")
+    probed = [f"probe.file={tmp_path / 'ask.txt'}", "probe.answers_every=1", "probe.max_new_tokens=4"]
+    folder = run(f"model.path={stops_at_7}", "split=all_at_once", "evaluate=[]", *probed)
+    samples = [answer for entry in read_lines(folder, "train") for answer in entry["samples"]]
+    assert {answer["answer"] for answer in samples} == {""}
 
 
 def test_a_prompt_that_leaves_too_few_tokens_for_its_answer_is_refused(made, questions):

@@ -3,11 +3,16 @@
 import shutil
 
 import pytest
+import torch
 from conftest import compose, random_model
-from test_adapters import LORA
+from test_adapters import LORA, as_peft_reads_it
 
 from sdpo import validate
 from sdpo.errors import UserError
+from sdpo.model import hub
+from sdpo.model.lora import adapters
+from sdpo.model.lora.targets import describe, find_targets
+from sdpo.store.artifacts import Artifact
 from sdpo.variants import tune
 
 REFUSED = {
@@ -58,6 +63,47 @@ def test_only_existing_modules_without_adapters_are_trained_whole(run, module, m
 def test_a_misspelt_target_among_right_ones_is_refused(run):
     with pytest.raises(UserError, match="tune.targets names v_porj, which LlamaForCausalLM does not have"):
         run("tune=lora", "tune.targets=[q_proj,v_porj]")
+
+
+MAMBA = {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 16, "expand": 2}
+
+
+@as_peft_reads_it
+def test_layers_of_mamba_that_peft_refuses_are_left_out_and_named(tmp_path, capsys):
+    """Its kernels read the weight of out_proj themselves, so that an adapter on it would do nothing."""
+    random_model("mamba2", **MAMBA).save_pretrained(tmp_path)
+    adapter = tune.Adapter(2, 4.0, 0.0, ["all-linear"], [], "merge", "none")
+    spec = adapters.spec_for(adapter, Artifact("S", tmp_path, reused=True), [])
+    loading = adapters.Loading(False, torch.float32, torch.device("cpu"))
+    model = adapters.load(spec, 0, loading)
+    said, total = capsys.readouterr().err, hub.count_weights(tmp_path)
+    frozen = 2 * (96 * 4 + 64 * 32) / total
+    assert "adapts in_proj (" in said and f"leaves mixer.conv1d.weight, out_proj frozen ({frozen:.1%})" in said
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    assert trained and all(".in_proj.lora_" in name for name in trained)
+    merged = adapters.save_and_merge(spec, trained, tmp_path / "step", trust_remote_code=False)
+    assert merged.state_dict().keys() == hub.load(tmp_path).state_dict().keys()
+    with pytest.raises(UserError, match="tune.targets names backbone.layers.0.mixer.out_proj, which peft does not"):
+        adapters.load(spec._replace(adapter=adapter._replace(targets=["in_proj", "out_proj"])), 0, loading)
+
+
+def described(architecture, **settings):
+    """What is said of all-linear, and the model."""
+    with torch.device("meta"):
+        model = random_model(architecture, num_local_experts=4, num_experts_per_tok=2, **settings)
+    adapter = tune.Adapter(2, 4.0, 0.0, ["all-linear"], [], "merge", "none")
+    total = sum(param.numel() for param in model.parameters())
+    return describe(model, adapter, find_targets(model, adapter.targets), [], total), total
+
+
+def test_experts_that_are_not_recognised_are_said_to_stay_frozen():
+    """By hand: JetMoE has 4 experts of 2 x 48 x 32 and 32 x 48 in each of 2 layers; its routers are linear layers."""
+    said, total = described("jetmoe", kv_channels=8)
+    frozen = 2 * 4 * (2 * 48 * 32 + 32 * 48) / total
+    assert said.endswith(f", leaves mlp.input_linear.weight, mlp.output_linear.weight frozen ({frozen:.1%})")
+    assert "adapts experts.input_linear.weight, experts.output_linear.weight, " in said
+    said, total = described("mixtral")  # its routers of 4 x 32, in no linear layer, are less than 1 % of the weights
+    assert "frozen" not in said and 2 * 4 * 32 / total < 0.01
 
 
 def test_what_is_adapted_is_said_once(run, toy, tmp_path, capsys):

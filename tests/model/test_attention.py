@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdpo.errors import UserError
 from sdpo.model.attention import cuda as cuda_attention
-from sdpo.model.attention import sdpa
+from sdpo.model.attention import interface, sdpa
 from sdpo.model.attention.cpu_blocks import attend_in_blocks
 from sdpo.model.attention.interface import (
     Flex,
@@ -105,6 +105,61 @@ def test_models_that_cannot_share_prompts_are_refused_by_name_and_run_plain(arch
     model = random_model(architecture, **({"n_head": 4} if architecture == "bloom" else {}))
     with pytest.raises(UserError, match=f"(?i){architecture}.*launch.attention=plain"):
         Scorer(model)
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+STATEFUL = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, **EXPERTS},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 48,
+    },
+}
+BOTH_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def twice(model):
+    """The model with weights twice as large, so that every part of it matters."""
+    with torch.no_grad():
+        for param in (param for param in model.parameters() if param.dim() > 1):
+            param.mul_(2)
+    return model
+
+
+@BOTH_DTYPES
+@pytest.mark.parametrize("architecture", STATEFUL)
+@pytest.mark.filterwarnings("ignore")
+def test_layers_with_a_state_are_refused_in_every_precision_and_run_plain(architecture, dtype):
+    """In bf16, what a rejected response reads of the chosen one is less than rounding may be."""
+    model = twice(random_model(architecture, **STATEFUL[architecture])).to(dtype)
+    with pytest.raises(UserError, match="layers carry a state.*launch.attention=plain"):
+        Scorer(model)
+    rows = rows_of([(5, 9, 3), (12, 1, 30)])
+    with torch.no_grad():
+        found = torch.stack(Scorer(model, "plain")(pack(rows)), 1)
+        expected = torch.stack([torch.stack(naive_logprobs(model, row)) for row in rows])
+    torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=0)
+
+
+@BOTH_DTYPES
+def test_a_response_that_reads_another_one_is_refused_although_no_layer_declares_a_state(dtype, monkeypatch):
+    monkeypatch.setattr(interface, "STATEFUL", set())
+    model = random_model("lfm2", **STATEFUL["lfm2"]).to(dtype)  # in fp32, too, the log-probs look like the naive ones
+    with pytest.raises(UserError, match="Lfm2.*would read those before it.*launch.attention=plain"):
+        Scorer(model)
+
+
+@BOTH_DTYPES
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mixtral"])
+def test_models_whose_responses_are_apart_share_prompts_in_every_precision(architecture, dtype):
+    settings = {"num_local_experts": 4} if architecture == "mixtral" else {}
+    assert Scorer(twice(random_model(architecture, **settings)).to(dtype)).backend == "sdpa"
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "phimoe"])

@@ -1,9 +1,10 @@
 """probe.file: the policy answers fixed prompts while it trains, which changes no bit of what is trained."""
 
 import json
+import shutil
 
 import pytest
-from conftest import needs_bf16, read_lines
+from conftest import needs_bf16, random_model, read_lines
 from test_wandb_mirror import mirrored
 
 from sdpo import config
@@ -69,6 +70,22 @@ def test_a_found_step_has_no_answers_to_prompts_that_were_not_asked(run, asked, 
         found = read_lines(run(*QUICK, *named, name=f"with {len(named)}"), "train")
         assert len(found) == 9 and not any("samples" in entry for entry in found)
         assert capsys.readouterr().err.count("without these prompts of probe.file") == (3 if named else 0)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_prompt_whose_answer_would_go_beyond_the_model_is_refused_before_any_work(run, toy, tmp_path, architecture):
+    """GPT-2 has a table of positions, which ends; rotary positions go on without a word."""
+    shutil.copytree(toy / "model", tmp_path / "model")
+    random_model(architecture, max_position_embeddings=80).save_pretrained(tmp_path / "model")
+    (tmp_path / "ask.txt").write_text("a" * 70)
+    probed = [f"model.path={tmp_path / 'model'}", f"probe.file={tmp_path / 'ask.txt'}", "probe.answers_every=1"]
+    cut = ["data.max_tokens=80", "data.on_long=drop", "split=all_at_once", "evaluate=[]"]
+    sentence = "reads 80 tokens, .* may have 81; lower probe.max_new_tokens=11 or shorten the prompts of probe.file=/"
+    with pytest.raises(UserError, match=sentence):
+        run(*probed, *cut, "probe.max_new_tokens=11")
+    assert not list((tmp_path / "store").glob("*/*/manifest.json"))
+    folder = run(*probed, *cut, "probe.max_new_tokens=10")
+    assert all("samples" in entry for entry in read_lines(folder, "train"))
 
 
 def test_a_file_that_cannot_be_read_is_named(run, tmp_path):

@@ -22,6 +22,7 @@ NAME = "sdpo"
 BACKENDS = {"sdpa": Sdpa, "varlen": Varlen, "flex": Flex}
 LARGEST_HEAD = 256  # of FlashAttention, which also needs a multiple of 8; Triton has no memory for larger tiles of flex
 SMALLEST_HEAD = 16  # of FlexAttention
+STATEFUL = {"conv", "linear_attention", "hybrid", "hybrid_sliding"}  # transformers' names of such types of layers
 
 
 def choose_backend(
@@ -58,7 +59,13 @@ def _has_softcap(model: PreTrainedModel) -> bool:
 
 
 def share_prompts(model: PreTrainedModel) -> None:
-    """Make every layer call `attend`. Raises UserError, which names the model, if its attention is fixed."""
+    """Make every layer call `attend`.
+
+    Raises UserError, which names the model, if its attention is fixed or some of its layers have a state.
+    """
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if model._is_stateful or STATEFUL.intersection(types):
+        raise UserError(refusal(model, "some of its layers carry a state from one response into the next"))
     if model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
