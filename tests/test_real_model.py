@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import compose, needs_bf16, read_lines
-from test_margin_gate import swap_while_loading
+from toys import swap_while_loading
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo import export, stepwise

@@ -1,4 +1,4 @@
-"""What a run on the toy sources starts from, for tests of what happens before its first step."""
+"""What a run on the toy sources starts from, and a fault in it, for tests of what happens before its first update."""
 
 import torch
 from conftest import TINY, byte_tokenizer, compose
@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from sdpo.store.artifacts import Store
 from sdpo.train import setup
+from sdpo.train.runner import Runner
 
 
 def prepare(toy, folder, *overrides):
@@ -26,3 +27,16 @@ def reward_model(folder, template):
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def swap_while_loading(monkeypatch):
+    """The weights that train have the query projections of two layers swapped."""
+    load = Runner.load_to_train
+
+    def swapped(self, spec):
+        engine = load(self, spec)
+        first, second = (layer.self_attn.q_proj.weight.data for layer in engine.scorer.model.model.layers[:2])
+        first[:], second[:] = second.clone(), first.clone()
+        return engine
+
+    monkeypatch.setattr(Runner, "load_to_train", swapped)

@@ -102,6 +102,7 @@ def test_prompt_sets_of_arena_hard_and_of_data_sets(tmp_path):
         Prompt(1, ["Why?"], "set"),
         Prompt(2, ["How?"], "set"),
     ]
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"turns": [{"role": "user", "content": "Why?"}]}))
-    with pytest.raises(UserError, match="row 1: has no text"):  # a conversation, whose other turns would be lost
+    turns = [{"role": role, "content": "Why?"} for role in ("user", "assistant")]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"turns": turns}))
+    with pytest.raises(UserError, match="row 1: has no text of a user"):  # the answer would be lost
         prompts.read(str(tmp_path / "chat.jsonl"))

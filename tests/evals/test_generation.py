@@ -180,7 +180,10 @@ def test_prompt_files(tmp_path, name, content, expected):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('{"prompt": "a"}\n{"prompt": " "}', "row 2: has no text in one of the fields instruction, prompt, turns"),
+        (
+            '{"prompt": "a"}\n{"prompt": " "}',
+            "row 2: has no text of a user in one of the fields instruction, ",
+        ),
         ('{"prompt": ', "row 1: is not valid JSON"),
         ('["a"]', "row 1: is not a JSON object"),
         ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}', "an id stands twice"),

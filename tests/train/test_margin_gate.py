@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import needs_bf16, read_lines
 from torch.nn import functional
+from toys import swap_while_loading
 
 from sdpo.errors import UserError
-from sdpo.train.runner import Runner
 
 BF16 = ["split=all_at_once", "reference=previous", "precision=bf16", "evaluate=[]"]
 pytestmark = needs_bf16
@@ -31,19 +31,6 @@ def round_otherwise(monkeypatch, when=lambda num_rows: True):
 def rounds_by_pack(monkeypatch):
     """Stands for a processor whose bf16 products depend on the number of rows, as those of AMX do."""
     round_otherwise(monkeypatch, lambda num_rows: num_rows % 2 == 1)
-
-
-def swap_while_loading(monkeypatch):
-    """The weights that train have the query projections of two layers swapped."""
-    load = Runner.load_to_train
-
-    def swapped(self, spec):
-        engine = load(self, spec)
-        first, second = (layer.self_attn.q_proj.weight.data for layer in engine.scorer.model.model.layers[:2])
-        first[:], second[:] = second.clone(), first.clone()
-        return engine
-
-    monkeypatch.setattr(Runner, "load_to_train", swapped)
 
 
 def test_a_processor_that_rounds_by_pack_trains_and_the_user_is_told_the_size(run, rounds_by_pack, capsys):
