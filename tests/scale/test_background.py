@@ -12,6 +12,7 @@ from sdpo.store import publishing
 from sdpo.train.loop import TrainingLoop
 
 NUM_STEPS = 3
+pytestmark = pytest.mark.slow
 
 
 def hold_back():
@@ -52,7 +53,7 @@ def settings(toy):
     return lambda *overrides: compose(*base, "optim.pairs_per_update=8", *overrides)
 
 
-@pytest.mark.parametrize("stage", ["off", *(pytest.param(f"zero{i}", marks=pytest.mark.slow) for i in (2, 3))])
+@pytest.mark.parametrize("stage", ["off", "zero2", "zero3"])
 def test_the_next_step_trains_while_the_last_one_is_hashed(settings, tmp_path, stage):
     config, found = settings(f"deepspeed={stage}"), []
     for name, before in (("plain", None), ("held_back", hold_back)):
@@ -62,7 +63,6 @@ def test_the_next_step_trains_while_the_last_one_is_hashed(settings, tmp_path, s
     assert found[0] == found[1]
 
 
-@pytest.mark.slow
 def test_an_error_of_one_rank_s_thread_is_the_error_of_the_run(settings, tmp_path):
     """With reference=average rank 0 alone waits for M_1: it must not wait for a thread that has failed elsewhere."""
     config, folder = settings("deepspeed=off", "reference=average", "launch.timeout_minutes=1000"), tmp_path / "run"
