@@ -18,7 +18,7 @@ OTHERS = {
 NUMERIC = ["test_equivalence.py", "test_pins.py", "test_tabular.py", "test_pitfalls.py"]
 NUMERIC += [
     f"model/test_{name}.py"
-    for name in ("logprobs", "attention", "packing", "rotary", "layers", "engine", "states", "adapters", "experts")
+    for name in ("logprobs", "attention", "packing", "rotary", "layers", "states", "adapters", "experts")
 ]
 NUMERIC += ["variants", "train", "curriculum", "lab", "test_export.py"]
 PYTEST = "-m pytest -p no:cacheprovider --numprocesses logical --maxprocesses 8 --dist loadfile".split()
