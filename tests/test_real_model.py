@@ -90,6 +90,7 @@ def test_every_step_begins_at_ln_2_and_learns(trained):
     assert len(set(keys)) == 2
 
 
+@pytest.mark.parametrize("trained", ["full", pytest.param("bf16", marks=needs_bf16)], indirect=True)
 def test_one_swapped_tensor_is_caught(trained, train, monkeypatch):
     swap_while_loading(monkeypatch)
     with pytest.raises(UserError, match="the policy at the step's start is not the model that was scored"):
