@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from conftest import byte_tokenizer, compose, needs_bf16, random_model
+from conftest import byte_tokenizer, compose, random_model
 
 from sdpo import distributed, stepwise
+from sdpo.model import engine
 from sdpo.store.artifacts import Store
 from sdpo.train import setup
 from sdpo.train.runner import Runner
@@ -30,6 +31,7 @@ def only_load_and_save(log):
     """In a rank: let a run only load the first step's engine and save it. `log` gets the times of the phases."""
     stepwise.run = partial(load_and_save, log)
     Runner._check = lambda *_: None  # it would run the model
+    engine.has_bf16 = lambda device: True  # nothing is computed
 
 
 def load_and_save(log, config, folder):
@@ -37,10 +39,10 @@ def load_and_save(log, config, folder):
     chunk = inputs.chunk(np.arange(len(inputs.train.rows)))
     spec = StepSpec(1, config, inputs.initial, [inputs.initial], chunk)
     note(log, "begun")
-    engine = inputs.runner.load_to_train(spec)
+    opened = inputs.runner.load_to_train(spec)
     note(log, "loaded")
     (folder / "saved").mkdir(exist_ok=True)
-    inputs.runner.save(engine, folder / "saved", "a key")
+    inputs.runner.save(opened, folder / "saved", "a key")
     note(log, "saved")
 
 
@@ -78,7 +80,6 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.slow
-@needs_bf16
 def test_loading_and_saving_take_little_host_memory_beside_the_engine(toy, model, tmp_path):
     path, size = model
     overrides = ["model=local", f"model.path={path}", "data=local", f"data.train=[{toy / 'a.jsonl'}]"]
@@ -104,4 +105,7 @@ def test_loading_and_saving_take_little_host_memory_beside_the_engine(toy, model
     print("live tensors: " + ", ".join(f"{event} {memory:.2f}" for event, memory in live.items()))
     print(f"peaks: loading {load:.2f}, saving {save:.2f}")
     assert load - rest["begun"] <= live["loaded"] + 1.5  # live: with DeepSpeed's buckets, which are empty by then
-    assert save - rest["loaded"] <= 3.5  # rank 0 holds all weights in fp32 (2 P) and in save_dtype (1 P)
+    assert save - live["loaded"] <= 1.5
+    assert (
+        save - rest["loaded"] <= 2
+    )  # beside the pages in use: all shares in save_dtype (1 P), once more while written
