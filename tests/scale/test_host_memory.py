@@ -106,6 +106,4 @@ def test_loading_and_saving_take_little_host_memory_beside_the_engine(toy, model
     print(f"peaks: loading {load:.2f}, saving {save:.2f}")
     assert load - rest["begun"] <= live["loaded"] + 1.5  # live: with DeepSpeed's buckets, which are empty by then
     assert save - live["loaded"] <= 1.5
-    assert (
-        save - rest["loaded"] <= 2
-    )  # beside the pages in use: all shares in save_dtype (1 P), once more while written
+    assert save - rest["loaded"] <= 2.5  # all shares in save_dtype (1 P), once more in the files' pages, and what moves
