@@ -164,7 +164,8 @@ def _read_each_other(scorer: Scorer, rows: Sequence[TokenPair]) -> bool:
 
 
 def _has_experts(model: PreTrainedModel) -> bool:
-    config = model.config.get_text_config().to_dict()  # the names of some models do not say it
+    """Whether a token's products depend on which experts it and others are sent to."""
+    config = model.config.get_text_config().to_dict()  # the names of some models' weights do not say it
     return share_of_experts(config) < 1 or any(EXPERTS in name for name, _ in model.named_parameters())
 
 
