@@ -237,8 +237,26 @@ def test_the_backend_depends_on_device_precision_and_model():
     assert choose_backend("auto", cuda, torch.float32, False, size) == "sdpa"
     assert choose_backend("auto", cuda, torch.bfloat16, False, size) == "varlen"
     assert choose_backend("auto", cuda, torch.bfloat16, True, size) == "flex"
-    assert choose_backend("flex", cuda, torch.bfloat16, False, size) == "flex"
+    assert choose_backend("flex", cuda, torch.float32, False, size) == "flex"
     assert [reshapes_scores(random_model(name)) for name in ("llama", "gemma2", "gpt_oss")] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("attention", "device", "dtype", "softcap", "size", "lack"),
+    [
+        ("varlen", "cpu", "bfloat16", False, (16, 16), "a GPU"),
+        ("flex", "cpu", "bfloat16", False, (16, 16), "a GPU"),
+        ("varlen", "cuda", "float32", False, (16, 16), "precision=bf16"),
+        ("varlen", "cuda", "bfloat16", True, (16, 16), "soft caps"),
+        ("varlen", "cuda", "bfloat16", False, (48, 32), "values that are as large as keys"),
+        ("varlen", "cuda", "bfloat16", False, (36, 36), "a multiple of 8"),
+        ("varlen", "cuda", "bfloat16", False, (512, 512), "heads of 1 to 256, and this model's have 512"),
+        ("flex", "cuda", "bfloat16", False, (16, 8), "heads of 16 to 256, and this model's have 8, 16"),
+    ],
+)
+def test_a_named_backend_that_cannot_run_is_refused(attention, device, dtype, softcap, size, lack):
+    with pytest.raises(UserError, match=f"launch.attention={attention} needs .*{lack}.*use launch.attention=auto"):
+        choose_backend(attention, torch.device(device), getattr(torch, dtype), softcap, {size})
 
 
 def test_own_attention_restores_the_model_and_the_error_without_a_pack_names_it(tiny_model):

@@ -20,7 +20,7 @@ from sdpo.model.attention.sdpa import Rule, Sdpa
 
 NAME = "sdpo"
 BACKENDS = {"sdpa": Sdpa, "varlen": Varlen, "flex": Flex}
-LARGEST_HEAD = 256  # of FlashAttention, which also needs a multiple of 8; Triton has no memory for larger tiles of flex
+LARGEST_HEAD = 256  # of FlashAttention; Triton has no memory for larger tiles of FlexAttention
 SMALLEST_HEAD = 16  # of FlexAttention
 STATEFUL = {"conv", "linear_attention", "hybrid", "hybrid_sliding"}  # transformers' names of such types of layers
 
@@ -30,16 +30,36 @@ def choose_backend(
 ) -> str:
     """The name of the backend: `attention` itself, or for `auto` the one that suits device, dtype and model.
 
-    `sizes` are those of `head_sizes`. FlashAttention needs values as large as keys.
+    `sizes` are those of `head_sizes`. Raises UserError, which says why, if `attention` itself does not suit them.
     """
-    if attention != "auto":
-        return attention
+    lacks = {name: _lack(name, device, dtype, reshapes_scores, sizes) for name in ("varlen", "flex")}
+    if attention == "auto":
+        needs_flex = dtype != torch.float32 and (reshapes_scores or any(key != value for key, value in sizes))
+        return "flex" if needs_flex and not lacks["flex"] else "sdpa" if lacks["varlen"] else "varlen"
+    if lack := lacks.get(attention):
+        raise UserError(f"launch.attention={attention} needs {lack}; use launch.attention=auto")
+    return attention
+
+
+def _lack(
+    name: str, device: torch.device, dtype: torch.dtype, reshapes_scores: bool, sizes: set[tuple[int, int]]
+) -> str | None:
+    """What the backend `name`, varlen or flex, needs and does not have here; None if it can run."""
     every = {size for of_layer in sizes for size in of_layer}
-    if device.type != "cuda" or dtype == torch.float32 or any(size > LARGEST_HEAD for size in every):
-        return "sdpa"
-    if reshapes_scores or any(key != value for key, value in sizes):
-        return "flex" if all(size >= SMALLEST_HEAD for size in every) else "sdpa"
-    return "varlen" if all(size % 8 == 0 for size in every) else "sdpa"
+    if device.type != "cuda":
+        return "a GPU"
+    least = SMALLEST_HEAD if name == "flex" else 1
+    if not all(least <= size <= LARGEST_HEAD for size in every):
+        return f"heads of {least} to {LARGEST_HEAD}, and this model's have {', '.join(map(str, sorted(every)))}"
+    if name == "flex":
+        return None
+    if dtype == torch.float32:
+        return "precision=bf16"
+    if reshapes_scores:
+        return "a model without soft caps and sinks of attention"
+    if any(key != value for key, value in sizes):
+        return "values that are as large as keys"
+    return "heads whose size is a multiple of 8" if any(size % 8 for size in every) else None
 
 
 def head_sizes(model: PreTrainedModel) -> set[tuple[int, int]]:
