@@ -23,6 +23,9 @@ _stops: list[int] = []  # the signals that asked this process to stop
 _background: list[Any] = []  # the second process group, if it was joined
 # torch.cuda.is_available() then asks the driver (NVML) and does not start CUDA, which forked runs could not use.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+# Packs differ in size: blocks of fixed sizes would leave up to a sixth of a GPU's memory in pieces too small for any.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 class _OfThread(threading.local):

@@ -2,7 +2,10 @@
 
 import ctypes
 import gc
+import os
 import resource
+import subprocess
+import sys
 import weakref
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import compose, random_model, read_lines
+from conftest import CHECKOUT, compose, random_model, read_lines
 
 from sdpo.config import Optim
 from sdpo.errors import UserError
@@ -44,6 +47,21 @@ def memory_left(megabytes):
         resource.setrlimit(resource.RLIMIT_AS, before)
         for hole in holes:
             libc.free(hole)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, ""),
+    ],
+)
+def test_the_gpu_s_memory_grows_in_segments_unless_the_user_says_otherwise(given, expected):
+    code = "import os, sdpo.distributed; print(os.environ.get('PYTORCH_ALLOC_CONF', ''))"
+    env = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | given
+    found = subprocess.run([sys.executable, "-c", code], env=env, cwd=CHECKOUT, capture_output=True, text=True)
+    assert found.stdout.strip() == expected, found.stderr
 
 
 def test_a_model_that_only_scores_has_no_masters_and_no_optimizer():

@@ -18,6 +18,11 @@ from sdpo.errors import UserError
 from sdpo.model.attention.sdpa import Rule
 from sdpo.model.packing import Pack
 
+# Bytes of shared memory of a thread block: an A100 has 166,912 and an H100 232,448; A10, L4 and RTX 3090 to 5090 have
+# 101,376, in which Triton's usual tiles have no room if the head of a token has more than 256 bytes.
+MUCH_SHARED_MEMORY, BYTES_OF_HEAD = 160_000, 256
+SMALL_TILES = {f"bwd_BLOCK_{side}": 32 for side in ("M1", "N1", "M2", "N2")}  # of 16 bits; in fp32 they are small
+
 
 class Varlen:
     """CUDA, 16 bits: one FlashAttention call in which a rejected response also attends to its prompt's keys.
@@ -88,8 +93,7 @@ class Flex:
             block_mask=self._mask(rule.window),
             scale=rule.scale,
             enable_gqa=query_THD.shape[1] != key_THD.shape[1],
-            # Not the kernel for decoding, which `AUTO` takes for short streams: PyTorch 2.11 cannot build it there.
-            kernel_options={"BACKEND": "TRITON"} if device.type == "cuda" else None,
+            kernel_options=kernel_options(query_THD),
             return_aux=flex.AuxRequest(lse=True),
         )
         if rule.sinks_H is not None:  # a sink takes a share of the softmax and adds no value
@@ -115,6 +119,18 @@ class Flex:
                 lambda b, h, q, k: self.visible(q, k, widest), None, None, length, length, device=device
             )
         return self.masks[window]
+
+
+def kernel_options(query_THD: Tensor) -> dict[str, Any] | None:
+    """How Triton builds the kernels for heads like these: with one stage and small tiles where others have no room."""
+    if not query_THD.is_cuda:
+        return None
+    # Not the kernel for decoding, which `AUTO` takes for short streams: PyTorch 2.11 cannot build it there.
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
+    room = torch.cuda.get_device_properties(query_THD.device).shared_memory_per_block_optin
+    if room >= MUCH_SHARED_MEMORY or query_THD.shape[-1] * query_THD.element_size() <= BYTES_OF_HEAD:
+        return options
+    return options | {"num_stages": 1} | ({} if query_THD.dtype == torch.float32 else SMALL_TILES)
 
 
 @lru_cache
