@@ -127,7 +127,8 @@ def kernel_options(query_THD: Tensor) -> dict[str, Any] | None:
         return None
     # Not the kernel for decoding, which `AUTO` takes for short streams: PyTorch 2.11 cannot build it there.
     options: dict[str, Any] = {"BACKEND": "TRITON"}
-    room = torch.cuda.get_device_properties(query_THD.device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(query_THD.device)
+    room = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # which the stubs do not list
     if room >= MUCH_SHARED_MEMORY or query_THD.shape[-1] * query_THD.element_size() <= BYTES_OF_HEAD:
         return options
     return options | {"num_stages": 1} | ({} if query_THD.dtype == torch.float32 else SMALL_TILES)
