@@ -26,7 +26,7 @@ PROFILES = {"ultrafeedback": (160, 300, 265), "orca": (235, 195, 195)}
 
 # Shapes of Llama models: vocabulary, hidden size, intermediate size, layers, heads, key-value heads. The toy has 4.7
 # million parameters in its layers and as many in embeddings and head; one core trains it in seconds. The others have
-# the shapes of SmolLM2 135M, of Llama 3.2 1B and 3B and of Mistral 7B.
+# the shapes of SmolLM2 135M, of Llama 3.2 1B and 3B, of Mistral 7B and of Llama 3.1 8B.
 SHAPES = {
     "tiny": (WORDS, 32, 64, 1, 2, 2),
     "toy": (WORDS, 256, 688, 6, 4, 4),
@@ -34,6 +34,7 @@ SHAPES = {
     "1b": (128_256, 2048, 8192, 16, 32, 8),
     "3b": (128_256, 3072, 8192, 28, 24, 8),
     "7b": (32_000, 4096, 14_336, 32, 32, 8),
+    "8b": (128_256, 4096, 14_336, 32, 32, 8),
 }
 
 
