@@ -55,7 +55,7 @@ def check(config: Config) -> None:
             "use evaluate=[generate], or another deepspeed stage"
         )
     if config.model.sft and config.model.name != "lab":
-        raise UserError("model.sft trains the laboratory's S; another model is taken as it is: remove model.sft")
+        raise UserError("model.sft trains the laboratory's S; another model is taken as it is: set model.sft=null")
     zero.check_settings(config.deepspeed)
     chunking.bind_score(config.score, chunking.bind_split(config.split))
     _check_rounds(config)

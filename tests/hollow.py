@@ -46,12 +46,16 @@ def build(folder: Path) -> Path:
     command = ["gcc", "-shared", "-fPIC", "-O1", "-w", *(f"-I{path}" for path in INCLUDE), "-Wl,-soname,libcuda.so.1"]
     source = Path(__file__).with_name("hollow_gpu.c")
     subprocess.run([*command, "-o", str(folder / "libcuda.so.1"), str(source), "-lpthread"], check=True)
+    nvml = folder / "libnvidia-ml.so.1"
+    nvml.unlink(missing_ok=True)
+    nvml.symlink_to("libcuda.so.1")
     return folder
 
 
 def run_on(card: Card, folder: Path, code: str, *arguments: str) -> str:
     """What a program prints that runs on this card; `folder` has the stand-in."""
     env = os.environ | {"LD_PRELOAD": str(folder / "libcuda.so.1"), "TRITON_LIBCUDA_PATH": str(folder)}
+    env["LD_LIBRARY_PATH"] = os.pathsep.join([str(folder), os.environ.get("LD_LIBRARY_PATH", "")])
     env |= {"HOLLOW_CAPABILITY": str(card.capability), "HOLLOW_SHARED": str(card.shared)}
     env |= {"HOLLOW_MEMORY": str(card.memory), "TRITON_CACHE_DIR": str(folder / "triton")}
     # Built kernels are not kept, because those of one card would be taken for another's.

@@ -143,7 +143,9 @@ NOTHING(cudaThreadExchangeStreamCaptureMode)
 
 int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; return 0; }
 int cudaStreamIsCapturing(void *stream, int *status) { *status = cudaStreamCaptureStatusNone; return 0; }
-HANDLE(cudaStreamCreate) HANDLE(cudaStreamCreateWithPriority) HANDLE(cudaEventCreate) HANDLE(cudaEventCreateWithFlags)
+int cudaStreamGetCaptureInfo(void *stream, int *status) { return cudaStreamIsCapturing(stream, status); }
+HANDLE(cudaStreamCreate) HANDLE(cudaStreamCreateWithPriority) HANDLE(cudaStreamCreateWithFlags)
+HANDLE(cudaEventCreate) HANDLE(cudaEventCreateWithFlags)
 NOTHING(cudaStreamDestroy) NOTHING(cudaStreamSynchronize) NOTHING(cudaStreamQuery) NOTHING(cudaStreamWaitEvent)
 NOTHING(cudaEventDestroy) NOTHING(cudaEventQuery) NOTHING(cudaEventRecord) NOTHING(cudaEventRecordWithFlags)
 NOTHING(cudaEventSynchronize)
@@ -157,6 +159,8 @@ int cudaFuncGetAttributes(struct cudaFuncAttributes *attributes) {
     return 0;
 }
 int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks_of_kernel) { return one(blocks_of_kernel); }
+HANDLE(cudaLibraryLoadData) HANDLE(cudaLibraryGetKernel)
+NOTHING(cudaLibraryUnload) NOTHING(cudaKernelSetAttributeForDevice)
 HANDLE(cuModuleLoad) HANDLE(cuModuleLoadData) HANDLE(cuModuleLoadDataEx) HANDLE(cuModuleGetFunction)
 NOTHING(cuModuleUnload) NOTHING(cuLaunchKernel) NOTHING(cuLaunchKernelEx) NOTHING(cuFuncSetAttribute)
 NOTHING(cuFuncSetCacheConfig) NOTHING(cuTensorMapEncodeTiled)
@@ -178,6 +182,15 @@ int cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned
     if (found) *found = cudaDriverEntryPointSuccess;
     return 0;
 }
+
+/* NVML, which PyTorch 2.13 asks whether memory can be shared between nodes. */
+
+NOTHING(nvmlInit) NOTHING(nvmlInit_v2) NOTHING(nvmlDeviceGetNvLinkRemoteDeviceType)
+NOTHING(nvmlDeviceGetNvLinkRemotePciInfo_v2) NOTHING(nvmlDeviceGetComputeRunningProcesses)
+NOTHING(nvmlSystemGetCudaDriverVersion_v2)
+int nvmlDeviceGetCount_v2(int *count) { return one(count); }
+int nvmlDeviceGetHandleByPciBusId_v2(const char *bus, void **handle) { *handle = 0; return 0; }
+int nvmlDeviceGetGpuFabricInfoV(void) { return 3; } /* not supported */
 
 /* cuBLAS. */
 

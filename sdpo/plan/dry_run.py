@@ -68,8 +68,9 @@ def prepare(config: Config, store: ReadOnly) -> Prepared:
         return steps.setdefault(planned.model.key, planned)
 
     if config.data.name == "lab":
-        runner, base = setup.open_runner(config, store)
-        initial = setup.fine_tune(config, runner, base, take)
+        runner, initial = setup.open_runner(config, store)
+        if config.model.name == "lab":
+            initial = setup.fine_tune(config, runner, initial, take)
         if not store.holds("pairs", setup.lab_pairs_key(config, initial)):
             inputs = placeholders.inputs_for(config, store, initial)
             return Prepared(inputs, list(steps.values()), "the laboratory's pairs are not made yet")

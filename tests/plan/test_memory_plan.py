@@ -205,3 +205,10 @@ def test_the_formulas_are_what_engines_take(known):
     sizes = [size(num, ranks=2, precision=precision, offload=offload, states=states) for num in (fewer, more)]
     before, after = (one.training(stage) + one.on_host(stage) for one in sizes)
     assert large - small == pytest.approx(after - before, rel=0.15)
+
+
+def test_a_model_of_this_machine_is_planned_on_the_laboratory_s_pairs(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SDPO_STORE", str(tmp_path / "store"))
+    local = ["model=local", f"model.path={toy / 'model'}", "model.sft=null"]
+    report.show([Run(compose("experiment=smoke", *local), tmp_path / "run", choices={}, arm="mine")])
+    assert "on which only its own model can be trained; data=local names yours" in capsys.readouterr().out
