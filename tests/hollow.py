@@ -55,7 +55,8 @@ def build(folder: Path) -> Path:
 def run_on(card: Card, folder: Path, code: str, *arguments: str) -> str:
     """What a program prints that runs on this card; `folder` has the stand-in."""
     env = os.environ | {"LD_PRELOAD": str(folder / "libcuda.so.1"), "TRITON_LIBCUDA_PATH": str(folder)}
-    env["LD_LIBRARY_PATH"] = os.pathsep.join([str(folder), *os.environ.get("LD_LIBRARY_PATH", "").split()])
+    before = os.environ.get("LD_LIBRARY_PATH")
+    env["LD_LIBRARY_PATH"] = f"{folder}:{before}" if before else str(folder)
     env |= {"HOLLOW_CAPABILITY": str(card.capability), "HOLLOW_SHARED": str(card.shared)}
     env |= {"HOLLOW_MEMORY": str(card.memory), "TRITON_CACHE_DIR": str(folder / "triton")}
     # Built kernels are not kept, because those of one card would be taken for another's.
