@@ -1,6 +1,6 @@
 /* A GPU that computes nothing. PyTorch's CUDA build takes it for a card, allocates its memory and builds kernels for it.
  *
- * It stands in for CUDA's runtime and driver and for cuBLAS. Memory is address space that nobody touches; it is counted
+ * It stands in for CUDA's runtime and driver, NVML and cuBLAS. Memory is address space that nobody touches; it is counted
  * and refused as on a card of HOLLOW_MEMORY bytes. Kernels return at once, so what tensors hold has no meaning, and no
  * number of time either. HOLLOW_CAPABILITY (90 for 9.0) and HOLLOW_SHARED, the bytes of shared memory of a thread
  * block, say which card it is. tests/hollow.py builds and names it.

@@ -18,16 +18,16 @@ from sdpo.model.logprobs import score
 from sdpo.model.memory import fitting_budget, scoring_budget
 from sdpo.run.needs import Size, chosen_states, limit
 
-folder, shape, tune, pairs, packs = sys.argv[1:]
+folder, shape, tune, packs = sys.argv[1:]
 work = Work(folder, shape, 64, "bf16", "cuda", [1], [int(packs) or None], [False], tune == "lora")
-prepare(work, from_profile("ultrafeedback", int(pairs)))
+prepare(work, from_profile("ultrafeedback", 64))
 config, rows = configure(work), work.rows()
 with torch.device("meta"):
     num_weights = sum(p.numel() for p in work._replace(device="meta").build().parameters())
 config.optim.states = "auto"
 config.optim.states = chosen_states(Size.of(config, num_weights, 0), None, limit(config.launch))
 engine = open_side(work, config)
-updates = 2 * [rows[i : i + 64] for i in range(0, len(rows), 64)]
+updates = [rows, rows]
 score(engine.scorer, rows, int(packs) or scoring_budget(config.launch))
 budget = int(packs) or fitting_budget(engine, updates, config.launch)
 for update in updates:
@@ -63,7 +63,7 @@ def hollow(tmp_path_factory):
 @pytest.mark.parametrize(("shape", "tune", "measured"), [("1b", "full", 59.4), ("7b", "lora", 107.4)])
 def test_the_peak_is_that_of_a_real_h200(hollow, tmp_path, shape, tune, measured):
     """In GiB, with packs of 32k and PyTorch 2.11 (LOG.md, 2026-11-27): so a hollow GPU allocates what a card does."""
-    found = json.loads(run_on(H200, hollow, TRAINING, str(tmp_path / "work"), shape, tune, "64", "32768"))
+    found = json.loads(run_on(H200, hollow, TRAINING, str(tmp_path / "work"), shape, tune, "32768"))
     assert found["peak"] == pytest.approx(measured, rel=0.01)
 
 
@@ -79,7 +79,7 @@ def test_the_peak_is_that_of_a_real_h200(hollow, tmp_path, shape, tune, measured
 )
 def test_what_fits_in_the_trial_fits_in_training(hollow, tmp_path, card, shape, tune, states):
     """Without a setting by hand: optim.states=auto, and packs as large as the trial finds."""
-    found = json.loads(run_on(card, hollow, TRAINING, str(tmp_path / "work"), shape, tune, "64", "0"))
+    found = json.loads(run_on(card, hollow, TRAINING, str(tmp_path / "work"), shape, tune, "0"))
     assert found["states"] == states
     assert found["peak"] * 2**30 <= card.memory
 
